@@ -1,0 +1,1 @@
+//! The block: the unit a shard appends, ships and recovers from.

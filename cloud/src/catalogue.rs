@@ -1,0 +1,1 @@
+//! Topics, their ids, settings and partitions.

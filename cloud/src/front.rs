@@ -1,0 +1,1 @@
+//! The Kafka protocol as a view of the log.

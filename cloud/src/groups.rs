@@ -1,0 +1,1 @@
+//! Classic consumer groups: membership in memory, offsets in the log.

@@ -1,0 +1,1 @@
+//! The link's cloud half over HTTPS.

@@ -1,0 +1,15 @@
+//! The cloud broker: receives edges' streams, serves them to Kafka clients, archives them to object storage.
+
+pub mod admin;
+pub mod archive;
+pub mod block;
+pub mod catalogue;
+pub mod config;
+pub mod front;
+pub mod groups;
+pub mod ingest;
+pub mod manifest;
+pub mod segment;
+pub mod shard;
+pub mod state;
+pub mod wal;

@@ -1,0 +1,2 @@
+//! `tributary-cloud`: the command line.
+fn main() {}

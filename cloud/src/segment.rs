@@ -1,0 +1,1 @@
+//! Segments: runs of one partition's batches with a sparse index.

@@ -1,0 +1,1 @@
+//! What a shard's blocks say besides data: topics, offsets of groups, positions of edges.

@@ -1,0 +1,1 @@
+//! The block log: where a shard's blocks become durable.

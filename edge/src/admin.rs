@@ -1,0 +1,1 @@
+//! The admin port: liveness, readiness, status and metrics.

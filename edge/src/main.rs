@@ -1,0 +1,2 @@
+//! `tributary-edge`: the command line.
+fn main() {}

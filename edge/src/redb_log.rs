@@ -1,0 +1,1 @@
+//! Streams in redb: group commit, rows, recovery.

@@ -1,0 +1,1 @@
+//! What may be deleted when, and what happens when nothing may.

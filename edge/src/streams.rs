@@ -1,0 +1,1 @@
+//! Stream rules: which PUBLISH goes to which stream, and what its record looks like.

@@ -1,0 +1,1 @@
+//! The link's edge half over HTTPS.

@@ -1,0 +1,3 @@
+//! MQTT 3.1.1 and 5: packet codec, session state, and the front both brokers run.
+
+pub mod store;

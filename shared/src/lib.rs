@@ -1,0 +1,8 @@
+//! The words both Tributary brokers use. Pure: bytes in, bytes out, `now` passed in; no sockets, threads or clocks.
+
+pub mod batch;
+pub mod config;
+pub mod limits;
+pub mod link;
+pub mod log;
+pub mod name;
