@@ -1,1 +1,468 @@
-//! Layered settings: defaults, file, environment, flags; every value knows its origin.
+//! Layered settings: defaults, file, environment, flags; later layers win, and every value knows where it came from.
+//!
+//! Pure: the text of the file, the environment's variables and the flags are passed in. A key that is unknown or has a
+//! value of the wrong kind is refused with its name, its place (line, variable or flag) and what was expected.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::time::Duration;
+
+use serde::de::{DeserializeOwned, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use toml::de::{DeTable, DeValue};
+use toml::{Table, Value};
+
+/// Where a value came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// Nobody set it.
+    Default,
+    /// The configuration file, at a line.
+    File {
+        /// From 1.
+        line: usize,
+    },
+    /// An environment variable.
+    Env(String),
+    /// A command line flag.
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File { line } => write!(f, "file, line {line}"),
+            Self::Env(name) => write!(f, "environment {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// Why settings were refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The file; the text shows line, key and what was expected.
+    #[error("configuration file {path}: {text}")]
+    File {
+        /// As given on the command line.
+        path: String,
+        /// The parser's own words with line and column.
+        text: String,
+    },
+    /// A variable or flag.
+    #[error("{origin}: {text}")]
+    Override {
+        /// Which.
+        origin: String,
+        /// What was wrong and what was expected.
+        text: String,
+    },
+}
+
+/// The layers read so far, over a settings type `T` whose every field has a default and that denies unknown fields.
+#[derive(Debug)]
+pub struct Layers {
+    values: Table,
+    origins: BTreeMap<String, Origin>,
+}
+
+/// Settings and where each came from.
+#[derive(Debug, Clone)]
+pub struct Loaded<T> {
+    /// The settings in force.
+    pub settings: T,
+    origins: BTreeMap<String, Origin>,
+}
+
+impl Layers {
+    /// Reads a file's text, checks it alone (so that errors name lines), and lays it over the defaults.
+    pub fn file<T: DeserializeOwned>(path: &str, text: &str) -> Result<Self, ConfigError> {
+        let refused = |error: toml::de::Error| ConfigError::File { path: path.to_owned(), text: error.to_string() };
+        toml::from_str::<T>(text).map_err(refused)?;
+        let values = toml::from_str::<Table>(text).map_err(refused)?;
+        let mut origins = BTreeMap::new();
+        let table = DeTable::parse(text).map_err(refused)?;
+        note_lines(text, "", table.get_ref(), &mut origins);
+        Ok(Self { values, origins })
+    }
+
+    /// No file.
+    pub fn empty() -> Self {
+        Self { values: Table::new(), origins: BTreeMap::new() }
+    }
+
+    /// Lays the variables that begin with `prefix` over what is there: `PREFIX__MQTT__LISTEN` is `mqtt.listen`; a value
+    /// is read as TOML if it is TOML of the right kind (inline tables and arrays), else as a string.
+    pub fn env<T: DeserializeOwned>(
+        &mut self,
+        prefix: &str,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<(), ConfigError> {
+        let prefix = format!("{prefix}__");
+        let mut mine: Vec<_> = variables.into_iter().filter(|(name, _)| name.starts_with(&prefix)).collect();
+        mine.sort();
+        for (name, value) in mine {
+            let key = name[prefix.len()..].to_lowercase().replace("__", ".");
+            self.lay::<T>(&key, &value, Origin::Env(name))?;
+        }
+        Ok(())
+    }
+
+    /// Lays one flag over what is there.
+    pub fn flag<T: DeserializeOwned>(&mut self, flag: &str, key: &str, value: &str) -> Result<(), ConfigError> {
+        self.lay::<T>(key, value, Origin::Flag(flag.to_owned()))
+    }
+
+    fn lay<T: DeserializeOwned>(&mut self, key: &str, value: &str, origin: Origin) -> Result<(), ConfigError> {
+        let as_text = Value::String(value.to_owned());
+        let parsed = toml::from_str::<Table>(&format!("v = {value}")).ok().and_then(|mut t| t.remove("v"));
+        let mut refused = None;
+        for candidate in parsed.into_iter().chain([as_text]) {
+            let mut table = Table::new();
+            put(&mut table, key, candidate.clone()).map_err(|text| self.refuse(&origin, &text))?;
+            match T::deserialize(table) {
+                Ok(_) => {
+                    put(&mut self.values, key, candidate).map_err(|text| self.refuse(&origin, &text))?;
+                    self.origins.retain(|k, _| !(k.starts_with(key) && k[key.len()..].starts_with(['.', '['])));
+                    self.origins.insert(key.to_owned(), origin);
+                    return Ok(());
+                }
+                // The first reading is the better one to complain about: a table was meant as a table.
+                Err(error) => refused = refused.or(Some(error)),
+            }
+        }
+        let text = refused.map(|e| e.to_string()).unwrap_or_default();
+        Err(self.refuse(&origin, &format!("{key} = {value:?}: {}", text.trim())))
+    }
+
+    fn refuse(&self, origin: &Origin, text: &str) -> ConfigError {
+        ConfigError::Override { origin: origin.to_string(), text: text.to_owned() }
+    }
+
+    /// The settings in force.
+    pub fn load<T: DeserializeOwned>(self) -> Result<Loaded<T>, ConfigError> {
+        let settings = T::deserialize(self.values)
+            .map_err(|e| ConfigError::Override { origin: "settings".into(), text: e.to_string() })?;
+        Ok(Loaded { settings, origins: self.origins })
+    }
+}
+
+impl<T: Serialize> Loaded<T> {
+    /// The effective settings, a line each: `key = value   # origin`. Secrets serialise themselves as `"(set)"`.
+    pub fn describe(&self) -> Result<String, toml::ser::Error> {
+        let mut lines = Vec::new();
+        flatten("", &Value::try_from(&self.settings)?, &mut lines);
+        let width = lines.iter().map(|(k, v)| k.len() + v.len()).max().unwrap_or(0).min(70);
+        Ok(lines
+            .into_iter()
+            .map(|(key, value)| {
+                let pad = " ".repeat(width.saturating_sub(key.len() + value.len()));
+                format!("{key} = {value}{pad}  # {}\n", self.origin(&key))
+            })
+            .collect())
+    }
+
+    /// Where the value of `key` came from: its own origin or that of what contains it.
+    pub fn origin(&self, key: &str) -> Origin {
+        let mut key = key;
+        loop {
+            if let Some(origin) = self.origins.get(key) {
+                return origin.clone();
+            }
+            match key.rfind(['.', '[']) {
+                Some(at) => key = &key[..at],
+                None => return Origin::Default,
+            }
+        }
+    }
+}
+
+fn note_lines(text: &str, prefix: &str, table: &DeTable<'_>, origins: &mut BTreeMap<String, Origin>) {
+    let line = |span: Range<usize>| 1 + text.as_bytes().iter().take(span.start).filter(|b| **b == b'\n').count();
+    for (key, value) in table {
+        let path = join(prefix, key.get_ref());
+        match value.get_ref() {
+            DeValue::Table(inner) => note_lines(text, &path, inner, origins),
+            DeValue::Array(items) => {
+                origins.insert(path.clone(), Origin::File { line: line(key.span()) });
+                for (index, item) in items.iter().enumerate() {
+                    if let DeValue::Table(inner) = item.get_ref() {
+                        note_lines(text, &format!("{path}[{index}]"), inner, origins);
+                    }
+                }
+            }
+            _ => {
+                origins.insert(path, Origin::File { line: line(key.span()) });
+            }
+        }
+    }
+}
+
+fn join(prefix: &str, key: &str) -> String {
+    if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") }
+}
+
+fn put(table: &mut Table, key: &str, value: Value) -> Result<(), String> {
+    match key.split_once('.') {
+        None if key.is_empty() => Err("the key is empty".to_owned()),
+        None => {
+            table.insert(key.to_owned(), value);
+            Ok(())
+        }
+        Some((first, rest)) => {
+            let inner = table.entry(first).or_insert_with(|| Value::Table(Table::new()));
+            match inner {
+                Value::Table(inner) => put(inner, rest, value),
+                _ => Err(format!("{first} is not a table here; set it as a whole")),
+            }
+        }
+    }
+}
+
+fn flatten(prefix: &str, value: &Value, lines: &mut Vec<(String, String)>) {
+    match value {
+        Value::Table(table) => table.iter().for_each(|(key, value)| flatten(&join(prefix, key), value, lines)),
+        Value::Array(items) if items.iter().any(Value::is_table) => {
+            for (index, item) in items.iter().enumerate() {
+                flatten(&format!("{prefix}[{index}]"), item, lines);
+            }
+        }
+        other => lines.push((prefix.to_owned(), other.to_string())),
+    }
+}
+
+/// A number of bytes: an integer, or text with a unit (`"64 KiB"`, `"8MiB"`, `"1GiB"`, `"500MB"`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct ByteSize(pub u64);
+
+/// A length of time: an integer number of seconds, or text with a unit (`"250ms"`, `"10s"`, `"5m"`, `"1h"`, `"7d"`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Span(pub Duration);
+
+/// Splits `"64 KiB"` into 64 and `"KiB"`.
+fn number_and_unit(text: &str) -> Option<(u64, &str)> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    Some((text[..digits].parse().ok()?, text[digits..].trim()))
+}
+
+impl ByteSize {
+    const UNITS: [(&'static str, u64); 7] = [
+        ("GiB", 1 << 30),
+        ("MiB", 1 << 20),
+        ("KiB", 1 << 10),
+        ("GB", 1_000_000_000),
+        ("MB", 1_000_000),
+        ("kB", 1_000),
+        ("B", 1),
+    ];
+
+    /// Reads text with a unit.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (number, unit) = number_and_unit(text)?;
+        let (_, factor) = Self::UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit))?;
+        number.checked_mul(*factor).map(Self)
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = Self::UNITS.iter().take(3).find(|(_, factor)| self.0 >= *factor && self.0 % factor == 0);
+        match unit {
+            Some((name, factor)) => write!(f, "{} {name}", self.0 / factor),
+            None => write!(f, "{} B", self.0),
+        }
+    }
+}
+
+impl Span {
+    const UNITS: [(&'static str, u64); 5] =
+        [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
+
+    /// So many milliseconds.
+    pub const fn millis(millis: u64) -> Self {
+        Self(Duration::from_millis(millis))
+    }
+
+    /// So many seconds.
+    pub const fn secs(secs: u64) -> Self {
+        Self(Duration::from_secs(secs))
+    }
+
+    /// Reads text with a unit.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (number, unit) = number_and_unit(text)?;
+        let (_, factor) = Self::UNITS.iter().find(|(name, _)| *name == unit)?;
+        number.checked_mul(*factor).map(Self::millis)
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let millis = self.0.as_millis() as u64;
+        let unit = Self::UNITS.iter().find(|(_, factor)| millis >= *factor && millis % factor == 0);
+        match unit {
+            Some((name, factor)) => write!(f, "{}{name}", millis / factor),
+            None => write!(f, "{millis}ms"),
+        }
+    }
+}
+
+macro_rules! measure {
+    ($name:ident, $from:expr, $expected:literal) => {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Measure;
+                impl Visitor<'_> for Measure {
+                    type Value = $name;
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($expected)
+                    }
+                    fn visit_i64<E: serde::de::Error>(self, number: i64) -> Result<$name, E> {
+                        let number = u64::try_from(number)
+                            .map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(number), &self))?;
+                        Ok($from(number))
+                    }
+                    fn visit_u64<E: serde::de::Error>(self, number: u64) -> Result<$name, E> {
+                        Ok($from(number))
+                    }
+                    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<$name, E> {
+                        $name::parse(text).ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(text), &self))
+                    }
+                }
+                deserializer.deserialize_any(Measure)
+            }
+        }
+    };
+}
+
+measure!(ByteSize, ByteSize, "a number of bytes, as 1048576 or \"1 MiB\"");
+measure!(Span, Span::secs, "a time, as 10 (seconds), \"250ms\", \"10s\", \"5m\", \"1h\" or \"7d\"");
+
+/// A value that is never shown.
+#[derive(Clone, PartialEq, Eq, Default, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a value, read from a file for instance.
+    pub fn new(value: String) -> Self {
+        Self(value)
+    }
+
+    /// The value, for those who must send or compare it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(set)")
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str("(set)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, Default, Serialize, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Settings {
+        id: String,
+        mqtt: Mqtt,
+        stream: Vec<Stream>,
+    }
+
+    #[derive(Debug, Default, Serialize, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Mqtt {
+        listen: String,
+        keep_alive: Span,
+        packet_bytes_max: ByteSize,
+        token: Option<Secret>,
+    }
+
+    #[derive(Debug, Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Stream {
+        name: String,
+    }
+
+    const FILE: &str = "id = \"gw\"\n[mqtt]\nlisten = \"a:1\"\ntoken = \"hush\"\n\n[[stream]]\nname = \"s\"\n";
+
+    #[test]
+    fn flags_beat_the_environment_which_beats_the_file() {
+        let mut layers = Layers::file::<Settings>("x.toml", FILE).unwrap();
+        let variables = [
+            ("E__MQTT__KEEP_ALIVE", "5m"),
+            ("E__ID", "17"),
+            ("E__STREAM", "[{ name = \"other\" }]"),
+            ("OTHER__ID", "no"),
+        ];
+        layers.env::<Settings>("E", variables.map(|(a, b)| (a.to_owned(), b.to_owned()))).unwrap();
+        layers.flag::<Settings>("--set", "mqtt.packet_bytes_max", "2 MiB").unwrap();
+        let loaded = layers.load::<Settings>().unwrap();
+        let settings = &loaded.settings;
+        assert_eq!((settings.id.as_str(), settings.mqtt.listen.as_str()), ("17", "a:1"));
+        assert_eq!(settings.mqtt.keep_alive, Span::secs(300));
+        assert_eq!(settings.mqtt.packet_bytes_max, ByteSize(2 << 20));
+        assert_eq!(settings.stream[0].name, "other");
+        assert_eq!(loaded.origin("mqtt.listen"), Origin::File { line: 3 });
+        assert_eq!(loaded.origin("stream[0].name"), Origin::Env("E__STREAM".into()));
+        let text = loaded.describe().unwrap();
+        assert!(text.contains("mqtt.keep_alive = \"5m\""), "{text}");
+        assert!(!text.contains("hush"), "{text}");
+        assert!(text.contains("# flag --set"), "{text}");
+    }
+
+    #[test]
+    fn a_wrong_key_is_named_with_its_line_and_what_was_expected() {
+        let check = |text: &str, expected: &[&str]| {
+            let error = Layers::file::<Settings>("edge.toml", text).unwrap_err().to_string();
+            for part in expected {
+                assert!(error.contains(part), "{error}\nlacks {part}");
+            }
+        };
+        check("id = \"a\"\nlisen = 1\n", &["edge.toml", "line 2", "lisen", "expected one of", "`mqtt`"]);
+        check("[mqtt]\nlisten = 5\n", &["line 2", "listen", "expected a string"]);
+        check("[mqtt]\nkeep_alive = \"5 fortnights\"\n", &["line 2", "\"10s\""]);
+        check("[[stream]]\nname = \"a\"\nnmae = 1\n", &["line 3", "nmae"]);
+        check("id = \n", &["line 1"]);
+    }
+
+    #[test]
+    fn a_wrong_variable_is_named() {
+        let mut layers = Layers::empty();
+        let variables = [("E__MQTT__LISEN".to_owned(), "x".to_owned())];
+        let error = layers.env::<Settings>("E", variables).unwrap_err().to_string();
+        assert!(error.contains("E__MQTT__LISEN") && error.contains("`listen`"), "{error}");
+    }
+
+    #[test]
+    fn measures_read_and_show_their_units() {
+        for (text, bytes) in [("1 KiB", 1024), ("8MiB", 8 << 20), ("500MB", 500_000_000), ("7 b", 7)] {
+            assert_eq!(ByteSize::parse(text), Some(ByteSize(bytes)), "{text}");
+        }
+        assert_eq!(ByteSize::parse("99999999999 GiB"), None);
+        assert_eq!(ByteSize(8 << 20).to_string(), "8 MiB");
+        assert_eq!(Span::parse("250ms"), Some(Span::millis(250)));
+        assert_eq!(Span::parse("1w"), None);
+        assert_eq!(Span::secs(7200).to_string(), "2h");
+        assert_eq!(Span::millis(0).to_string(), "0ms");
+    }
+}
