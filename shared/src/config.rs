@@ -5,10 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
 use std::time::Duration;
 
-use serde::de::{DeserializeOwned, Visitor};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{DeserializeOwned, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use toml::de::{DeTable, DeValue};
 use toml::{Table, Value};
@@ -269,7 +272,7 @@ impl ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let unit = Self::UNITS.iter().take(3).find(|(_, factor)| self.0 >= *factor && self.0 % factor == 0);
+        let unit = Self::UNITS.iter().take(3).find(|(_, factor)| self.0 >= *factor && self.0.is_multiple_of(*factor));
         match unit {
             Some((name, factor)) => write!(f, "{} {name}", self.0 / factor),
             None => write!(f, "{} B", self.0),
@@ -302,7 +305,7 @@ impl Span {
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let millis = self.0.as_millis() as u64;
-        let unit = Self::UNITS.iter().find(|(_, factor)| millis >= *factor && millis % factor == 0);
+        let unit = Self::UNITS.iter().find(|(_, factor)| millis >= *factor && millis.is_multiple_of(*factor));
         match unit {
             Some((name, factor)) => write!(f, "{}{name}", millis / factor),
             None => write!(f, "{millis}ms"),
@@ -346,6 +349,88 @@ macro_rules! measure {
 
 measure!(ByteSize, ByteSize, "a number of bytes, as 1048576 or \"1 MiB\"");
 measure!(Span, Span::secs, "a time, as 10 (seconds), \"250ms\", \"10s\", \"5m\", \"1h\" or \"7d\"");
+
+/// Where a server listens: an IP address and port, or `localhost:PORT`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ListenAddr(pub SocketAddr);
+
+impl ListenAddr {
+    /// A port on the loopback address.
+    pub const fn loopback(port: u16) -> Self {
+        Self(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port))
+    }
+
+    /// Refuses what would be open to a network without anybody having said so (`what` names the listener's key).
+    pub fn check_exposure(self, what: &str, authenticated: bool, fix: &str, open: bool) -> Result<(), String> {
+        if self.0.ip().is_loopback() || authenticated || open {
+            return Ok(());
+        }
+        Err(format!(
+            "{what} = \"{}\" is reachable from other machines and asks nobody who they are. Either {fix}, or set \
+             allow_anonymous = true on this listener if that is what you want",
+            self.0
+        ))
+    }
+}
+
+impl fmt::Display for ListenAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Serialize for ListenAddr {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ListenAddr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error as _;
+        let text = String::deserialize(deserializer)?;
+        let loopback = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+        loopback.as_ref().unwrap_or(&text).parse().map(Self).map_err(|_| {
+            D::Error::custom(format!("{text:?} is not an address: expected IP:PORT as 127.0.0.1:1883 or [::1]:1883"))
+        })
+    }
+}
+
+/// One table or an array of them: `[uplink]` is the short form of `[[uplink]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OneOrMany<T>(pub Vec<T>);
+
+impl<T> Default for OneOrMany<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Serialize> Serialize for OneOrMany<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // By hand, for serde's untagged enums hide which key was wrong.
+        struct Forms<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Forms<T> {
+            type Value = OneOrMany<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a table or an array of tables")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(|one| OneOrMany(vec![one]))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany)
+            }
+        }
+        deserializer.deserialize_any(Forms(PhantomData))
+    }
+}
 
 /// A value that is never shown.
 #[derive(Clone, PartialEq, Eq, Default, Deserialize)]
