@@ -1,0 +1,38 @@
+//! What both brokers do at their rim: read settings, open the admin port, load TLS files, log, and stop on a signal.
+//!
+//! Only binaries' `main` uses this crate; nothing below it reads the environment.
+
+pub mod admin;
+pub mod settings;
+pub mod tls;
+
+use std::time::Duration;
+
+/// Longest time a stop may take before the process ends anyway.
+pub const STOP_SECS_MAX: u64 = 10;
+
+/// Logs to standard error; `RUST_LOG` chooses levels, `info` by default.
+pub fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}
+
+/// Resolves on SIGTERM or SIGINT. From then on the process ends within [`STOP_SECS_MAX`], whatever hangs: all that was
+/// acknowledged is durable, so ending is always safe.
+pub async fn stop_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_secs(STOP_SECS_MAX) - Duration::from_millis(500));
+        tracing::error!("not stopped within {STOP_SECS_MAX} s, ending now; nothing acknowledged is lost");
+        std::process::exit(1);
+    });
+    Ok(())
+}
