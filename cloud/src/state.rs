@@ -1,1 +1,558 @@
-//! What a shard's blocks say besides data: topics, offsets of groups, positions of edges.
+//! What a shard's blocks say besides data: topics, offsets of groups, positions of edges, leader epochs.
+//!
+//! A [`Change`] rests in a block beside the data it belongs to; [`State`] is all changes folded together. The shard
+//! writes changes and keeps the durable state; catalogue, groups and ingest see both through [`StateLog`] and know
+//! nothing of blocks. Nothing here reads a clock, a disk or a socket.
+//!
+//! ```text
+//! changes in a block            snapshot in a manifest
+//! +---------+----------+---     +---------+--------------------------+
+//! | version | count    | ...    | version | State, postcard          |
+//! | u8 = 1  | varint   |        | u8 = 1  |                          |
+//! +---------+----------+---     +---------+--------------------------+
+//! ```
+//! Each change is postcard (varint variant number, then its fields in order). A variant is never edited or moved; what
+//! must say more becomes a new variant at the end.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use shared::log::{AppendError, BoxFuture, Chain, StreamKey};
+use shared::name::{EdgeId, Offset, Partition, StreamName, TimestampMs, TopicId, TopicName};
+
+pub mod memory;
+
+const CHANGES_VERSION: u8 = 1;
+const SNAPSHOT_VERSION: u8 = 1;
+
+/// Most partitions one topic may have: bounds what a damaged or hostile change can make us allocate.
+pub const TOPIC_PARTITIONS_MAX: u32 = 100_000;
+
+/// Batches of one producer that are remembered, so that a repeated one is recognised (Kafka keeps five).
+pub const PRODUCER_BATCHES_KEPT: usize = 5;
+
+/// One thing that changed. Applied in the order written; applying is total: a change that names what is not there does nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// A topic exists from here on, and its partitions with it.
+    TopicCreated(Topic),
+    /// A topic, its partitions, their records and what groups committed on them are gone.
+    TopicDeleted {
+        /// Which.
+        id: TopicId,
+    },
+    /// A topic has more partitions.
+    PartitionsAdded {
+        /// Which.
+        id: TopicId,
+        /// The new total. A lower one than there is does nothing.
+        count: u32,
+    },
+    /// A topic's settings are these now, all of them.
+    TopicConfigured {
+        /// Which.
+        id: TopicId,
+        /// Only what differs from the defaults.
+        configs: BTreeMap<String, String>,
+    },
+    /// A group's position in a partition.
+    OffsetCommitted {
+        /// The group.
+        group: String,
+        /// The partition.
+        partition: Partition,
+        /// The position.
+        committed: CommittedOffset,
+    },
+    /// A group's position was removed.
+    OffsetDeleted {
+        /// The group.
+        group: String,
+        /// The partition.
+        partition: Partition,
+    },
+    /// A group and its positions were removed.
+    GroupDeleted {
+        /// The group.
+        group: String,
+    },
+    /// What must outlive a restart of a group's membership.
+    GroupTouched {
+        /// The group.
+        group: String,
+        /// `consumer`, `connect`, ... or empty for a group that only commits.
+        protocol_type: String,
+        /// Since when it has no members (retention of its offsets starts there, KIP-211); `None` while it has.
+        empty_since_ms: Option<TimestampMs>,
+    },
+    /// Producer ids below `next` may have been given out and are never given out again.
+    ProducerIdsReserved {
+        /// The first that is free.
+        next: i64,
+    },
+    /// Records below `offset` are gone from a partition.
+    LogStartMoved {
+        /// Which.
+        partition: Partition,
+        /// The new log start. A lower one than there is does nothing.
+        offset: Offset,
+    },
+    /// An edge said hello.
+    EdgeSeen {
+        /// Which.
+        edge: EdgeId,
+        /// When.
+        seen_ms: TimestampMs,
+        /// What it said of itself (software, address, ...), for people.
+        detail: BTreeMap<String, String>,
+    },
+    /// A stream's partition, chosen once.
+    StreamPlaced {
+        /// Edge and stream, whatever the incarnation.
+        stream: (EdgeId, StreamName),
+        /// The topic.
+        topic: TopicId,
+        /// The partition's number.
+        index: u32,
+    },
+    /// A stream's position. Written by the shard alone, in the block that carries the data.
+    StreamPosition {
+        /// Which, in which incarnation.
+        key: StreamKey,
+        /// Where its records were stored.
+        partition: Partition,
+        /// The edge offset its next batch must begin with.
+        next: Offset,
+        /// The sender's chain value there.
+        chain: Chain,
+    },
+    /// A leader epoch begins: every partition goes on `skip` offsets above its end, under this epoch.
+    /// Written by the shard alone.
+    EpochStarted {
+        /// Its number, greater than all before.
+        epoch: i32,
+        /// Offsets that are left out because they may have been used by records that were lost; 0 if nothing was.
+        skip: i64,
+    },
+}
+
+/// A topic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Topic {
+    /// Its identity.
+    pub id: TopicId,
+    /// Its name.
+    pub name: TopicName,
+    /// How many partitions it has.
+    pub partitions: u32,
+    /// Its settings, as far as they differ from the defaults.
+    pub configs: BTreeMap<String, String>,
+    /// When it was created.
+    pub created_ms: TimestampMs,
+}
+
+/// A group's position in a partition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommittedOffset {
+    /// The next offset the group will read.
+    pub offset: Offset,
+    /// Leader epoch of the last record it read, or -1.
+    pub leader_epoch: i32,
+    /// Whatever the client said.
+    pub metadata: String,
+    /// When.
+    pub commit_ms: TimestampMs,
+}
+
+/// A group, as far as it outlives a restart.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Group {
+    /// `consumer`, `connect`, ... or empty for a group that only commits.
+    pub protocol_type: String,
+    /// Since when it has no members.
+    pub empty_since_ms: Option<TimestampMs>,
+    /// Its positions.
+    pub offsets: BTreeMap<Partition, CommittedOffset>,
+}
+
+/// An edge, as it last said hello.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Edge {
+    /// When.
+    pub seen_ms: TimestampMs,
+    /// What it said of itself.
+    pub detail: BTreeMap<String, String>,
+}
+
+/// How far a stream's records are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamState {
+    /// Where its last records were stored.
+    pub partition: Partition,
+    /// The edge offset its next batch must begin with.
+    pub next: Offset,
+    /// The sender's chain value there.
+    pub chain: Chain,
+}
+
+/// Where a leader epoch begins in a partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochStart {
+    /// Its number.
+    pub epoch: i32,
+    /// The first offset written under it.
+    pub start: Offset,
+}
+
+/// A batch of an idempotent producer that is remembered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProducedBatch {
+    /// Sequence of its first record.
+    pub first_sequence: i32,
+    /// Sequence of its last record.
+    pub last_sequence: i32,
+    /// Offset of its first record.
+    pub base_offset: Offset,
+    /// Offset of its last record.
+    pub last_offset: Offset,
+}
+
+/// An idempotent producer in one partition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Producer {
+    /// The newest epoch seen.
+    pub epoch: i16,
+    /// Its last batches under that epoch, oldest first, at most [`PRODUCER_BATCHES_KEPT`].
+    pub batches: Vec<ProducedBatch>,
+    /// When the last one was appended.
+    pub append_ms: TimestampMs,
+}
+
+impl Producer {
+    /// Remembers a batch that is durable; a newer epoch forgets the batches of the older one.
+    pub fn push(&mut self, epoch: i16, batch: ProducedBatch, append_ms: TimestampMs) {
+        if epoch != self.epoch {
+            self.batches.clear();
+            self.epoch = epoch;
+        }
+        if self.batches.len() >= PRODUCER_BATCHES_KEPT {
+            self.batches.remove(0);
+        }
+        self.batches.push(batch);
+        self.append_ms = append_ms;
+    }
+}
+
+/// A partition, as far as its records do not say it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PartitionState {
+    /// The first offset that can be read.
+    pub log_start: Offset,
+    /// The offset after the last durable record.
+    pub high_watermark: Offset,
+    /// Leader epochs, ascending. Never empty.
+    pub epochs: Vec<EpochStart>,
+    /// Idempotent producers by id.
+    pub producers: BTreeMap<i64, Producer>,
+}
+
+impl PartitionState {
+    fn new(epoch: i32) -> Self {
+        Self { epochs: vec![EpochStart { epoch, start: 0 }], ..Self::default() }
+    }
+
+    /// The leader epoch in force.
+    pub fn leader_epoch(&self) -> i32 {
+        self.epochs.last().map_or(0, |last| last.epoch)
+    }
+}
+
+/// All changes so far, folded together.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct State {
+    leader_epoch: i32,
+    next_producer_id: i64,
+    topics: BTreeMap<TopicId, Topic>,
+    topic_ids: BTreeMap<TopicName, TopicId>,
+    partitions: BTreeMap<Partition, PartitionState>,
+    groups: BTreeMap<String, Group>,
+    edges: BTreeMap<EdgeId, Edge>,
+    placements: BTreeMap<(EdgeId, StreamName), Partition>,
+    streams: BTreeMap<StreamKey, StreamState>,
+}
+
+/// Why stored state was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// Written by a newer Tributary.
+    #[error("state has format version {0}, this build reads up to 1: start the newer build again")]
+    Version(u8),
+    /// Not what any version writes.
+    #[error("state is malformed: {0}")]
+    Malformed(&'static str),
+}
+
+impl State {
+    /// The topic of that identity.
+    pub fn topic(&self, id: TopicId) -> Option<&Topic> {
+        self.topics.get(&id)
+    }
+
+    /// The topic of that name.
+    pub fn topic_named(&self, name: &TopicName) -> Option<&Topic> {
+        self.topics.get(self.topic_ids.get(name)?)
+    }
+
+    /// All topics, ordered by name.
+    pub fn topics(&self) -> impl Iterator<Item = &Topic> {
+        self.topic_ids.values().filter_map(|id| self.topics.get(id))
+    }
+
+    /// A partition.
+    pub fn partition(&self, partition: Partition) -> Option<&PartitionState> {
+        self.partitions.get(&partition)
+    }
+
+    /// All partitions.
+    pub fn partitions(&self) -> impl Iterator<Item = (&Partition, &PartitionState)> {
+        self.partitions.iter()
+    }
+
+    /// A group.
+    pub fn group(&self, group: &str) -> Option<&Group> {
+        self.groups.get(group)
+    }
+
+    /// All groups, by name.
+    pub fn groups(&self) -> impl Iterator<Item = (&String, &Group)> {
+        self.groups.iter()
+    }
+
+    /// A group's position in a partition.
+    pub fn committed(&self, group: &str, partition: Partition) -> Option<&CommittedOffset> {
+        self.groups.get(group)?.offsets.get(&partition)
+    }
+
+    /// An edge.
+    pub fn edge(&self, edge: &EdgeId) -> Option<&Edge> {
+        self.edges.get(edge)
+    }
+
+    /// All edges, by id.
+    pub fn edges(&self) -> impl Iterator<Item = (&EdgeId, &Edge)> {
+        self.edges.iter()
+    }
+
+    /// The partition a stream was given.
+    pub fn placement(&self, edge: &EdgeId, stream: &StreamName) -> Option<Partition> {
+        self.placements.get(&(edge.clone(), stream.clone())).copied()
+    }
+
+    /// How far a stream's records are stored.
+    pub fn stream(&self, key: &StreamKey) -> Option<&StreamState> {
+        self.streams.get(key)
+    }
+
+    /// All streams, those of one edge together.
+    pub fn streams(&self) -> impl Iterator<Item = (&StreamKey, &StreamState)> {
+        self.streams.iter()
+    }
+
+    /// Ids below this may have been given out.
+    pub fn next_producer_id(&self) -> i64 {
+        self.next_producer_id
+    }
+
+    /// The newest leader epoch.
+    pub fn leader_epoch(&self) -> i32 {
+        self.leader_epoch
+    }
+
+    /// Folds one change in.
+    pub fn apply(&mut self, change: &Change) {
+        match change {
+            Change::TopicCreated(topic) => self.create(topic),
+            Change::TopicDeleted { id } => self.delete(*id),
+            Change::PartitionsAdded { id, count } => self.add_partitions(*id, *count),
+            Change::TopicConfigured { id, configs } => {
+                if let Some(topic) = self.topics.get_mut(id) {
+                    topic.configs.clone_from(configs);
+                }
+            }
+            Change::OffsetCommitted { group, partition, committed } => {
+                self.groups.entry(group.clone()).or_default().offsets.insert(*partition, committed.clone());
+            }
+            Change::OffsetDeleted { group, partition } => {
+                if let Some(group) = self.groups.get_mut(group) {
+                    group.offsets.remove(partition);
+                }
+            }
+            Change::GroupDeleted { group } => {
+                self.groups.remove(group);
+            }
+            Change::GroupTouched { group, protocol_type, empty_since_ms } => {
+                let group = self.groups.entry(group.clone()).or_default();
+                group.protocol_type.clone_from(protocol_type);
+                group.empty_since_ms = *empty_since_ms;
+            }
+            Change::ProducerIdsReserved { next } => self.next_producer_id = self.next_producer_id.max(*next),
+            Change::LogStartMoved { partition, offset } => {
+                if let Some(partition) = self.partitions.get_mut(partition) {
+                    partition.log_start = partition.log_start.max(*offset).min(partition.high_watermark);
+                }
+            }
+            Change::EdgeSeen { edge, seen_ms, detail } => {
+                self.edges.insert(edge.clone(), Edge { seen_ms: *seen_ms, detail: detail.clone() });
+            }
+            Change::StreamPlaced { stream, topic, index } => {
+                self.placements.entry(stream.clone()).or_insert(Partition { topic: *topic, index: *index });
+            }
+            Change::StreamPosition { key, partition, next, chain } => {
+                let state = StreamState { partition: *partition, next: *next, chain: *chain };
+                self.streams.insert(key.clone(), state);
+            }
+            Change::EpochStarted { epoch, skip } => self.start_epoch(*epoch, *skip),
+        }
+    }
+
+    fn create(&mut self, topic: &Topic) {
+        if self.topics.contains_key(&topic.id) || self.topic_ids.contains_key(&topic.name) {
+            return;
+        }
+        self.topic_ids.insert(topic.name.clone(), topic.id);
+        self.topics.insert(topic.id, Topic { partitions: 0, ..topic.clone() });
+        self.add_partitions(topic.id, topic.partitions);
+    }
+
+    fn delete(&mut self, id: TopicId) {
+        let Some(topic) = self.topics.remove(&id) else { return };
+        self.topic_ids.remove(&topic.name);
+        self.partitions.retain(|partition, _| partition.topic != id);
+        self.placements.retain(|_, partition| partition.topic != id);
+        for group in self.groups.values_mut() {
+            group.offsets.retain(|partition, _| partition.topic != id);
+        }
+    }
+
+    fn add_partitions(&mut self, id: TopicId, count: u32) {
+        let Some(topic) = self.topics.get_mut(&id) else { return };
+        let count = count.min(TOPIC_PARTITIONS_MAX);
+        for index in topic.partitions..count {
+            self.partitions.insert(Partition { topic: id, index }, PartitionState::new(self.leader_epoch));
+        }
+        topic.partitions = topic.partitions.max(count);
+    }
+
+    fn start_epoch(&mut self, epoch: i32, skip: i64) {
+        if epoch <= self.leader_epoch {
+            return;
+        }
+        self.leader_epoch = epoch;
+        for partition in self.partitions.values_mut() {
+            partition.high_watermark = partition.high_watermark.saturating_add(skip.max(0));
+            partition.epochs.push(EpochStart { epoch, start: partition.high_watermark });
+        }
+    }
+
+    /// Records of a partition became durable up to `next`. Called by whoever folds a block in, before its changes.
+    pub fn advance(&mut self, partition: Partition, next: Offset) {
+        if let Some(partition) = self.partitions.get_mut(&partition) {
+            partition.high_watermark = partition.high_watermark.max(next);
+        }
+    }
+
+    /// A batch of an idempotent producer became durable.
+    pub fn produced(
+        &mut self,
+        partition: Partition,
+        producer_id: i64,
+        epoch: i16,
+        batch: ProducedBatch,
+        append_ms: TimestampMs,
+    ) {
+        if let Some(partition) = self.partitions.get_mut(&partition) {
+            partition
+                .producers
+                .entry(producer_id)
+                .or_insert_with(|| Producer { epoch, batches: Vec::new(), append_ms })
+                .push(epoch, batch, append_ms);
+        }
+    }
+
+    /// Forgets producers that appended nothing since `before_ms` (Kafka's `producer.id.expiration.ms`).
+    pub fn expire_producers(&mut self, before_ms: TimestampMs) {
+        for partition in self.partitions.values_mut() {
+            partition.producers.retain(|_, producer| producer.append_ms >= before_ms);
+        }
+    }
+
+    /// The whole state as bytes, for a manifest.
+    pub fn encode(&self) -> Vec<u8> {
+        encode_versioned(SNAPSHOT_VERSION, self)
+    }
+
+    /// Reads what [`State::encode`] wrote. Nothing is allocated that the bytes do not back.
+    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
+        let (version, body) = bytes.split_first().ok_or(StateError::Malformed("empty snapshot"))?;
+        if *version != SNAPSHOT_VERSION {
+            return Err(StateError::Version(*version));
+        }
+        let (state, rest) =
+            postcard::take_from_bytes::<Self>(body).map_err(|_| StateError::Malformed("snapshot does not decode"))?;
+        if !rest.is_empty() {
+            return Err(StateError::Malformed("bytes after the snapshot"));
+        }
+        if state.partitions.values().any(|partition| partition.epochs.is_empty()) {
+            return Err(StateError::Malformed("partition without an epoch"));
+        }
+        Ok(state)
+    }
+}
+
+/// Changes as a block carries them; no bytes for none.
+pub fn encode_changes(changes: &[Change]) -> Vec<u8> {
+    if changes.is_empty() { Vec::new() } else { encode_versioned(CHANGES_VERSION, &changes) }
+}
+
+/// Reads what [`encode_changes`] wrote. Nothing is allocated that the bytes do not back.
+pub fn decode_changes(bytes: &[u8]) -> Result<Vec<Change>, StateError> {
+    let Some((version, body)) = bytes.split_first() else { return Ok(Vec::new()) };
+    if *version != CHANGES_VERSION {
+        return Err(StateError::Version(*version));
+    }
+    let (changes, rest) = postcard::take_from_bytes::<Vec<Change>>(body)
+        .map_err(|_| StateError::Malformed("changes do not decode, or a newer build wrote them"))?;
+    if !rest.is_empty() {
+        return Err(StateError::Malformed("bytes after the changes"));
+    }
+    Ok(changes)
+}
+
+fn encode_versioned<T: Serialize + ?Sized>(version: u8, value: &T) -> Vec<u8> {
+    postcard::to_extend(value, vec![version]).expect("plain data always encodes to memory")
+}
+
+/// What the catalogue, groups and ingest need of the log that keeps the state.
+pub trait StateLog: Send + Sync + 'static {
+    /// Writes changes in one atomic append. Their place in the order is taken in the call itself; resolves when they
+    /// are durable and visible in [`StateLog::with_state`].
+    fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>>;
+
+    /// Shows the durable state, under a lock: copy what is needed and return.
+    fn with_state(&self, read: &mut dyn FnMut(&State));
+}
+
+/// Reads something out of the durable state.
+pub fn read_state<T>(log: &dyn StateLog, read: impl FnOnce(&State) -> T) -> T {
+    let mut read = Some(read);
+    let mut out = None;
+    log.with_state(&mut |state| {
+        if let Some(read) = read.take() {
+            out = Some(read(state));
+        }
+    });
+    out.expect("a state log calls the reader")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,62 @@
+//! A state log in memory: for tests of what stands on one. It keeps nothing beyond the process.
+
+use parking_lot::Mutex;
+use shared::log::{AppendError, BoxFuture};
+
+use super::{Change, State, StateLog};
+
+/// Applies changes at once and remembers them.
+#[derive(Debug, Default)]
+pub struct MemoryStateLog {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    state: State,
+    commits: Vec<Vec<Change>>,
+    refuse: Option<AppendError>,
+}
+
+impl MemoryStateLog {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One that begins with these changes applied.
+    pub fn with(changes: &[Change]) -> Self {
+        let log = Self::new();
+        changes.iter().for_each(|change| log.inner.lock().state.apply(change));
+        log
+    }
+
+    /// From now on every commit is refused with this, or taken again.
+    pub fn refuse(&self, error: Option<AppendError>) {
+        self.inner.lock().refuse = error;
+    }
+
+    /// What was committed so far, commit by commit.
+    pub fn commits(&self) -> Vec<Vec<Change>> {
+        self.inner.lock().commits.clone()
+    }
+}
+
+impl StateLog for MemoryStateLog {
+    fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
+        let mut inner = self.inner.lock();
+        let result = match inner.refuse.clone() {
+            Some(error) => Err(error),
+            None => {
+                changes.iter().for_each(|change| inner.state.apply(change));
+                inner.commits.push(changes);
+                Ok(())
+            }
+        };
+        Box::pin(std::future::ready(result))
+    }
+
+    fn with_state(&self, read: &mut dyn FnMut(&State)) {
+        read(&self.inner.lock().state);
+    }
+}

@@ -1,0 +1,175 @@
+use proptest::prelude::*;
+use shared::name::Incarnation;
+
+use super::*;
+
+fn id(n: u8) -> TopicId {
+    TopicId([n; 16])
+}
+
+fn topic(n: u8, name: &str, partitions: u32) -> Topic {
+    Topic { id: id(n), name: TopicName::parse(name).unwrap(), partitions, configs: BTreeMap::new(), created_ms: 5 }
+}
+
+fn partition(n: u8, index: u32) -> Partition {
+    Partition { topic: id(n), index }
+}
+
+fn stream() -> (EdgeId, StreamName) {
+    (EdgeId::parse("gw-1").unwrap(), StreamName::parse("telemetry").unwrap())
+}
+
+fn committed(offset: Offset) -> CommittedOffset {
+    CommittedOffset { offset, leader_epoch: 3, metadata: "m".into(), commit_ms: 9 }
+}
+
+/// One of every variant, in the order of their numbers.
+fn one_of_each() -> Vec<Change> {
+    let (edge, name) = stream();
+    let map = BTreeMap::from([("k".to_owned(), "v".to_owned())]);
+    vec![
+        Change::TopicCreated(topic(1, "t", 2)),
+        Change::TopicDeleted { id: id(9) },
+        Change::PartitionsAdded { id: id(1), count: 3 },
+        Change::TopicConfigured { id: id(1), configs: map.clone() },
+        Change::OffsetCommitted { group: "g".into(), partition: partition(1, 0), committed: committed(7) },
+        Change::OffsetDeleted { group: "g".into(), partition: partition(1, 1) },
+        Change::GroupDeleted { group: "h".into() },
+        Change::GroupTouched { group: "g".into(), protocol_type: "consumer".into(), empty_since_ms: Some(4) },
+        Change::ProducerIdsReserved { next: 1000 },
+        Change::LogStartMoved { partition: partition(1, 0), offset: 2 },
+        Change::EdgeSeen { edge: edge.clone(), seen_ms: 11, detail: map },
+        Change::StreamPlaced { stream: (edge.clone(), name.clone()), topic: id(1), index: 1 },
+        Change::StreamPosition {
+            key: StreamKey { edge, stream: name, incarnation: Incarnation([7; 16]) },
+            partition: partition(1, 1),
+            next: 42,
+            chain: Chain(0xfeed),
+        },
+        Change::EpochStarted { epoch: 1, skip: 1 << 32 },
+    ]
+}
+
+fn state() -> State {
+    let mut state = State::default();
+    one_of_each().iter().for_each(|change| state.apply(change));
+    state
+}
+
+/// These bytes rest in blocks and buckets: if this fails, the format changed and old data no longer reads.
+#[test]
+fn golden_bytes_of_every_change() {
+    let t1 = "01".repeat(16);
+    let golden = [
+        format!("00{t1}0174 02 00 0a"),
+        format!("01{}", "09".repeat(16)),
+        format!("02{t1}03"),
+        format!("03{t1}01016b0176"),
+        format!("04 0167 {t1}00 0e 06 016d 12"),
+        format!("05 0167 {t1}01"),
+        "06 0168".into(),
+        "07 0167 08636f6e73756d6572 0108".into(),
+        "08 d00f".into(),
+        format!("09 {t1}00 04"),
+        "0a 0467772d31 16 01016b0176".into(),
+        format!("0b 0467772d31 0974656c656d65747279 {t1} 01"),
+        format!("0c 0467772d31 0974656c656d65747279 {} {t1}01 54 edfd03", "07".repeat(16)),
+        "0d 02 8080808020".into(),
+    ];
+    for (change, expected) in one_of_each().iter().zip(golden) {
+        let hex: String = encode_changes(std::slice::from_ref(change)).iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(hex, format!("0101{}", expected.replace(' ', "")), "{change:?}");
+    }
+}
+
+#[test]
+fn changes_and_snapshots_are_read_back() {
+    assert_eq!(decode_changes(&encode_changes(&one_of_each())).unwrap(), one_of_each());
+    assert_eq!(decode_changes(&encode_changes(&[])).unwrap(), []);
+    assert_eq!(State::decode(&state().encode()).unwrap(), state());
+}
+
+#[test]
+fn a_newer_version_is_named() {
+    assert_eq!(decode_changes(&[2, 0]), Err(StateError::Version(2)));
+    assert_eq!(State::decode(&[9]), Err(StateError::Version(9)));
+}
+
+#[test]
+fn a_deleted_topic_takes_its_offsets_and_placements_along() {
+    let mut state = state();
+    state.apply(&Change::TopicDeleted { id: id(1) });
+    let (edge, name) = stream();
+    assert!(state.topic_named(&TopicName::parse("t").unwrap()).is_none());
+    assert_eq!(state.partitions().count(), 0);
+    assert!(state.committed("g", partition(1, 0)).is_none());
+    assert!(state.placement(&edge, &name).is_none());
+    assert_eq!(state.streams().count(), 1, "what was stored stays stored");
+}
+
+#[test]
+fn a_topic_made_twice_is_the_first() {
+    let mut state = state();
+    state.apply(&Change::TopicCreated(topic(2, "t", 9)));
+    assert_eq!(state.topic_named(&TopicName::parse("t").unwrap()).unwrap().id, id(1));
+    assert_eq!(state.topics().count(), 1);
+}
+
+#[test]
+fn an_epoch_begins_above_what_may_have_been_lost() {
+    let mut state = State::default();
+    state.apply(&Change::TopicCreated(topic(1, "t", 1)));
+    state.advance(partition(1, 0), 10);
+    state.apply(&Change::EpochStarted { epoch: 1, skip: 100 });
+    state.apply(&Change::EpochStarted { epoch: 1, skip: 100 });
+    let found = state.partition(partition(1, 0)).unwrap();
+    assert_eq!(found.high_watermark, 110);
+    assert_eq!(found.epochs, [EpochStart { epoch: 0, start: 0 }, EpochStart { epoch: 1, start: 110 }]);
+    state.apply(&Change::TopicCreated(topic(2, "u", 1)));
+    assert_eq!(state.partition(partition(2, 0)).unwrap().leader_epoch(), 1);
+}
+
+#[test]
+fn a_log_start_neither_falls_nor_passes_the_end() {
+    let mut state = State::default();
+    state.apply(&Change::TopicCreated(topic(1, "t", 1)));
+    state.advance(partition(1, 0), 10);
+    for (moved, expected) in [(4, 4), (2, 4), (99, 10)] {
+        state.apply(&Change::LogStartMoved { partition: partition(1, 0), offset: moved });
+        assert_eq!(state.partition(partition(1, 0)).unwrap().log_start, expected);
+    }
+}
+
+#[test]
+fn five_batches_of_a_producer_are_remembered() {
+    let mut producer = Producer { epoch: 0, batches: Vec::new(), append_ms: 0 };
+    let batch = |n: i32| ProducedBatch {
+        first_sequence: n,
+        last_sequence: n,
+        base_offset: i64::from(n),
+        last_offset: i64::from(n),
+    };
+    (0..7).for_each(|n| producer.push(0, batch(n), 1));
+    assert_eq!(producer.batches.iter().map(|b| b.first_sequence).collect::<Vec<_>>(), [2, 3, 4, 5, 6]);
+    producer.push(1, batch(0), 1);
+    assert_eq!(producer.batches.len(), 1);
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 0usize..400, at in 0usize..400, flip: u8) {
+        let _ = decode_changes(&bytes);
+        let _ = State::decode(&bytes);
+        for mut good in [encode_changes(&one_of_each()), state().encode()] {
+            if let Some(byte) = good.get_mut(at) {
+                *byte ^= flip;
+            }
+            good.truncate(cut.max(1));
+            if let Ok(changes) = decode_changes(&good) {
+                let mut state = State::default();
+                changes.iter().for_each(|change| state.apply(change));
+            }
+            let _ = State::decode(&good);
+        }
+    }
+}
