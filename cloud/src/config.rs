@@ -1,1 +1,308 @@
-//! Settings of the cloud broker.
+//! Settings of the cloud broker: the shape of `cloud.toml`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use shared::config::{ByteSize, ListenAddr, Secret, Span};
+use shared::name::{EdgeId, TopicName};
+
+/// `cloud.toml`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CloudConfig {
+    /// This node's number, as Kafka clients see it.
+    pub node_id: i32,
+    /// Where everything local rests.
+    pub data_dir: PathBuf,
+    /// Kafka clients.
+    pub kafka: KafkaConfig,
+    /// Edges.
+    pub link: LinkConfig,
+    /// Health, status and metrics.
+    pub admin: AdminConfig,
+    /// Object storage.
+    pub archive: ArchiveConfig,
+    /// The local log.
+    pub wal: WalConfig,
+}
+
+impl Default for CloudConfig {
+    fn default() -> Self {
+        Self {
+            node_id: 1,
+            data_dir: "data/cloud".into(),
+            kafka: KafkaConfig::default(),
+            link: LinkConfig::default(),
+            admin: AdminConfig::default(),
+            archive: ArchiveConfig::default(),
+            wal: WalConfig::default(),
+        }
+    }
+}
+
+/// `[kafka]`.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KafkaConfig {
+    /// Short form of one plain `[[kafka.listener]]`; 127.0.0.1:9092 when neither is given.
+    pub listen: Option<ListenAddr>,
+    /// The address clients are told to come back to; the listener's own by default.
+    pub advertise: Option<String>,
+    /// With the short form: open to a network without authentication.
+    pub allow_anonymous: bool,
+    /// The long form.
+    pub listener: Vec<KafkaListenerConfig>,
+    /// Metadata requests make topics that do not exist.
+    pub auto_create_topics: Option<bool>,
+    /// How long a new group waits for more members before its first rebalance.
+    pub group_initial_rebalance_delay: Option<Span>,
+}
+
+/// `[[kafka.listener]]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KafkaListenerConfig {
+    /// Shown in logs.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Where it listens.
+    pub listen: ListenAddr,
+    /// The address clients are told to come back to.
+    #[serde(default)]
+    pub advertise: Option<String>,
+    /// Certificate and key; plain without.
+    #[serde(default)]
+    pub tls: Option<TlsConfig>,
+    /// Open to a network without authentication.
+    #[serde(default)]
+    pub allow_anonymous: bool,
+}
+
+/// A certificate chain and its key, PEM files.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// Certificate chain, the server's own first.
+    pub certificate: PathBuf,
+    /// Private key.
+    pub key: PathBuf,
+}
+
+/// `[link]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LinkConfig {
+    /// Where edges connect.
+    pub listen: ListenAddr,
+    /// Certificate and key; plain HTTP without.
+    pub tls: Option<TlsConfig>,
+    /// Takes edges without a token although others can reach it.
+    pub allow_anonymous: bool,
+    /// The edges that may connect; with none, any edge on loopback (or with `allow_anonymous`).
+    pub edge: Vec<LinkEdgeConfig>,
+}
+
+impl Default for LinkConfig {
+    fn default() -> Self {
+        Self { listen: ListenAddr::loopback(9480), tls: None, allow_anonymous: false, edge: Vec::new() }
+    }
+}
+
+/// `[[link.edge]]`: one gateway and its token.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkEdgeConfig {
+    /// The id this token belongs to.
+    pub id: EdgeId,
+    /// The token itself.
+    #[serde(default)]
+    pub token: Option<Secret>,
+    /// A file that holds it.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
+    /// Topics it may write; all when absent.
+    #[serde(default)]
+    pub topics: Option<Vec<TopicName>>,
+}
+
+/// `[admin]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AdminConfig {
+    /// Where it listens.
+    pub listen: ListenAddr,
+    /// Open to a network: the port shows topics, groups and edges to whoever asks.
+    pub allow_anonymous: bool,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { listen: ListenAddr::loopback(9482), allow_anonymous: false }
+    }
+}
+
+/// `[archive]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ArchiveConfig {
+    /// `file:///path`, `s3://bucket/prefix`, `off`; `DATA_DIR/archive` when absent.
+    pub url: Option<String>,
+    /// How far the bucket may be behind the log: what a dead disk can cost.
+    pub max_lag: Span,
+    /// Size at which a segment is cut.
+    pub segment_bytes: ByteSize,
+    /// Age at which what there is becomes segments.
+    pub segment_age: Span,
+}
+
+impl Default for ArchiveConfig {
+    fn default() -> Self {
+        Self { url: None, max_lag: Span::secs(10), segment_bytes: ByteSize(64 << 20), segment_age: Span::secs(600) }
+    }
+}
+
+/// `[wal]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WalConfig {
+    /// Size of one recycled file.
+    pub file_bytes: ByteSize,
+    /// Most bytes of all of them; producers then get a retriable error.
+    pub bytes_max: ByteSize,
+    /// Recent blocks kept in memory for consumers at the end of the log.
+    pub tail_cache_bytes: ByteSize,
+}
+
+impl Default for WalConfig {
+    fn default() -> Self {
+        Self { file_bytes: ByteSize(64 << 20), bytes_max: ByteSize(2 << 30), tail_cache_bytes: ByteSize(64 << 20) }
+    }
+}
+
+impl CloudConfig {
+    /// The Kafka listeners, the short form included.
+    pub fn kafka_listeners(&self) -> Vec<KafkaListenerConfig> {
+        let short = || KafkaListenerConfig {
+            name: None,
+            listen: self.kafka.listen.unwrap_or(ListenAddr::loopback(9092)),
+            advertise: self.kafka.advertise.clone(),
+            tls: None,
+            allow_anonymous: self.kafka.allow_anonymous,
+        };
+        match (self.kafka.listen, self.kafka.listener.is_empty()) {
+            (None, true) => vec![short()],
+            (None, false) => self.kafka.listener.clone(),
+            (Some(_), _) => std::iter::once(short()).chain(self.kafka.listener.clone()).collect(),
+        }
+    }
+
+    /// Where the archive is: `None` when it is off.
+    pub fn archive_url(&self) -> Result<Option<String>, String> {
+        match self.archive.url.as_deref() {
+            Some("off") => Ok(None),
+            Some(url) if url.starts_with("file:///") || url.starts_with("s3://") => Ok(Some(url.to_owned())),
+            Some(url) => {
+                Err(format!("[archive] url = {url:?}: expected file:///ABSOLUTE/PATH, s3://BUCKET/PREFIX or \"off\""))
+            }
+            None => {
+                let dir = std::path::absolute(self.data_dir.join("archive")).map_err(|e| e.to_string())?;
+                Ok(Some(format!("file://{}", dir.display())))
+            }
+        }
+    }
+
+    /// Refuses what would be unsafe or could not work.
+    pub fn check(&self) -> Result<(), String> {
+        if self.node_id < 0 {
+            return Err(format!("node_id = {}: expected 0 or more", self.node_id));
+        }
+        for listener in self.kafka_listeners() {
+            let fix = "listen on 127.0.0.1 (Kafka clients are not asked for credentials yet)";
+            listener.listen.check_exposure("[kafka] listen", false, fix, listener.allow_anonymous)?;
+            listener.advertised()?;
+        }
+        let tokens = !self.link.edge.is_empty();
+        let fix = "give each gateway a token with [[link.edge]] id and token_file";
+        self.link.listen.check_exposure("[link] listen", tokens, fix, self.link.allow_anonymous)?;
+        self.admin.listen.check_exposure("[admin] listen", false, "listen on 127.0.0.1", self.admin.allow_anonymous)?;
+        for edge in &self.link.edge {
+            if edge.token.is_none() && edge.token_file.is_none() {
+                return Err(format!("[[link.edge]] id = \"{}\": expected token_file (or token)", edge.id));
+            }
+        }
+        self.archive_url().map(drop)
+    }
+}
+
+impl KafkaListenerConfig {
+    /// Host and port that clients are told to connect to.
+    pub fn advertised(&self) -> Result<(String, u16), String> {
+        let text = match &self.advertise {
+            Some(text) => text.clone(),
+            None => self.listen.0.to_string(),
+        };
+        let wanted = || format!("[kafka] advertise = {text:?}: expected HOST:PORT that clients can reach");
+        if let Ok(address) = text.parse::<SocketAddr>() {
+            if address.ip().is_unspecified() {
+                return Err(format!(
+                    "{}; {} means \"every address\" and no client can connect to it. Set advertise to this host's name",
+                    wanted(),
+                    address.ip()
+                ));
+            }
+            return Ok((address.ip().to_string(), address.port()));
+        }
+        let (host, port) = text.rsplit_once(':').ok_or_else(wanted)?;
+        let port = port.parse().map_err(|_| wanted())?;
+        if host.is_empty() || host.len() > 255 || host.contains(['/', ' ']) {
+            return Err(wanted());
+        }
+        Ok((host.to_owned(), port))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> CloudConfig {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn no_configuration_at_all_is_a_configuration() {
+        let config = CloudConfig::default();
+        config.check().unwrap();
+        assert_eq!(config.kafka_listeners()[0].advertised().unwrap(), ("127.0.0.1".to_owned(), 9092));
+        assert!(config.archive_url().unwrap().unwrap().ends_with("/data/cloud/archive"));
+    }
+
+    #[test]
+    fn an_open_listener_is_refused_with_both_fixes() {
+        for text in [
+            "[kafka]\nlisten = \"0.0.0.0:9092\"\nadvertise = \"h:9092\"",
+            "[link]\nlisten = \"0.0.0.0:9480\"",
+            "[admin]\nlisten = \"[::]:9482\"",
+        ] {
+            let refused = parse(text).check().unwrap_err();
+            assert!(refused.contains("allow_anonymous = true") && refused.contains("Either"), "{refused}");
+            parse(&format!("{text}\nallow_anonymous = true")).check().unwrap();
+        }
+        let tokens = "[link]\nlisten = \"0.0.0.0:9480\"\n[[link.edge]]\nid = \"gw\"\ntoken = \"x\"";
+        parse(tokens).check().unwrap();
+    }
+
+    #[test]
+    fn an_unspecified_address_is_not_advertised() {
+        let open = "[kafka]\nlisten = \"0.0.0.0:9092\"\nallow_anonymous = true";
+        assert!(parse(open).check().unwrap_err().contains("advertise"));
+        parse(&format!("{open}\nadvertise = \"broker.example:9092\"")).check().unwrap();
+    }
+
+    #[test]
+    fn the_archive_is_a_url_or_off() {
+        assert_eq!(parse("[archive]\nurl = \"off\"").archive_url().unwrap(), None);
+        assert!(parse("[archive]\nurl = \"archive\"").archive_url().unwrap_err().contains("file:///"));
+    }
+}
