@@ -84,9 +84,9 @@ pub struct KafkaListenerConfig {
 #[serde(deny_unknown_fields)]
 pub struct TlsConfig {
     /// Certificate chain, the server's own first.
-    pub certificate: PathBuf,
+    pub cert_file: PathBuf,
     /// Private key.
-    pub key: PathBuf,
+    pub key_file: PathBuf,
 }
 
 /// `[link]`.
@@ -276,6 +276,16 @@ mod tests {
         config.check().unwrap();
         assert_eq!(config.kafka_listeners()[0].advertised().unwrap(), ("127.0.0.1".to_owned(), 9092));
         assert!(config.archive_url().unwrap().unwrap().ends_with("/data/cloud/archive"));
+    }
+
+    #[test]
+    fn every_key_is_in_the_operating_guide() {
+        let guide = include_str!("../../docs/operating.md");
+        let loaded = shared::config::Layers::empty().load::<CloudConfig>().unwrap();
+        for line in loaded.describe().unwrap().lines() {
+            let key = line.split(" = ").next().unwrap();
+            assert!(guide.contains(&format!("`{key}`")), "docs/operating.md lacks `{key}`");
+        }
     }
 
     #[test]
