@@ -3,6 +3,11 @@
 //! A [`Log`] keeps many partitions. It knows RecordBatch v2 headers and nothing of MQTT or Kafka requests; protocols
 //! know this trait and nothing of engines. `conformance` is the contract as code: each engine runs it.
 
+pub mod conformance;
+pub mod faulty;
+pub mod idempotence;
+pub mod memory;
+
 use std::future::Future;
 use std::pin::Pin;
 
