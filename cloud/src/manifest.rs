@@ -1,1 +1,412 @@
 //! The manifest: a small root and immutable pages that name every archived object.
+//!
+//! ```text
+//! <prefix>/cluster-id                                              text: which system this archive belongs to
+//! <prefix>/shards/{shard}/manifest/{seq:020}                       roots: the one with the greatest seq is in force
+//! <prefix>/shards/{shard}/pages/{seq:020}-{number:04}-{nonce:016x} index pages and state snapshots
+//! <prefix>/shards/{shard}/segments/{seq:020}-{epoch:08}-{number:04}-{nonce:016x}
+//! <prefix>/shards/{shard}/wal/{first_seq:020}                      blocks as the shard wrote them, concatenated
+//!
+//! root      "TRBROOT\n", payload length u32, payload (postcard), crc32c u32 of all before it
+//! page      "TRBPAGE\n", payload length u32, kind u8 (1 index, 2 snapshot), payload, crc32c u32 of all before it
+//! ```
+//! Envelope integers are big-endian; payloads are postcard (LEB128 varints), versioned by enum variants that are never
+//! edited. A snapshot's payload is the shard's own encoding. Everything is written once, by `PutMode::Create`: a root
+//! after the pages it names, a page after the segments it names. A new root names the pages that did not change by the
+//! same pointers, so a publication writes what changed and no more.
+//!
+//! This module is pure: names, formats and the [`Index`] in memory.
+
+mod index;
+
+use bytes::{Buf, BufMut, Bytes};
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+use shared::name::Partition;
+
+use crate::segment::Run;
+
+pub use index::{HeldRun, Index, Usage};
+
+/// Largest root or page that is read: a bound on what a hostile bucket can make a start allocate.
+pub const OBJECT_BYTES_MAX: u64 = 1 << 30;
+
+const ROOT_MAGIC: [u8; 8] = *b"TRBROOT\n";
+const PAGE_MAGIC: [u8; 8] = *b"TRBPAGE\n";
+const PAGE_INDEX: u8 = 1;
+const PAGE_SNAPSHOT: u8 = 2;
+
+/// Why bytes are not a root or page.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// Cut, flipped or not ours; the text says where.
+    #[error("manifest is damaged: {0}")]
+    Damaged(&'static str),
+    /// Written by a newer Tributary, or damaged in a way its checksum does not show.
+    #[error("manifest has a form this build does not know: use the tributary-cloud that wrote it, or a newer one")]
+    Unknown,
+}
+
+/// What is in force: where state and segments are, and from which block on to replay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    /// The system it belongs to.
+    pub cluster_id: String,
+    /// The shard.
+    pub shard: u32,
+    /// The epoch of the owner that wrote it.
+    pub epoch: u32,
+    /// Its number: the key.
+    pub seq: u64,
+    /// Random: tells two roots of one number apart when the outcome of a PUT is not known.
+    pub nonce: u64,
+    /// The first block that is not in the snapshot and not in segments: replay begins here.
+    pub trim: u64,
+    /// CRC-32C over the stored bytes of block `trim - 1`: whether a local log is the one this was made from.
+    pub trim_crc: Option<u32>,
+    /// The state at `trim`; none before the first split.
+    pub snapshot: Option<PagePointer>,
+    /// The segment index, in order.
+    pub pages: Vec<PagePointer>,
+    /// Every claim of the shard in this bucket, oldest first. What they name is never deleted.
+    pub fences: Vec<Fence>,
+}
+
+/// One claim. A deposed owner's next PUT meets one of these two objects and fails, however late it comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// The epoch that was claimed.
+    pub epoch: u32,
+    /// The root that claimed it.
+    pub manifest_seq: u64,
+    /// Where the shipped WAL ended then: the object with this key is the claimant's first, or its predecessor's last.
+    pub wal_seq: u64,
+}
+
+/// Names one page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PagePointer {
+    /// The root that first named it.
+    pub seq: u64,
+    /// Its number among that root's new pages.
+    pub number: u32,
+    /// Random.
+    pub nonce: u64,
+    /// Size of the object.
+    pub bytes: u64,
+    /// The checksum it ends with.
+    pub crc: u32,
+}
+
+/// Names one segment object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SegmentId {
+    /// The trim of the publication that made it: what lies in it is below.
+    pub seq: u64,
+    /// The epoch of the owner that made it.
+    pub epoch: u32,
+    /// Its number within the publication.
+    pub number: u32,
+    /// Random.
+    pub nonce: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+enum RootFormat {
+    V1(Root),
+}
+
+#[derive(Serialize, Deserialize)]
+enum PageFormat {
+    V1(IndexPage),
+}
+
+/// What an index page says.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IndexPage {
+    /// The objects its runs lie in, with their sizes.
+    pub objects: Vec<(SegmentId, u64)>,
+    /// Each partition's runs, ascending; `u32` is the object's place in `objects`.
+    pub partitions: Vec<(Partition, Vec<(u32, Run)>)>,
+}
+
+impl Root {
+    /// The object.
+    pub fn encode(&self) -> Bytes {
+        let payload = encode(&RootFormat::V1(self.clone()));
+        envelope(ROOT_MAGIC, None, &payload)
+    }
+
+    /// Reads the object.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
+        let payload = open(ROOT_MAGIC, bytes)?;
+        let RootFormat::V1(root) = decode(payload)?;
+        Ok(root)
+    }
+}
+
+impl IndexPage {
+    /// The object and the checksum it ends with.
+    pub fn encode(self) -> (Bytes, u32) {
+        sealed(envelope(PAGE_MAGIC, Some(PAGE_INDEX), &encode(&PageFormat::V1(self))))
+    }
+
+    /// Reads the object that `pointer` names.
+    pub fn decode(bytes: &Bytes, pointer: &PagePointer) -> Result<Self, ManifestError> {
+        let PageFormat::V1(page) = decode(&page_payload(bytes, pointer, PAGE_INDEX)?)?;
+        Ok(page)
+    }
+}
+
+/// A snapshot page: the object and the checksum it ends with.
+pub fn encode_snapshot(state: &[u8]) -> (Bytes, u32) {
+    sealed(envelope(PAGE_MAGIC, Some(PAGE_SNAPSHOT), state))
+}
+
+/// The state in the snapshot page that `pointer` names.
+pub fn decode_snapshot(bytes: &Bytes, pointer: &PagePointer) -> Result<Bytes, ManifestError> {
+    page_payload(bytes, pointer, PAGE_SNAPSHOT)
+}
+
+fn page_payload(bytes: &Bytes, pointer: &PagePointer, kind: u8) -> Result<Bytes, ManifestError> {
+    let payload = open(PAGE_MAGIC, bytes)?;
+    if bytes.len() as u64 != pointer.bytes || bytes.last_chunk::<4>() != Some(&pointer.crc.to_be_bytes()) {
+        return Err(ManifestError::Damaged("page is not the one its root names"));
+    }
+    match payload.split_first() {
+        Some((found, payload)) if *found == kind => Ok(bytes.slice_ref(payload)),
+        _ => Err(ManifestError::Unknown),
+    }
+}
+
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_stdvec(value).expect("plain data always encodes into memory")
+}
+
+fn decode<T: for<'de> Deserialize<'de>>(payload: &[u8]) -> Result<T, ManifestError> {
+    match postcard::take_from_bytes(payload) {
+        Ok((value, [])) => Ok(value),
+        _ => Err(ManifestError::Unknown),
+    }
+}
+
+fn envelope(magic: [u8; 8], kind: Option<u8>, payload: &[u8]) -> Bytes {
+    let length = payload.len() + usize::from(kind.is_some());
+    let mut out = Vec::with_capacity(length + 16);
+    out.put_slice(&magic);
+    out.put_u32(length as u32);
+    out.extend(kind);
+    out.put_slice(payload);
+    let crc = crc32c::crc32c(&out);
+    out.put_u32(crc);
+    out.into()
+}
+
+fn sealed(object: Bytes) -> (Bytes, u32) {
+    let crc = object.last_chunk::<4>().map_or(0, |crc| u32::from_be_bytes(*crc));
+    (object, crc)
+}
+
+fn open(magic: [u8; 8], bytes: &[u8]) -> Result<&[u8], ManifestError> {
+    let (mut head, rest) = bytes.split_at_checked(12).ok_or(ManifestError::Damaged("it is cut"))?;
+    let (payload, mut crc) =
+        rest.len().checked_sub(4).map(|at| rest.split_at(at)).ok_or(ManifestError::Damaged("it is cut"))?;
+    if head.copy_to_bytes(8) != magic[..] {
+        return Err(ManifestError::Damaged("magic"));
+    }
+    if head.get_u32() as usize != payload.len() {
+        return Err(ManifestError::Damaged("length"));
+    }
+    if crc.get_u32() != crc32c::crc32c(&bytes[..bytes.len() - 4]) {
+        return Err(ManifestError::Damaged("checksum"));
+    }
+    Ok(payload)
+}
+
+/// The keys of one shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys {
+    prefix: Path,
+    shard: u32,
+}
+
+impl Keys {
+    /// Keys under `prefix`.
+    pub fn new(prefix: Path, shard: u32) -> Self {
+        Self { prefix, shard }
+    }
+
+    fn under(&self, kind: &str) -> Path {
+        self.prefix.clone().join("shards").join(self.shard.to_string()).join(kind)
+    }
+
+    /// Which system the archive belongs to.
+    pub fn cluster_id(&self) -> Path {
+        self.prefix.clone().join("cluster-id")
+    }
+
+    /// Where start-up probes write.
+    pub fn probes(&self) -> Path {
+        self.prefix.clone().join("probe")
+    }
+
+    /// All roots.
+    pub fn roots(&self) -> Path {
+        self.under("manifest")
+    }
+
+    /// One root.
+    pub fn root(&self, seq: u64) -> Path {
+        self.roots().join(format!("{seq:020}"))
+    }
+
+    /// All shipped WAL objects.
+    pub fn wals(&self) -> Path {
+        self.under("wal")
+    }
+
+    /// The WAL object whose first block is `first_seq`.
+    pub fn wal(&self, first_seq: u64) -> Path {
+        self.wals().join(format!("{first_seq:020}"))
+    }
+
+    /// All pages.
+    pub fn pages(&self) -> Path {
+        self.under("pages")
+    }
+
+    /// One page.
+    pub fn page(&self, pointer: &PagePointer) -> Path {
+        let PagePointer { seq, number, nonce, .. } = pointer;
+        self.pages().join(format!("{seq:020}-{number:04}-{nonce:016x}"))
+    }
+
+    /// All segments.
+    pub fn segments(&self) -> Path {
+        self.under("segments")
+    }
+
+    /// One segment.
+    pub fn segment(&self, id: &SegmentId) -> Path {
+        let SegmentId { seq, epoch, number, nonce } = id;
+        self.segments().join(format!("{seq:020}-{epoch:08}-{number:04}-{nonce:016x}"))
+    }
+}
+
+/// The number that a root's or WAL object's key ends with.
+pub fn sequence_of(key: &Path) -> Option<u64> {
+    key.filename().filter(|name| name.len() == 20).and_then(|name| name.parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use shared::name::TopicId;
+
+    fn root() -> Root {
+        Root {
+            cluster_id: "c-1".into(),
+            shard: 0,
+            epoch: 3,
+            seq: 9,
+            nonce: 0x1122,
+            trim: 300,
+            trim_crc: Some(5),
+            snapshot: Some(PagePointer { seq: 9, number: 0, nonce: 1, bytes: 20, crc: 7 }),
+            pages: vec![PagePointer { seq: 8, number: 1, nonce: 2, bytes: 30, crc: 8 }],
+            fences: vec![Fence { epoch: 3, manifest_seq: 7, wal_seq: 250 }],
+        }
+    }
+
+    fn page() -> IndexPage {
+        let run = Run {
+            position: 0,
+            length: 70,
+            index_position: 70,
+            index_length: 60,
+            base: 7,
+            next: 8,
+            max_timestamp: 70,
+            appended_ms: 99,
+        };
+        let id = SegmentId { seq: 300, epoch: 3, number: 1, nonce: 4 };
+        IndexPage {
+            objects: vec![(id, 254)],
+            partitions: vec![(Partition { topic: TopicId([1; 16]), index: 2 }, vec![(0, run)])],
+        }
+    }
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    #[test]
+    fn golden_root() {
+        let bytes = root().encode();
+        assert_eq!(
+            hex(&bytes),
+            "545242524f4f540a0000001f0003632d31000309a222ac020105010900011407010801021e08010307fa01f9c2b65f"
+        );
+        assert_eq!(Root::decode(&bytes), Ok(root()));
+    }
+
+    #[test]
+    fn golden_pages() {
+        let (bytes, crc) = page().encode();
+        assert_eq!(
+            hex(&bytes),
+            "545242504147450a00000028010001ac02030104fe0101010101010101010101010101010101010201000046463c0e108c01c601ffdd774e"
+        );
+        let pointer = PagePointer { seq: 1, number: 0, nonce: 0, bytes: bytes.len() as u64, crc };
+        assert_eq!(IndexPage::decode(&bytes, &pointer), Ok(page()));
+        assert_eq!(decode_snapshot(&bytes, &pointer), Err(ManifestError::Unknown), "a page of the other kind");
+        let other = PagePointer { crc: crc ^ 1, ..pointer };
+        assert!(IndexPage::decode(&bytes, &other).is_err(), "a whole page, but not the one that was named");
+
+        let (bytes, crc) = encode_snapshot(b"state");
+        assert_eq!(hex(&bytes), "545242504147450a000000060273746174656c1df9c6");
+        let pointer = PagePointer { bytes: bytes.len() as u64, crc, ..pointer };
+        assert_eq!(decode_snapshot(&bytes, &pointer), Ok(Bytes::from("state")));
+    }
+
+    #[test]
+    fn golden_keys() {
+        let keys = Keys::new(Path::from("a/b"), 0);
+        assert_eq!(keys.root(7).as_ref(), "a/b/shards/0/manifest/00000000000000000007");
+        assert_eq!(keys.wal(u64::MAX).as_ref(), "a/b/shards/0/wal/18446744073709551615");
+        assert_eq!(sequence_of(&keys.wal(u64::MAX)), Some(u64::MAX));
+        let id = SegmentId { seq: 300, epoch: 3, number: 1, nonce: 4 };
+        assert_eq!(
+            keys.segment(&id).as_ref(),
+            "a/b/shards/0/segments/00000000000000000300-00000003-0001-0000000000000004"
+        );
+        assert_eq!(sequence_of(&keys.segment(&id)), None);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100), crc in any::<u32>()) {
+            let _ = Root::decode(&bytes);
+            // Bytes that pass the envelope, too.
+            let _ = Root::decode(&envelope(ROOT_MAGIC, None, &bytes));
+            let page = envelope(PAGE_MAGIC, Some(PAGE_INDEX), &bytes);
+            let pointer = PagePointer { seq: 0, number: 0, nonce: 0, bytes: page.len() as u64, crc };
+            let pointer = PagePointer { crc: sealed(page.clone()).1, ..pointer };
+            if let Ok(page) = IndexPage::decode(&page, &pointer) {
+                let _ = Index::load([(pointer, page)]);
+            }
+            let _ = decode_snapshot(&bytes.into(), &pointer);
+        }
+
+        #[test]
+        fn a_flipped_bit_is_found(bit in any::<proptest::sample::Index>()) {
+            let mut bytes = root().encode().to_vec();
+            let bit = bit.index(bytes.len() * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(Root::decode(&bytes).is_err());
+        }
+    }
+}
