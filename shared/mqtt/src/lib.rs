@@ -1,3 +1,5 @@
 //! MQTT 3.1.1 and 5: packet codec, session state, and the front both brokers run.
 
+pub mod codec;
 pub mod store;
+pub mod topic;

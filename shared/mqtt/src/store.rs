@@ -73,7 +73,7 @@ pub struct Publish<'a> {
 }
 
 /// Properties of an MQTT 5 PUBLISH that outlive the hop (§3.3.2.3).
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PublishProperties<'a> {
     /// Payload is UTF-8.
     pub payload_is_utf8: Option<bool>,
