@@ -1,1 +1,4 @@
 //! Topics, their ids, settings and partitions.
+
+/// The topics there are.
+pub struct Catalogue {}

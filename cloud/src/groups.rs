@@ -1,1 +1,4 @@
 //! Classic consumer groups: membership in memory, offsets in the log.
+
+/// The groups there are.
+pub struct Groups {}
