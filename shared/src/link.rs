@@ -8,6 +8,9 @@ pub mod frame;
 pub mod receiver;
 pub mod sender;
 
+#[cfg(test)]
+mod tests;
+
 use crate::log::Chain;
 use crate::name::Offset;
 

@@ -1,0 +1,209 @@
+//! What the link promises, one case at a time, and many at once.
+
+use super::world::*;
+use crate::link::sender::Report;
+
+const ROUGH: Faults = Faults { lose: 8, lose_reply: 8, repeat: 8, full: 5, proxy_bytes_max: usize::MAX };
+
+#[test]
+fn every_record_arrives_once_and_in_order_on_a_rough_wire() {
+    for seed in 0..40 {
+        let mut world = World::new(seed);
+        let a = world.add_edge("a", &["s", "t"], 1);
+        world.add_edge("b", &["s"], 2);
+        world.faults = ROUGH;
+        world.writes = true;
+        for _ in 0..6 {
+            let length = 500 + world.rng.below(3000);
+            world.run(length);
+            match world.rng.below(3) {
+                0 => world.restart(a, world.edges[a].store.clone()),
+                1 => world.cloud.sessions.clear(),
+                _ => {}
+            }
+        }
+        world.settle();
+        world.check();
+        assert_eq!(world.reports(|report| matches!(report, Report::SentTwice { .. })), 0, "seed {seed}");
+        assert!(world.count(|_| true) > 500);
+    }
+}
+
+#[test]
+fn a_cloud_restored_from_the_bucket_gets_the_rest_again() {
+    for seed in 0..40 {
+        let mut world = World::new(1000 + seed);
+        world.add_edge("a", &["s", "t"], 1);
+        (world.faults, world.writes) = (ROUGH, true);
+        for _ in 0..5 {
+            let length = 500 + world.rng.below(3000);
+            world.run(length);
+            world.restore_cloud();
+        }
+        world.settle();
+        world.check();
+        assert_eq!(world.reports(|report| matches!(report, Report::SentTwice { .. })), 0, "seed {seed}");
+    }
+}
+
+#[test]
+fn an_older_copy_of_the_edges_disk_loses_nothing_new() {
+    let mut renewed = 0;
+    for seed in 0..40 {
+        let mut world = World::new(2000 + seed);
+        let a = world.add_edge("a", &["s", "t"], 1);
+        (world.faults, world.writes) = (ROUGH, true);
+        for _ in 0..3 {
+            let length = 500 + world.rng.below(2000);
+            world.run(length);
+            let image = world.edges[a].store.clone();
+            let length = 2000 + world.rng.below(4000);
+            world.run(length);
+            world.restart(a, image);
+        }
+        world.settle();
+        world.check();
+        renewed += world.reports(|report| matches!(report, Report::SentTwice { .. }));
+    }
+    assert!(renewed > 40);
+}
+
+#[test]
+fn a_cloned_card_is_told_apart_and_both_arrive() {
+    for seed in 0..40 {
+        let mut world = World::new(3000 + seed);
+        let a = world.add_edge("a", &["s"], 1);
+        (world.faults, world.writes) = (ROUGH, true);
+        world.run(3000);
+        let card = world.edges[a].store.clone();
+        world.add_copy("a", card);
+        world.run(60_000);
+        world.settle();
+        world.check();
+        assert!(world.reports(|report| matches!(report, Report::SentTwice { .. })) > 0, "seed {seed}");
+        assert!(world.cloud.alarms > 0, "two gateways that take turns are noticed");
+    }
+}
+
+#[test]
+fn what_drop_oldest_drops_is_declared() {
+    let mut gaps = 0;
+    for seed in 0..40 {
+        let mut world = World::new(4000 + seed);
+        world.add_edge("a", &["s", "t"], 1);
+        (world.faults, world.writes, world.drop_oldest) = (ROUGH, true, true);
+        world.run(8000);
+        world.settle();
+        world.check();
+        gaps += world.reports(|report| matches!(report, Report::GapDeclared { .. }));
+        assert!(world.edges[0].store.0.values().all(|s| s.dropped.is_none() || s.first == s.next));
+    }
+    assert!(gaps > 40);
+}
+
+#[test]
+fn a_record_the_cloud_can_never_take_is_set_aside_and_the_rest_goes_on() {
+    for seed in 0..20 {
+        let mut world = World::new(5000 + seed);
+        world.add_edge("a", &["s", "t"], 1);
+        (world.faults, world.writes, world.value_bytes) = (ROUGH, true, 900);
+        world.limits.batch_bytes_max = 800;
+        world.run(6000);
+        world.settle();
+        world.check();
+        assert!(world.count(|record| record.rejected) > 10, "seed {seed}");
+        assert!(world.count(|record| !record.rejected) > 10);
+    }
+}
+
+#[test]
+fn a_limit_that_was_lowered_later_is_found_by_halving() {
+    // The hello still promises more than the cloud then takes.
+    let mut world = World::new(1);
+    let a = world.add_edge("a", &["s"], 1);
+    world.run(1000);
+    world.limits.batch_bytes_max = 700;
+    for _ in 0..20 {
+        world.write(a, &stream("s"), 7, 10);
+    }
+    world.write(a, &stream("s"), 1, 0);
+    world.edges[a].store.0.get_mut(&stream("s")).unwrap().push(&[{
+        let mut value = 99_999u64.to_be_bytes().to_vec();
+        let mut noise = Rng::new(5);
+        value.extend((0..2000).map(|_| noise.next() as u8));
+        value
+    }]);
+    world.write(a, &stream("s"), 5, 10);
+    world.settle();
+    world.check();
+    assert_eq!(world.count(|record| record.rejected), 1);
+    assert_eq!(world.count(|record| !record.rejected), 146);
+}
+
+#[test]
+fn a_body_that_a_proxy_refuses_is_halved_and_that_is_remembered() {
+    let mut world = World::new(7);
+    let a = world.add_edge("a", &["s"], 1);
+    world.settings.compression = crate::batch::Compression::None;
+    world.restart(a, world.edges[a].store.clone());
+    for _ in 0..50 {
+        world.write(a, &stream("s"), 20, 100);
+    }
+    world.faults.proxy_bytes_max = 10_000;
+    world.run(5000);
+    let halved = world.reports(|report| matches!(report, Report::BodyHalved { .. }));
+    assert!(halved > 0);
+    for _ in 0..50 {
+        world.write(a, &stream("s"), 20, 100);
+    }
+    world.run(5000);
+    assert_eq!(world.reports(|report| matches!(report, Report::BodyHalved { .. })), halved);
+    assert_eq!(world.count(|_| true), 2000);
+    world.check();
+}
+
+#[test]
+fn a_stream_that_is_not_allowed_waits_and_the_others_go_on() {
+    let mut world = World::new(9);
+    let a = world.add_edge("a", &["s", "t"], 1);
+    let topic = world.edges[a].store.0[&stream("s")].topic.clone();
+    world.cloud.forbidden.insert(topic);
+    world.write(a, &stream("s"), 3, 10);
+    world.write(a, &stream("t"), 3, 10);
+    world.run(2000);
+    assert_eq!(world.count(|_| true), 3);
+    assert_eq!(world.edges[a].store.0[&stream("s")].parked.as_deref(), Some("topic not allowed"));
+    world.cloud.forbidden.clear();
+    world.run(10_000);
+    assert_eq!(world.count(|_| true), 6);
+    assert_eq!(world.edges[a].store.0[&stream("s")].parked, None);
+}
+
+#[test]
+fn a_cloud_that_forgot_everything_gets_all_that_is_held() {
+    let mut world = World::new(11);
+    let a = world.add_edge("a", &["s"], 1);
+    for _ in 0..10 {
+        world.write(a, &stream("s"), 3, 10);
+    }
+    world.run(2000);
+    assert_eq!(world.count(|_| true), 30);
+    world.cloud = Cloud::default();
+    world.run(20_000);
+    assert_eq!(world.count(|_| true), 30);
+    world.check();
+    assert_eq!(world.reports(|report| matches!(report, Report::CloudLost { .. })), 1);
+}
+
+#[test]
+fn a_cloud_without_room_is_waited_for() {
+    let mut world = World::new(13);
+    let a = world.add_edge("a", &["s"], 1);
+    world.faults.full = 100;
+    world.write(a, &stream("s"), 3, 10);
+    world.run(20_000);
+    assert_eq!(world.count(|_| true), 0);
+    assert!(world.reports(|report| matches!(report, Report::Held { .. })) < 30, "it waits longer and longer");
+    world.settle();
+    assert_eq!(world.count(|_| true), 3);
+}
