@@ -1,1 +1,98 @@
 //! The block log: where a shard's blocks become durable.
+//!
+//! A [`BlockLog`] keeps numbered blocks in order. It knows nothing of what is in them but that a block ends with the
+//! CRC-32C of what comes before (see `block`). Calls block: the shard's committer thread makes them, one append at a time.
+
+use bytes::Bytes;
+
+pub mod disk;
+pub mod file;
+pub mod memory;
+
+#[cfg(test)]
+mod powercut;
+
+/// Numbered blocks, durable when [`BlockLog::append`] returns.
+pub trait BlockLog: Send + Sync + 'static {
+    /// Appends a block. `seq` is the number after the newest block's, or the first of a log without blocks. When
+    /// this returns `Ok`, the block survives a power cut; after [`WalError::Full`] nothing of it was stored and a later append
+    /// of the same number may succeed; after any other error the log takes nothing more until it is opened again.
+    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError>;
+
+    /// Number of the first block that can be read, and the number after the newest; `None` without blocks.
+    fn bounds(&self) -> Option<(u64, u64)>;
+
+    /// A whole block.
+    fn read(&self, seq: u64) -> Result<Bytes, WalError>;
+
+    /// `bytes` bytes of a block from `position` on.
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError>;
+
+    /// Blocks below `below` are not needed any more. The newest block is kept all the same.
+    fn trim(&self, below: u64) -> Result<(), WalError>;
+
+    /// Throws all blocks away; the next append has the number `next`.
+    fn reset(&self, next: u64) -> Result<(), WalError>;
+
+    /// How much is kept.
+    fn usage(&self) -> Usage;
+
+    /// Ends background work and lets go of locks. What is called afterwards is refused.
+    fn close(&self);
+}
+
+/// How much a block log keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+pub struct Usage {
+    /// Bytes of blocks that were not trimmed.
+    pub bytes: u64,
+    /// Bytes taken on the disk or in memory, ready to be written again included.
+    pub held_bytes: u64,
+    /// The bound on them.
+    pub bytes_max: u64,
+}
+
+/// Why a block log did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WalError {
+    /// No room for the block; nothing of it was stored.
+    #[error("the WAL is full: {0}")]
+    Full(String),
+    /// Not the number that comes next: another owner wrote, or the caller is wrong.
+    #[error("block {found} was to be appended where {expected} comes next")]
+    WrongSequence {
+        /// What comes next.
+        expected: u64,
+        /// What was asked for.
+        found: u64,
+    },
+    /// The block was trimmed or never written.
+    #[error("block {requested} is not there, the WAL holds {first} .. {next}")]
+    NotThere {
+        /// What was asked for.
+        requested: u64,
+        /// The first there is.
+        first: u64,
+        /// After the last there is.
+        next: u64,
+    },
+    /// Stored bytes are not those that were written.
+    #[error("{0}")]
+    Corrupt(String),
+    /// The disk failed; what was not acknowledged before may or may not be there.
+    #[error("the disk failed: {0}")]
+    Io(String),
+    /// Another process uses the same directory.
+    #[error("{0} is in use by another process: stop it, or give this one a data_dir of its own")]
+    Locked(String),
+    /// The log was closed.
+    #[error("the WAL is closed")]
+    Closed,
+}
+
+/// Whether a block ends with the checksum of what comes before.
+fn is_sound(block: &[u8]) -> bool {
+    block
+        .split_last_chunk::<4>()
+        .is_some_and(|(body, crc)| !body.is_empty() && crc32c::crc32c(body) == u32::from_be_bytes(*crc))
+}

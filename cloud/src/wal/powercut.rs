@@ -1,0 +1,365 @@
+//! A disk in memory that loses power: only what was synced is sure to be there afterwards.
+//!
+//! Every operation is numbered, and the power can be cut in any of them. What was not synced survives by chance, each
+//! sector of 512 bytes on its own and in any of the versions it was written with; so do names that were not synced.
+//! `TRIBUTARY_POWER_CUTS` sets how many random cuts are tried (default 1,000 together with the exhaustive ones).
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use super::disk::{Disk, DiskFile};
+use super::file::{FileWal, FileWalSettings};
+use super::{BlockLog, WalError};
+
+const SECTOR: usize = 512;
+
+/// Small, seeded and good enough to draw from (SplitMix64).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+}
+
+#[derive(Default)]
+struct Content {
+    synced: Vec<u8>,
+    now: Vec<u8>,
+    /// Since the last sync, in order.
+    writes: Vec<(usize, Vec<u8>)>,
+}
+
+#[derive(Clone)]
+enum NameChange {
+    Add(String, usize),
+    Rename(String, String),
+    Remove(String),
+}
+
+impl NameChange {
+    fn apply(&self, names: &mut BTreeMap<String, usize>) {
+        match self {
+            Self::Add(name, file) => {
+                names.insert(name.clone(), *file);
+            }
+            Self::Rename(from, to) => {
+                if let Some(file) = names.remove(from) {
+                    names.insert(to.clone(), file);
+                }
+            }
+            Self::Remove(name) => {
+                names.remove(name);
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Model {
+    files: Vec<Content>,
+    names_synced: BTreeMap<String, usize>,
+    names: BTreeMap<String, usize>,
+    name_changes: Vec<NameChange>,
+    operations: u64,
+    cut_at: Option<u64>,
+    /// A planted bug: `sync` promises and does nothing.
+    lies: bool,
+}
+
+/// The disk. Clones are handles to the same one.
+#[derive(Clone, Default)]
+pub struct CutDisk(Arc<Mutex<Model>>);
+
+struct CutFile(CutDisk, usize);
+
+impl Model {
+    /// Counts an operation; an error once the power is off. In the very operation of the cut the change is still tried.
+    fn step(&mut self) -> io::Result<bool> {
+        self.operations += 1;
+        match self.cut_at {
+            Some(cut_at) if self.operations > cut_at => Err(io::Error::other("no power")),
+            Some(cut_at) => Ok(self.operations == cut_at),
+            None => Ok(false),
+        }
+    }
+}
+
+fn cut_here(cut: bool) -> io::Result<()> {
+    if cut { Err(io::Error::other("no power")) } else { Ok(()) }
+}
+
+impl CutDisk {
+    pub fn cut_at(operation: u64) -> Self {
+        let disk = Self::default();
+        disk.0.lock().cut_at = Some(operation);
+        disk
+    }
+
+    pub fn lying() -> Self {
+        let disk = Self::default();
+        disk.0.lock().lies = true;
+        disk
+    }
+
+    pub fn operations(&self) -> u64 {
+        self.0.lock().operations
+    }
+
+    /// What is found when the power is back.
+    pub fn survivor(&self, random: &mut Random) -> Self {
+        let model = self.0.lock();
+        let mut names = model.names_synced.clone();
+        for change in &model.name_changes {
+            if random.below(2) == 0 {
+                change.apply(&mut names);
+            }
+        }
+        // Sometimes all of it came through, sometimes none.
+        let mood = random.below(4);
+        let files = model.files.iter().map(|content| survive(content, random, mood)).collect();
+        let survivor = Model { files, names_synced: names.clone(), names, ..Model::default() };
+        Self(Arc::new(Mutex::new(survivor)))
+    }
+}
+
+fn survive(content: &Content, random: &mut Random, mood: u64) -> Content {
+    let mut found = content.synced.clone();
+    for (position, bytes) in &content.writes {
+        let mut from = 0;
+        while from < bytes.len() {
+            let at = position + from;
+            let to = bytes.len().min(from + SECTOR - at % SECTOR);
+            let kept = match mood {
+                0 => true,
+                1 => false,
+                _ => random.below(2) == 0,
+            };
+            if kept {
+                put(&mut found, at, &bytes[from..to]);
+            }
+            from = to;
+        }
+    }
+    Content { synced: found.clone(), now: found, writes: Vec::new() }
+}
+
+fn put(bytes: &mut Vec<u8>, at: usize, some: &[u8]) {
+    if bytes.len() < at + some.len() {
+        bytes.resize(at + some.len(), 0);
+    }
+    bytes[at..at + some.len()].copy_from_slice(some);
+}
+
+impl Disk for CutDisk {
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(self.0.lock().names.keys().cloned().collect())
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let mut model = self.0.lock();
+        let cut = model.step()?;
+        if model.names.contains_key(name) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let file = model.files.len();
+        model.files.push(Content::default());
+        model.names.insert(name.to_owned(), file);
+        model.name_changes.push(NameChange::Add(name.to_owned(), file));
+        cut_here(cut)?;
+        Ok(Arc::new(CutFile(self.clone(), file)))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
+        let file = *self.0.lock().names.get(name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Arc::new(CutFile(self.clone(), file)))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.change(NameChange::Rename(from.to_owned(), to.to_owned()))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.change(NameChange::Remove(name.to_owned()))
+    }
+
+    fn sync_dir(&self) -> io::Result<()> {
+        let mut model = self.0.lock();
+        cut_here(model.step()?)?;
+        if !model.lies {
+            model.names_synced = model.names.clone();
+            model.name_changes.clear();
+        }
+        Ok(())
+    }
+}
+
+impl CutDisk {
+    fn change(&self, change: NameChange) -> io::Result<()> {
+        let mut model = self.0.lock();
+        let cut = model.step()?;
+        change.apply(&mut model.names);
+        model.name_changes.push(change);
+        cut_here(cut)
+    }
+}
+
+impl DiskFile for CutFile {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.0.0.lock().files[self.1].now.len() as u64)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<()> {
+        let model = self.0.0.lock();
+        let from = position as usize;
+        let found = model.files[self.1].now.get(from..from + buffer.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(found);
+        Ok(())
+    }
+
+    fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
+        let mut model = self.0.0.lock();
+        let cut = model.step()?;
+        let content = &mut model.files[self.1];
+        put(&mut content.now, position as usize, bytes);
+        content.writes.push((position as usize, bytes.to_vec()));
+        cut_here(cut)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut model = self.0.0.lock();
+        let cut = model.step()?;
+        let lies = model.lies;
+        let content = &mut model.files[self.1];
+        // In the cut a sync may have done some of its work: the writes stay undecided.
+        cut_here(cut)?;
+        if !lies {
+            content.synced = content.now.clone();
+            content.writes.clear();
+        }
+        Ok(())
+    }
+}
+
+fn settings() -> FileWalSettings {
+    FileWalSettings { file_bytes: 8 << 10, hasty_file_bytes: 8 << 10, bytes_max: 64 << 10, background: false }
+}
+
+/// What the log has promised.
+#[derive(Default)]
+struct Promised {
+    acknowledged: BTreeMap<u64, Bytes>,
+    /// The block whose append did not return.
+    unanswered: Option<(u64, Bytes)>,
+    trim: u64,
+}
+
+/// Appends, trims and now and then resets, until done or the power is cut.
+fn work(wal: &FileWal, random: &mut Random, promised: &mut Promised, appends: u64) -> Result<(), WalError> {
+    for _ in 0..appends {
+        let seq = wal.bounds().map_or(promised.acknowledged.len() as u64, |(_, next)| next);
+        let bytes = 20 + random.below(2_600) as usize;
+        let block = super::file::tests::block(seq, random.next() as u8, bytes);
+        promised.unanswered = Some((seq, block.clone()));
+        wal.append(seq, &block)?;
+        promised.unanswered = None;
+        promised.acknowledged.insert(seq, block);
+        if random.below(3) == 0 {
+            let trim = (seq + 1).saturating_sub(random.below(12));
+            promised.trim = promised.trim.max(trim.min(seq));
+            wal.trim(trim)?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens what survived and compares it with what was promised. `Err` names the broken promise.
+fn judge(disk: &CutDisk, promised: &mut Promised) -> Result<FileWal, String> {
+    let wal = FileWal::open(Box::new(disk.clone()), settings(), 2).map_err(|error| format!("refused: {error}"))?;
+    let (first, next) = wal.bounds().unwrap_or((0, 0));
+    let expected = promised.acknowledged.last_key_value().map_or(0, |(seq, _)| seq + 1);
+    if first > promised.trim && !promised.acknowledged.is_empty() {
+        return Err(format!("begins at {first}, trimmed only to {}", promised.trim));
+    }
+    if let Some((seq, block)) = promised.unanswered.take()
+        && next == seq + 1
+    {
+        promised.acknowledged.insert(seq, block);
+    } else if next != expected {
+        return Err(format!("ends at {next}, acknowledged to {expected}"));
+    }
+    for seq in first.max(promised.trim)..next {
+        let found = wal.read(seq).map_err(|error| error.to_string())?;
+        if Some(&found) != promised.acknowledged.get(&seq) {
+            return Err(format!("block {seq} is another"));
+        }
+    }
+    Ok(wal)
+}
+
+/// One life, a cut, a second life on what survived, a second cut, and a third opening.
+fn cut_twice(seed: u64, cut_at: u64) -> Result<(), String> {
+    let mut random = Random(seed);
+    let mut promised = Promised::default();
+    let disk = CutDisk::cut_at(cut_at);
+    if let Ok(wal) = FileWal::open(Box::new(disk.clone()), settings(), 1) {
+        let _ = work(&wal, &mut random, &mut promised, 25);
+    }
+    let mut chance = Random(seed ^ cut_at << 32);
+    let survivor = disk.survivor(&mut chance);
+    let wal = judge(&survivor, &mut promised)?;
+    let operations = survivor.operations();
+    survivor.0.lock().cut_at = Some(operations + 1 + chance.below(60));
+    let _ = work(&wal, &mut random, &mut promised, 15);
+    drop(wal);
+    judge(&survivor.survivor(&mut chance), &mut promised)?;
+    Ok(())
+}
+
+#[test]
+fn a_power_cut_loses_nothing_acknowledged() {
+    let mut cuts = 0;
+    // Every operation of a few runs, which is every sync point and every point between.
+    for seed in 0..3 {
+        let disk = CutDisk::default();
+        let wal = FileWal::open(Box::new(disk.clone()), settings(), 1).unwrap();
+        work(&wal, &mut Random(seed), &mut Promised::default(), 25).unwrap();
+        for cut_at in 1..=disk.operations() {
+            cut_twice(seed, cut_at).unwrap_or_else(|broken| panic!("seed {seed}, cut at {cut_at}: {broken}"));
+            cuts += 1;
+        }
+    }
+    let more = std::env::var("TRIBUTARY_POWER_CUTS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_000);
+    let mut random = Random(42);
+    while cuts < more {
+        let (seed, cut_at) = (random.next(), 1 + random.below(130));
+        cut_twice(seed, cut_at).unwrap_or_else(|broken| panic!("seed {seed}, cut at {cut_at}: {broken}"));
+        cuts += 1;
+    }
+    println!("{cuts} power cuts, each followed by a second");
+}
+
+/// The model finds what it is there for.
+#[test]
+fn a_disk_that_lies_about_sync_is_found_out() {
+    let broken = (0..50).filter(|seed| {
+        let disk = CutDisk::lying();
+        let mut promised = Promised::default();
+        let wal = FileWal::open(Box::new(disk.clone()), settings(), 1).unwrap();
+        work(&wal, &mut Random(*seed), &mut promised, 25).unwrap();
+        judge(&disk.survivor(&mut Random(*seed)), &mut promised).is_err()
+    });
+    assert!(broken.count() > 20);
+}
