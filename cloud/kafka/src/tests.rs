@@ -2,6 +2,8 @@
 
 use bytes::Bytes;
 
+mod oracle;
+
 /// Makes values for tests out of a seed.
 pub struct Sampler {
     state: u64,
@@ -11,7 +13,6 @@ pub struct Sampler {
     pub flexible: bool,
 }
 
-#[allow(dead_code)]
 impl Sampler {
     /// A sampler for one version of a message.
     pub fn new(seed: u64, version: i16, flexible: bool) -> Self {
@@ -40,7 +41,7 @@ impl Sampler {
 
     /// Some bytes, now and then enough to be spliced instead of copied.
     pub fn bytes(&mut self) -> Bytes {
-        let length = if self.number() % 8 == 0 { 5000 } else { self.number() % 40 };
+        let length = if self.number().is_multiple_of(8) { 5000 } else { self.number() % 40 };
         (0..length).map(|_| self.number() as u8).collect()
     }
 }

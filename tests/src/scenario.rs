@@ -1,0 +1,107 @@
+//! The scenarios and their runner. Each proves one promise on real processes, in a directory of its own.
+
+mod archive;
+mod bad_input;
+mod clients;
+mod kill;
+mod live;
+
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::lab::{Lab, now_ms};
+use crate::tools::Tools;
+
+/// What every scenario is given.
+pub struct Context {
+    pub root: PathBuf,
+    pub tools: Tools,
+    pub full: bool,
+    pub seed: u64,
+}
+
+impl Context {
+    pub fn lab(&self, name: &str) -> Result<Lab> {
+        Lab::new(&self.root, name)
+    }
+}
+
+type Running<'a> = Pin<Box<dyn Future<Output = Result<String>> + 'a>>;
+
+/// A scenario: what it proves is its name; what it returns is a line of figures.
+struct Scenario {
+    name: &'static str,
+    run: for<'a> fn(&'a Context) -> Running<'a>,
+}
+
+macro_rules! scenarios {
+    ($($module:ident::$name:ident,)*) => {
+        const SCENARIOS: &[Scenario] = &[$(Scenario {
+            name: concat!(stringify!($module), "::", stringify!($name)),
+            run: |context| Box::pin($module::$name(context)),
+        },)*];
+    };
+}
+
+scenarios! {
+    live::message_reaches_a_kafka_client_with_key_headers_and_time,
+    live::acknowledgements_leave_in_the_order_of_the_publishes,
+    live::retained_message_and_will_reach_a_subscriber,
+    live::status_metrics_and_check_say_what_is_so,
+    clients::kcat_confluent_and_java_on_one_broker,
+    kill::nothing_is_lost_or_doubled_on_kill_9,
+    kill::restored_copy_and_clone_of_an_edge_trim_nothing,
+    archive::cloud_comes_back_from_the_bucket_alone,
+    archive::cloud_comes_back_from_an_s3_bucket,
+    bad_input::second_process_on_a_data_directory_is_refused,
+    bad_input::unusable_data_directory_is_an_error_that_names_it,
+    bad_input::listener_beyond_loopback_is_refused_with_both_fixes,
+    bad_input::unknown_and_wrong_keys_are_named,
+    bad_input::malformed_bytes_on_every_port_hurt_nobody,
+    bad_input::unreachable_bucket_does_not_stop_the_cloud,
+}
+
+pub fn list() {
+    for scenario in SCENARIOS {
+        println!("{}", scenario.name);
+    }
+}
+
+/// Runs what was asked for, one after the other, and says what passed. True if all did.
+pub async fn run(full: bool, seed: Option<u64>, dir: PathBuf, names: &[String]) -> Result<bool> {
+    let seed = seed.unwrap_or(now_ms() as u64);
+    std::fs::create_dir_all(&dir)?;
+    let context = Context { root: dir.canonicalize()?, tools: Tools::find()?, full, seed };
+    println!("seed {seed}, laboratories in {}", context.root.display());
+    let (mut passed, mut failed) = (0, 0);
+    for scenario in SCENARIOS {
+        if !names.is_empty() && !names.iter().any(|n| scenario.name.contains(n.as_str())) {
+            continue;
+        }
+        let began = Instant::now();
+        match (scenario.run)(&context).await {
+            Ok(figures) => {
+                passed += 1;
+                println!(
+                    "ok      {} ({:.1} s){}{figures}",
+                    scenario.name,
+                    began.elapsed().as_secs_f32(),
+                    pad(&figures)
+                );
+            }
+            Err(error) => {
+                failed += 1;
+                println!("FAILED  {} ({:.1} s)\n{error:?}\n", scenario.name, began.elapsed().as_secs_f32());
+            }
+        }
+    }
+    println!("scenarios: {passed} passed, {failed} failed");
+    Ok(failed == 0 && passed > 0)
+}
+
+fn pad(figures: &str) -> &'static str {
+    if figures.is_empty() { "" } else { ": " }
+}
