@@ -14,6 +14,16 @@ pub struct Lab {
     pub dir: PathBuf,
     pub edge: EdgePlan,
     pub cloud: CloudPlan,
+    edge_build: EdgeBuild,
+}
+
+/// Which build of the edge runs, and how.
+#[derive(Debug, Clone, Default)]
+pub struct EdgeBuild {
+    /// The program, if not the one built beside this one.
+    pub program: Option<PathBuf>,
+    /// An emulator and its options, separated by spaces.
+    pub wrapper: String,
 }
 
 /// What goes into `edge.toml`; `extra` is appended verbatim.
@@ -45,7 +55,7 @@ const TELEMETRY: &str = "[[stream]]\nname = \"telemetry\"\nfilters = [\"factory/
 
 impl Lab {
     /// A fresh directory under `root` with an edge and a cloud planned on free loopback ports.
-    pub fn new(root: &Path, name: &str) -> Result<Self> {
+    pub fn new(root: &Path, name: &str, edge_build: &EdgeBuild) -> Result<Self> {
         let dir = root.join(name);
         if dir.exists() {
             std::fs::remove_dir_all(&dir).with_context(|| format!("clear {}", dir.display()))?;
@@ -72,7 +82,7 @@ impl Lab {
             streams: TELEMETRY.into(),
             extra: String::new(),
         };
-        Ok(Self { dir, edge, cloud })
+        Ok(Self { dir, edge, cloud, edge_build: edge_build.clone() })
     }
 
     /// Writes `edge.toml` and describes the process; nothing runs yet.
@@ -84,7 +94,12 @@ impl Lab {
         );
         let config = self.dir.join("edge.toml");
         std::fs::write(&config, text)?;
-        Broker::new(Kind::Edge, &config, e.admin, &self.dir.join("edge.log"))
+        let mut broker = Broker::new(Kind::Edge, &config, e.admin, &self.dir.join("edge.log"))?;
+        if let Some(program) = &self.edge_build.program {
+            broker.program = program.clone();
+        }
+        broker.wrapper = self.edge_build.wrapper.split_whitespace().map(str::to_owned).collect();
+        Ok(broker)
     }
 
     /// Writes `cloud.toml` and describes the process; nothing runs yet.

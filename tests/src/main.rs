@@ -39,6 +39,12 @@ enum Action {
         /// Where laboratories are put; those of failed scenarios stay.
         #[arg(long, default_value = "target/system-tests")]
         dir: PathBuf,
+        /// Another build of the edge, for example for another processor.
+        #[arg(long)]
+        edge_program: Option<PathBuf>,
+        /// What starts it: an emulator and its options, separated by spaces.
+        #[arg(long, default_value = "")]
+        edge_wrapper: String,
         /// Names, or parts of names, of scenarios.
         names: Vec<String>,
     },
@@ -58,7 +64,10 @@ fn main() -> ExitCode {
         }
     };
     let done = match arguments.command {
-        Action::Run { full, seed, dir, names } => runtime.block_on(scenario::run(full, seed, dir, &names)),
+        Action::Run { full, seed, dir, edge_program, edge_wrapper, names } => {
+            let edge = lab::EdgeBuild { program: edge_program, wrapper: edge_wrapper };
+            runtime.block_on(scenario::run(full, seed, dir, edge, &names))
+        }
         Action::List => {
             scenario::list();
             Ok(true)

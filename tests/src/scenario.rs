@@ -5,6 +5,7 @@ mod bad_input;
 mod clients;
 mod kill;
 mod live;
+mod security;
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -12,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::lab::{Lab, now_ms};
+use crate::lab::{EdgeBuild, Lab, now_ms};
 use crate::tools::Tools;
 
 /// What every scenario is given.
@@ -21,11 +22,12 @@ pub struct Context {
     pub tools: Tools,
     pub full: bool,
     pub seed: u64,
+    pub edge: EdgeBuild,
 }
 
 impl Context {
     pub fn lab(&self, name: &str) -> Result<Lab> {
-        Lab::new(&self.root, name)
+        Lab::new(&self.root, name, &self.edge)
     }
 }
 
@@ -56,6 +58,8 @@ scenarios! {
     kill::restored_copy_and_clone_of_an_edge_trim_nothing,
     archive::cloud_comes_back_from_the_bucket_alone,
     archive::cloud_comes_back_from_an_s3_bucket,
+    security::tls_and_token_let_the_right_edge_in,
+    security::wrong_token_wrong_id_and_wrong_certificate_are_refused,
     bad_input::second_process_on_a_data_directory_is_refused,
     bad_input::unusable_data_directory_is_an_error_that_names_it,
     bad_input::listener_beyond_loopback_is_refused_with_both_fixes,
@@ -71,10 +75,10 @@ pub fn list() {
 }
 
 /// Runs what was asked for, one after the other, and says what passed. True if all did.
-pub async fn run(full: bool, seed: Option<u64>, dir: PathBuf, names: &[String]) -> Result<bool> {
+pub async fn run(full: bool, seed: Option<u64>, dir: PathBuf, edge: EdgeBuild, names: &[String]) -> Result<bool> {
     let seed = seed.unwrap_or(now_ms() as u64);
     std::fs::create_dir_all(&dir)?;
-    let context = Context { root: dir.canonicalize()?, tools: Tools::find()?, full, seed };
+    let context = Context { root: dir.canonicalize()?, tools: Tools::find()?, full, seed, edge };
     println!("seed {seed}, laboratories in {}", context.root.display());
     let (mut passed, mut failed) = (0, 0);
     for scenario in SCENARIOS {

@@ -16,7 +16,9 @@ use crate::tools::Reader;
 use crate::{admin, kafka};
 
 pub async fn cloud_comes_back_from_the_bucket_alone(context: &Context) -> Result<String> {
-    let lab = context.lab("archive")?;
+    let mut lab = context.lab("archive")?;
+    // Long enough that the second half is on the disk only when that is lost.
+    lab.cloud.archive_extra = "max_lag = \"5s\"\nsegment_bytes = \"16 KiB\"\nsegment_age = \"1s\"\n".into();
     lose_the_disk(context, lab).await
 }
 
@@ -39,7 +41,7 @@ async fn lose_the_disk(context: &Context, lab: Lab) -> Result<String> {
         sent += 1;
     }
     // Half of it safely in the bucket, half perhaps only on the disk that is about to be lost.
-    let safe = until("the archive to be safe", PATIENCE, async || {
+    let safe = until("the first half to be in the archive", PATIENCE, async || {
         let status = admin::edge_status(lab.edge.admin).await?;
         Ok(status.stream("telemetry").filter(|s| s.safe == s.next).map(|s| s.safe))
     })

@@ -49,6 +49,9 @@ pub async fn nothing_is_lost_or_doubled_on_kill_9(context: &Context) -> Result<S
     let mut lab = context.lab("kill")?;
     let link = Proxy::start(lab.cloud.link).await?;
     lab.edge.uplink_url = format!("http://{}", link.address);
+    // Small files and segments, so that reads cross every seam there is.
+    lab.cloud.archive_extra = "max_lag = \"1s\"\nsegment_bytes = \"256 KiB\"\nsegment_age = \"2s\"\n".into();
+    lab.cloud.extra = "[wal]\nfile_bytes = \"4 MiB\"\ntail_cache_bytes = \"64 KiB\"\n".into();
     let (mut cloud, mut edge) = (lab.cloud()?, lab.edge()?);
     cloud.start().await?;
     edge.start().await?;

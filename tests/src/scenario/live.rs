@@ -1,5 +1,6 @@
 //! The main job on a good day, packet by packet.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 
@@ -160,7 +161,11 @@ pub async fn status_metrics_and_check_say_what_is_so(context: &Context) -> Resul
             edge_metrics.keys().any(|k| k.starts_with(&name) || k.starts_with(&name.replace("edge_", "edge_stream_")));
         ensure!(found, "{name} is not among {:?}", edge_metrics.keys().collect::<Vec<_>>());
     }
-    ensure!(!admin::metrics(lab.cloud.admin).await?.is_empty());
+    let cloud_metrics = admin::metrics(lab.cloud.admin).await?;
+    for name in metrics_in_monitoring() {
+        let served = if name.starts_with("tributary_edge") { &edge_metrics } else { &cloud_metrics };
+        ensure!(served.keys().any(|k| k.starts_with(&name)), "docs/monitoring names {name}, which no broker serves");
+    }
     for broker in [&edge, &cloud] {
         for path in ["/livez", "/readyz"] {
             let (code, _) = admin::get(broker.admin, path).await?;
@@ -177,6 +182,14 @@ pub async fn status_metrics_and_check_say_what_is_so(context: &Context) -> Resul
     edge.stop().await?;
     cloud.stop().await?;
     Ok(String::new())
+}
+
+/// Every metric that the alert rules and the dashboard use.
+fn metrics_in_monitoring() -> BTreeSet<String> {
+    let texts =
+        [include_str!("../../../docs/monitoring/alerts.yml"), include_str!("../../../docs/monitoring/dashboard.json")];
+    let words = texts.iter().flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_'));
+    words.filter(|w| w.starts_with("tributary_edge_") || w.starts_with("tributary_cloud_")).map(str::to_owned).collect()
 }
 
 /// A row as `tributary-edge tail --json` prints it.
