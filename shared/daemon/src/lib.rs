@@ -3,6 +3,7 @@
 //! Only binaries' `main` uses this crate; nothing below it reads the environment.
 
 pub mod admin;
+pub mod metrics;
 pub mod settings;
 pub mod tls;
 

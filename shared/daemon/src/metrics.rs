@@ -1,0 +1,100 @@
+//! Metrics written from a snapshot at each scrape: nothing to keep up to date between scrapes.
+
+use std::fmt;
+
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+
+/// One value and the labels that tell it from its siblings. Labels have few values: never one per client or topic name
+/// of a device.
+pub type Labelled<'a, T> = (Vec<(&'static str, &'a str)>, T);
+
+/// Writes metrics of one scrape.
+#[derive(Debug)]
+pub struct Metrics<'a>(DescriptorEncoder<'a>);
+
+impl<'a> Metrics<'a> {
+    /// Over what the registry hands a collector.
+    pub fn new(encoder: DescriptorEncoder<'a>) -> Self {
+        Self(encoder)
+    }
+
+    /// A value that goes up and down.
+    pub fn gauge(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+        let gauge = ConstGauge::new(value);
+        gauge.encode(self.0.encode_descriptor(name, help, None, gauge.metric_type())?)
+    }
+
+    /// One value per label set.
+    pub fn gauges<'l>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = Labelled<'l, f64>>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, ConstGauge::new(0f64).metric_type())?;
+        for (labels, value) in values {
+            ConstGauge::new(value).encode(labelled(&mut family, &labels)?)?;
+        }
+        Ok(())
+    }
+
+    /// A count since the start. `name` is given without `_total`, which the text format adds.
+    pub fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let counter = ConstCounter::new(value);
+        counter.encode(self.0.encode_descriptor(name, help, None, counter.metric_type())?)
+    }
+
+    /// One count per label set.
+    pub fn counters<'l>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = Labelled<'l, u64>>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, ConstCounter::new(0u64).metric_type())?;
+        for (labels, value) in values {
+            ConstCounter::new(value).encode(labelled(&mut family, &labels)?)?;
+        }
+        Ok(())
+    }
+}
+
+fn labelled<'e>(
+    family: &'e mut MetricEncoder<'_>,
+    labels: &'e Vec<(&'static str, &str)>,
+) -> Result<MetricEncoder<'e>, fmt::Error> {
+    family.encode_family(labels)
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::collector::Collector;
+    use prometheus_client::registry::Registry;
+
+    use super::*;
+
+    #[derive(Debug)]
+    struct Two;
+
+    impl Collector for Two {
+        fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+            let mut metrics = Metrics::new(encoder);
+            metrics.gauge("a_ratio", "A", 0.5)?;
+            metrics.gauges("b_bytes", "B", [(vec![("stream", "x")], 1.0), (vec![("stream", "y")], 2.0)])?;
+            metrics.counter("c", "C", 7)
+        }
+    }
+
+    #[test]
+    fn each_metric_has_its_type_labels_and_value() {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Two));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for line in ["# TYPE a_ratio gauge", "a_ratio 0.5", "b_bytes{stream=\"y\"} 2.0", "c_total 7"] {
+            assert!(text.lines().any(|l| l == line), "{line:?} not in\n{text}");
+        }
+    }
+}
