@@ -106,7 +106,7 @@ pub enum Change {
         /// What it said of itself (software, address, ...), for people.
         detail: BTreeMap<String, String>,
     },
-    /// A stream's partition, chosen once.
+    /// A stream's partition, chosen once for each topic: a stream whose rule now names another topic gets one there.
     StreamPlaced {
         /// Edge and stream, whatever the incarnation.
         stream: (EdgeId, StreamName),
@@ -348,6 +348,11 @@ impl State {
         self.placements.get(&(edge.clone(), stream.clone())).copied()
     }
 
+    /// All streams' partitions.
+    pub fn placements(&self) -> impl Iterator<Item = (&(EdgeId, StreamName), &Partition)> {
+        self.placements.iter()
+    }
+
     /// How far a stream's records are stored.
     pub fn stream(&self, key: &StreamKey) -> Option<&StreamState> {
         self.streams.get(key)
@@ -405,7 +410,7 @@ impl State {
                 self.edges.insert(edge.clone(), Edge { seen_ms: *seen_ms, detail: detail.clone() });
             }
             Change::StreamPlaced { stream, topic, index } => {
-                self.placements.entry(stream.clone()).or_insert(Partition { topic: *topic, index: *index });
+                self.placements.insert(stream.clone(), Partition { topic: *topic, index: *index });
             }
             Change::StreamPosition { key, partition, next, chain } => {
                 let state = StreamState { partition: *partition, next: *next, chain: *chain };
