@@ -1,4 +1,458 @@
-//! Topics, their ids, settings and partitions.
+//! Topics: names, ids, partitions and settings, over the state log.
+//!
+//! Reads are of durable state. Changes go one after the other: a check and its commit are one step, so of two requests
+//! for the same name one makes the topic and the other finds it. A change that has begun is brought to its end even if
+//! who asked has gone.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use shared::log::AppendError;
+use shared::name::{NameError, Partition, TimestampMs, TopicId, TopicName};
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tracing::info;
+
+use crate::state::{Change, StateLog, TOPIC_PARTITIONS_MAX, Topic, read_state};
+
+pub mod configs;
+
+pub use configs::TopicConfig;
+
+/// Largest `max.message.bytes`: batches are held whole in memory on their way.
+pub const MESSAGE_BYTES_LIMIT: usize = 64 * 1024 * 1024;
+
+/// Bounds of the catalogue and what a topic gets that says nothing.
+#[derive(Debug, Clone)]
+pub struct CatalogueSettings {
+    /// Partitions of a topic that does not say (Kafka's `num.partitions`).
+    pub default_partitions: u32,
+    /// Partitions of a topic made for edges' streams: they are placed once and never move, so there is room to grow.
+    pub stream_partitions: u32,
+    /// Most topics.
+    pub topics_max: usize,
+    /// Most partitions of all topics together.
+    pub partitions_max: usize,
+    /// Default of `retention.ms`; -1 keeps all.
+    pub retention_ms: i64,
+    /// Default of `retention.bytes`; -1 keeps all.
+    pub retention_bytes: i64,
+    /// Default of `max.message.bytes`.
+    pub max_message_bytes: usize,
+}
+
+impl Default for CatalogueSettings {
+    fn default() -> Self {
+        Self {
+            default_partitions: 1,
+            stream_partitions: 16,
+            topics_max: 10_000,
+            partitions_max: 50_000,
+            retention_ms: -1,
+            retention_bytes: -1,
+            max_message_bytes: shared::limits::BATCH_BYTES_MAX,
+        }
+    }
+}
+
+/// Why the catalogue refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CatalogueError {
+    /// INVALID_TOPIC_EXCEPTION (17).
+    #[error(transparent)]
+    InvalidName(#[from] NameError),
+    /// UNKNOWN_TOPIC_OR_PARTITION (3).
+    #[error("there is no topic {0:?}")]
+    UnknownTopic(String),
+    /// UNKNOWN_TOPIC_ID (100).
+    #[error("there is no topic with id {0}")]
+    UnknownTopicId(TopicId),
+    /// TOPIC_ALREADY_EXISTS (36).
+    #[error("topic {0:?} exists already")]
+    AlreadyExists(TopicName),
+    /// INVALID_PARTITIONS (37).
+    #[error("{0}")]
+    InvalidPartitions(String),
+    /// INVALID_CONFIG (40).
+    #[error("{0}")]
+    InvalidConfig(String),
+    /// POLICY_VIOLATION (44): a bound of this broker.
+    #[error("{0}")]
+    Bound(String),
+    /// KAFKA_STORAGE_ERROR (56): the log did not take it; retry.
+    #[error("the change could not be stored: {0}")]
+    NotStored(String),
+}
+
+impl CatalogueError {
+    /// Kafka's number for it.
+    pub fn code(&self) -> i16 {
+        match self {
+            Self::UnknownTopic(_) => 3,
+            Self::InvalidName(_) => 17,
+            Self::AlreadyExists(_) => 36,
+            Self::InvalidPartitions(_) => 37,
+            Self::InvalidConfig(_) => 40,
+            Self::Bound(_) => 44,
+            Self::NotStored(_) => 56,
+            Self::UnknownTopicId(_) => 100,
+        }
+    }
+}
+
+impl From<AppendError> for CatalogueError {
+    fn from(error: AppendError) -> Self {
+        Self::NotStored(error.to_string())
+    }
+}
+
+/// A topic somebody asks for.
+#[derive(Debug, Clone, Default)]
+pub struct NewTopic {
+    /// Its name, not yet checked.
+    pub name: String,
+    /// `None`: as many as the broker's default.
+    pub partitions: Option<u32>,
+    /// Settings, not yet checked.
+    pub configs: Vec<(String, Option<String>)>,
+}
+
+/// What the topics come to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct CatalogueStatus {
+    /// Topics.
+    pub topics: usize,
+    /// Their partitions.
+    pub partitions: usize,
+}
 
 /// The topics there are.
-pub struct Catalogue {}
+pub struct Catalogue {
+    state: Arc<dyn StateLog>,
+    settings: CatalogueSettings,
+    changing: Arc<Mutex<()>>,
+}
+
+impl Catalogue {
+    /// The topics of a state log.
+    pub fn new(state: Arc<dyn StateLog>, settings: CatalogueSettings) -> Self {
+        Self { state, settings, changing: Arc::new(Mutex::new(())) }
+    }
+
+    /// Bounds and defaults in force.
+    pub fn settings(&self) -> &CatalogueSettings {
+        &self.settings
+    }
+
+    /// The topic of that name. A name that is none has no topic.
+    pub fn topic(&self, name: &str) -> Option<Topic> {
+        let name = TopicName::parse(name).ok()?;
+        read_state(&*self.state, |state| state.topic_named(&name).cloned())
+    }
+
+    /// The topic of that identity.
+    pub fn topic_by_id(&self, id: TopicId) -> Option<Topic> {
+        read_state(&*self.state, |state| state.topic(id).cloned())
+    }
+
+    /// All topics, ordered by name.
+    pub fn topics(&self) -> Vec<Topic> {
+        read_state(&*self.state, |state| state.topics().cloned().collect())
+    }
+
+    /// A partition by the topic's name and its number, if there is one.
+    pub fn partition(&self, topic: &str, index: i32) -> Option<Partition> {
+        let (topic, index) = (self.topic(topic)?, u32::try_from(index).ok()?);
+        (index < topic.partitions).then_some(Partition { topic: topic.id, index })
+    }
+
+    /// A topic's settings in force.
+    pub fn config(&self, topic: &Topic) -> TopicConfig {
+        configs::typed(&topic.configs, &self.settings)
+    }
+
+    /// How much there is.
+    pub fn status(&self) -> CatalogueStatus {
+        let (topics, partitions) = self.counts();
+        CatalogueStatus { topics, partitions }
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        read_state(&*self.state, |state| (state.topics().count(), state.partitions().count()))
+    }
+
+    /// Makes a topic; resolves when it is durable.
+    pub async fn create(&self, topic: NewTopic) -> Result<Topic, CatalogueError> {
+        let mut results = self.create_all(vec![topic], false).await;
+        results.pop().unwrap_or_else(|| Err(CatalogueError::NotStored("no answer".to_owned())))
+    }
+
+    /// The topic of that name, made with so many partitions if it is not there. Who asks at the same time gets the same one.
+    pub async fn find_or_create(&self, name: &str, partitions: Option<u32>) -> Result<Topic, CatalogueError> {
+        if let Some(topic) = self.topic(name) {
+            return Ok(topic);
+        }
+        let wanted = NewTopic { name: name.to_owned(), partitions, configs: Vec::new() };
+        match self.create(wanted).await {
+            Err(CatalogueError::AlreadyExists(name)) => {
+                self.topic(name.as_str()).ok_or_else(|| CatalogueError::UnknownTopic(name.to_string()))
+            }
+            result => result,
+        }
+    }
+
+    /// Makes topics, each by itself right or wrong, in one commit; with `validate_only` only says what would come of it.
+    pub async fn create_all(&self, wanted: Vec<NewTopic>, validate_only: bool) -> Vec<Result<Topic, CatalogueError>> {
+        let guard = self.changing.clone().lock_owned().await;
+        let mut counts = self.counts();
+        let mut made: Vec<Topic> = Vec::new();
+        let mut results: Vec<Result<Topic, CatalogueError>> = Vec::with_capacity(wanted.len());
+        for topic in wanted {
+            let result = self.prepare(topic, counts, &made);
+            if let Ok(topic) = &result {
+                counts = (counts.0 + 1, counts.1 + topic.partitions as usize);
+                made.push(topic.clone());
+            }
+            results.push(result);
+        }
+        if validate_only || made.is_empty() {
+            return results;
+        }
+        let changes = made.into_iter().map(Change::TopicCreated).collect();
+        let stored = self.commit(guard, changes).await;
+        for result in &mut results {
+            match (&stored, &result) {
+                (Err(error), Ok(_)) => *result = Err(error.clone()),
+                (Ok(()), Ok(topic)) => info!(topic = %topic.name, partitions = topic.partitions, "topic created"),
+                _ => {}
+            }
+        }
+        results
+    }
+
+    fn prepare(&self, wanted: NewTopic, counts: (usize, usize), made: &[Topic]) -> Result<Topic, CatalogueError> {
+        let name = TopicName::parse(&wanted.name)?;
+        if made.iter().any(|topic| topic.name == name) || self.topic(name.as_str()).is_some() {
+            return Err(CatalogueError::AlreadyExists(name));
+        }
+        let partitions = wanted.partitions.unwrap_or(self.settings.default_partitions);
+        if partitions == 0 {
+            return Err(CatalogueError::InvalidPartitions("a topic has at least one partition".to_owned()));
+        }
+        if counts.0 >= self.settings.topics_max {
+            return Err(CatalogueError::Bound(format!("there are {} topics, the most allowed", counts.0)));
+        }
+        self.check_room(counts.1, partitions)?;
+        let configs = configs::check(&wanted.configs).map_err(CatalogueError::InvalidConfig)?;
+        Ok(Topic { id: fresh_topic_id()?, name, partitions, configs, created_ms: wall_ms() })
+    }
+
+    fn check_room(&self, there: usize, more: u32) -> Result<(), CatalogueError> {
+        let max = self.settings.partitions_max;
+        if more > TOPIC_PARTITIONS_MAX || there.saturating_add(more as usize) > max {
+            let text = format!("{more} more partitions beside the {there} there are would be more than {max}");
+            return Err(CatalogueError::Bound(text));
+        }
+        Ok(())
+    }
+
+    /// Deletes a topic with all its records, and what groups committed on it.
+    pub async fn delete(&self, id: TopicId) -> Result<Topic, CatalogueError> {
+        let guard = self.changing.clone().lock_owned().await;
+        let topic = self.topic_by_id(id).ok_or(CatalogueError::UnknownTopicId(id))?;
+        self.commit(guard, vec![Change::TopicDeleted { id }]).await?;
+        info!(topic = %topic.name, "topic deleted");
+        Ok(topic)
+    }
+
+    /// Gives a topic more partitions, `total` in all; with `validate_only` only says whether it could.
+    pub async fn add_partitions(&self, name: &str, total: i32, validate_only: bool) -> Result<(), CatalogueError> {
+        let guard = self.changing.clone().lock_owned().await;
+        let topic = self.topic(name).ok_or_else(|| CatalogueError::UnknownTopic(name.chars().take(249).collect()))?;
+        let there = topic.partitions;
+        let Some(total) = u32::try_from(total).ok().filter(|total| *total > there) else {
+            let text = format!("topic {name:?} has {there} partitions; {total} is not more");
+            return Err(CatalogueError::InvalidPartitions(text));
+        };
+        self.check_room(self.counts().1, total - there)?;
+        if total > TOPIC_PARTITIONS_MAX {
+            return Err(CatalogueError::Bound(format!("a topic has at most {TOPIC_PARTITIONS_MAX} partitions")));
+        }
+        if validate_only {
+            return Ok(());
+        }
+        self.commit(guard, vec![Change::PartitionsAdded { id: topic.id, count: total }]).await?;
+        info!(topic = %topic.name, partitions = total, "partitions added");
+        Ok(())
+    }
+
+    /// Commits under the guard, which is held to the end of it whatever becomes of the caller.
+    async fn commit(&self, guard: OwnedMutexGuard<()>, changes: Vec<Change>) -> Result<(), CatalogueError> {
+        let stored = self.state.commit(changes);
+        let done = tokio::spawn(async move {
+            let result = stored.await;
+            drop(guard);
+            result
+        });
+        Ok(done.await.map_err(|_| CatalogueError::NotStored("shutting down".to_owned()))??)
+    }
+}
+
+/// A random (version 4) UUID. Ids whose usual text begins with `-` are passed over: command lines take them for options.
+fn fresh_topic_id() -> Result<TopicId, CatalogueError> {
+    let mut id = [0; 16];
+    loop {
+        getrandom::fill(&mut id).map_err(|error| CatalogueError::NotStored(format!("no randomness: {error}")))?;
+        id[6] = (id[6] & 0x0f) | 0x40;
+        id[8] = (id[8] & 0x3f) | 0x80;
+        const DASH: u8 = 62;
+        if id[0] >> 2 != DASH {
+            return Ok(TopicId(id));
+        }
+    }
+}
+
+fn wall_ms() -> TimestampMs {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use parking_lot::Mutex as SyncMutex;
+    use shared::log::BoxFuture;
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::state::State;
+    use crate::state::memory::MemoryStateLog;
+
+    fn new(name: &str, partitions: u32) -> NewTopic {
+        NewTopic { name: name.to_owned(), partitions: Some(partitions), configs: Vec::new() }
+    }
+
+    fn catalogue(settings: CatalogueSettings) -> Catalogue {
+        Catalogue::new(Arc::new(MemoryStateLog::new()), settings)
+    }
+
+    /// A state log whose commits wait until they are let go.
+    #[derive(Default)]
+    struct Held {
+        log: Arc<MemoryStateLog>,
+        waiting: SyncMutex<usize>,
+        go: Arc<Notify>,
+    }
+
+    impl StateLog for Held {
+        fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
+            *self.waiting.lock() += 1;
+            let (log, go) = (self.log.clone(), self.go.clone());
+            Box::pin(async move {
+                go.notified().await;
+                log.commit(changes).await
+            })
+        }
+
+        fn with_state(&self, read: &mut dyn FnMut(&State)) {
+            self.log.with_state(read);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_topic_is_there_when_the_answer_comes() {
+        let catalogue = catalogue(CatalogueSettings::default());
+        let made = catalogue.create(new("telemetry", 3)).await.unwrap();
+        assert_eq!(catalogue.topic("telemetry"), Some(made.clone()));
+        assert_eq!(catalogue.topic_by_id(made.id), Some(made.clone()));
+        assert_eq!(catalogue.partition("telemetry", 2), Some(Partition { topic: made.id, index: 2 }));
+        assert_eq!(catalogue.partition("telemetry", 3), None);
+        assert_eq!(catalogue.partition("telemetry", -1), None);
+        assert_eq!(catalogue.create(new("telemetry", 1)).await, Err(CatalogueError::AlreadyExists(made.name.clone())));
+        assert_eq!(catalogue.status(), CatalogueStatus { topics: 1, partitions: 3 });
+        catalogue.delete(made.id).await.unwrap();
+        assert_eq!(catalogue.delete(made.id).await, Err(CatalogueError::UnknownTopicId(made.id)));
+        let again = catalogue.create(new("telemetry", 1)).await.unwrap();
+        assert_ne!(again.id, made.id, "the same name, another topic");
+    }
+
+    #[tokio::test]
+    async fn of_many_who_ask_for_one_name_each_gets_the_same_topic() {
+        let held = Arc::new(Held::default());
+        let catalogue = Arc::new(Catalogue::new(held.clone(), CatalogueSettings::default()));
+        let ask = |_| {
+            let catalogue = catalogue.clone();
+            tokio::spawn(async move { catalogue.find_or_create("events", None).await.unwrap().id })
+        };
+        let asked: Vec<_> = (0..10).map(ask).collect();
+        while *held.waiting.lock() == 0 {
+            tokio::task::yield_now().await;
+        }
+        asked[0].abort();
+        held.go.notify_one();
+        let mut ids = BTreeSet::new();
+        for asked in asked.into_iter().skip(1) {
+            ids.insert(asked.await.unwrap());
+        }
+        assert_eq!(ids.len(), 1);
+        assert_eq!(*held.waiting.lock(), 1, "although who asked first had gone, the topic was made once");
+    }
+
+    #[tokio::test]
+    async fn each_of_several_topics_is_judged_by_itself() {
+        let settings = CatalogueSettings { topics_max: 3, partitions_max: 10, ..CatalogueSettings::default() };
+        let catalogue = catalogue(settings);
+        let configured = |value: &str| NewTopic {
+            configs: vec![("cleanup.policy".into(), Some(value.into()))],
+            ..new("configured", 1)
+        };
+        let wanted = vec![
+            new("a", 2),
+            new("a", 2),
+            new("no/name", 1),
+            new("none", 0),
+            new("many", 9),
+            configured("compact"),
+            NewTopic { name: "default".into(), ..NewTopic::default() },
+        ];
+        let dry: Vec<i16> = codes(&catalogue.create_all(wanted.clone(), true).await);
+        assert!(catalogue.topics().is_empty());
+        let wet = codes(&catalogue.create_all(wanted, false).await);
+        assert_eq!(dry, wet);
+        assert_eq!(wet, [0, 36, 17, 37, 44, 40, 0]);
+        assert_eq!(catalogue.topic("default").unwrap().partitions, 1);
+        catalogue.create(configured("delete")).await.unwrap();
+        assert!(matches!(catalogue.create(new("fourth", 1)).await, Err(CatalogueError::Bound(_))));
+    }
+
+    fn codes(results: &[Result<Topic, CatalogueError>]) -> Vec<i16> {
+        results.iter().map(|result| result.as_ref().err().map_or(0, CatalogueError::code)).collect()
+    }
+
+    #[tokio::test]
+    async fn partitions_only_grow() {
+        let catalogue = catalogue(CatalogueSettings { partitions_max: 10, ..CatalogueSettings::default() });
+        catalogue.create(new("t", 2)).await.unwrap();
+        for total in [-1, 0, 1, 2] {
+            let refused = catalogue.add_partitions("t", total, false).await;
+            assert!(matches!(refused, Err(CatalogueError::InvalidPartitions(_))), "{total}: {refused:?}");
+        }
+        assert!(matches!(catalogue.add_partitions("t", 11, false).await, Err(CatalogueError::Bound(_))));
+        assert!(matches!(catalogue.add_partitions("x", 3, false).await, Err(CatalogueError::UnknownTopic(_))));
+        catalogue.add_partitions("t", 5, true).await.unwrap();
+        assert_eq!(catalogue.topic("t").unwrap().partitions, 2);
+        catalogue.add_partitions("t", 5, false).await.unwrap();
+        assert_eq!(catalogue.topic("t").unwrap().partitions, 5);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_stored_is_not_there() {
+        let log = Arc::new(MemoryStateLog::new());
+        let catalogue = Catalogue::new(log.clone(), CatalogueSettings::default());
+        log.refuse(Some(AppendError::Full("wal budget".into())));
+        assert!(matches!(catalogue.create(new("t", 1)).await, Err(CatalogueError::NotStored(_))));
+        assert_eq!(catalogue.topic("t"), None);
+        log.refuse(None);
+        catalogue.create(new("t", 1)).await.unwrap();
+    }
+}
