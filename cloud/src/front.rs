@@ -12,14 +12,23 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use kafka_wire::Uuid;
 use shared::log::Log;
+use shared::name::{TopicId, TopicName};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tracing::{Instrument as _, debug, info, info_span, warn};
 
 use crate::catalogue::Catalogue;
 use crate::groups::Groups;
-use crate::state::StateLog;
+use crate::state::{State, StateLog, Topic, read_state};
 
+pub mod api_versions;
+pub mod connection;
 pub mod create_partitions;
 pub mod create_topics;
 pub mod delete_groups;
@@ -28,15 +37,27 @@ pub mod delete_topics;
 pub mod describe_cluster;
 pub mod describe_configs;
 pub mod describe_groups;
+pub mod dispatch;
+pub mod fetch;
 pub mod find_coordinator;
 pub mod heartbeat;
+pub mod init_producer_id;
 pub mod join_group;
 pub mod leave_group;
 pub mod list_groups;
+pub mod list_offsets;
+pub mod metadata;
 pub mod offset_commit;
 pub mod offset_delete;
 pub mod offset_fetch;
+pub mod offset_for_leader_epoch;
+pub mod produce;
 pub mod sync_group;
+#[cfg(test)]
+mod tests;
+
+use dispatch::Close;
+use init_producer_id::ProducerIds;
 
 /// All that a request can be answered with.
 pub struct Broker {
@@ -54,6 +75,248 @@ pub struct Broker {
     pub cluster_id: String,
     /// Bounds and habits.
     pub settings: FrontSettings,
+    /// What happened so far.
+    pub counters: Counters,
+    memory: Memory,
+    connections: Arc<Semaphore>,
+    producer_ids: ProducerIds,
+}
+
+/// Memory that connections share, in units of [`MEMORY_UNIT`]. Two budgets, so that a request which is held can never
+/// keep a response from being built, nor the other way round.
+struct Memory {
+    requests: Arc<Semaphore>,
+    responses: Arc<Semaphore>,
+}
+
+/// Bytes per permit: semaphores count to 2^29 only, and a small request should not be free.
+const MEMORY_UNIT: usize = 1024;
+
+fn memory_units(bytes: usize) -> u32 {
+    bytes.div_ceil(MEMORY_UNIT).max(1) as u32
+}
+
+impl Broker {
+    /// Puts the parts together.
+    pub fn new(
+        log: Arc<dyn Log>,
+        state: Arc<dyn StateLog>,
+        catalogue: Arc<Catalogue>,
+        groups: Arc<Groups>,
+        node_id: i32,
+        cluster_id: String,
+        settings: FrontSettings,
+    ) -> Self {
+        // At least one request, and one response, of the largest size must fit, or it would wait for ever.
+        let requests = (settings.memory_bytes_max / 2).max(settings.request_bytes_max);
+        let responses = (settings.memory_bytes_max / 2).max(settings.fetch_bytes_max);
+        let budget = |bytes| Arc::new(Semaphore::new(memory_units(bytes) as usize));
+        Self {
+            log,
+            state,
+            catalogue,
+            groups,
+            node_id,
+            cluster_id,
+            counters: Counters::default(),
+            memory: Memory { requests: budget(requests), responses: budget(responses) },
+            connections: Arc::new(Semaphore::new(settings.connections_max)),
+            producer_ids: ProducerIds::default(),
+            settings,
+        }
+    }
+
+    /// Accepts connections until `shutdown` turns true, then lets each finish what it is answering, for a moment.
+    pub async fn serve(
+        self: Arc<Self>,
+        socket: TcpListener,
+        listener: Arc<Listener>,
+        mut shutdown: watch::Receiver<bool>,
+    ) {
+        let mut connections = JoinSet::new();
+        loop {
+            let accepted = tokio::select! {
+                accepted = socket.accept() => accepted,
+                _ = shutdown.wait_for(|stop| *stop) => break,
+            };
+            match accepted {
+                Ok((stream, peer)) => self.accept(stream, peer, &listener, &shutdown, &mut connections),
+                Err(error) => {
+                    // Out of descriptors, mostly: without a pause this loop would burn a core until some are free.
+                    warn!(%error, listener = %listener.name, "cannot accept connections, trying again");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+            while connections.try_join_next().is_some() {}
+        }
+        drop(socket);
+        while connections.join_next().await.is_some() {}
+    }
+
+    fn accept(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        listener: &Arc<Listener>,
+        shutdown: &watch::Receiver<bool>,
+        connections: &mut JoinSet<()>,
+    ) {
+        let Ok(slot) = self.connections.clone().try_acquire_owned() else {
+            self.counters.connections_refused.add(1);
+            warn!(%peer, max = self.settings.connections_max, "connection refused: as many are open as are allowed");
+            return;
+        };
+        let (broker, listener, shutdown) = (self.clone(), listener.clone(), shutdown.clone());
+        let span = info_span!("kafka", %peer, listener = %listener.name);
+        let task = async move {
+            broker.counters.connections_opened.add(1);
+            let close = connection::run(&broker, listener, peer, stream, shutdown).await;
+            match close {
+                Close::Gone | Close::Idle | Close::Shutdown => debug!(%close, "connection closed"),
+                Close::Failed(_) | Close::Slow => info!(%close, "connection closed"),
+                _ => warn!(%close, "connection closed"),
+            }
+            broker.counters.connections_closed.add(1);
+            drop(slot);
+        };
+        connections.spawn(task.instrument(span));
+    }
+}
+
+/// What a request needs to know of a topic.
+#[derive(Debug, Clone)]
+pub(crate) struct Route {
+    pub id: TopicId,
+    pub name: TopicName,
+    pub partitions: u32,
+    /// Largest batch it takes.
+    pub batch_bytes_max: usize,
+}
+
+impl Route {
+    fn of(broker: &Broker, topic: &Topic) -> Self {
+        Self {
+            id: topic.id,
+            name: topic.name.clone(),
+            partitions: topic.partitions,
+            batch_bytes_max: broker.catalogue.config(topic).max_message_bytes,
+        }
+    }
+
+    /// The partition with this number, if the topic has it.
+    fn partition(&self, index: i32) -> Option<shared::name::Partition> {
+        let index = u32::try_from(index).ok().filter(|index| *index < self.partitions)?;
+        Some(shared::name::Partition { topic: self.id, index })
+    }
+}
+
+impl Broker {
+    /// The topics of these names, `None` where there is none, as of one moment.
+    fn routes_named<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<Option<Route>> {
+        let find = |state: &State, name| {
+            let topic = state.topic_named(&TopicName::parse(name).ok()?)?;
+            Some(Route::of(self, topic))
+        };
+        read_state(&*self.state, |state| names.map(|name| find(state, name)).collect())
+    }
+
+    /// The topics of these ids.
+    fn routes_with_ids(&self, ids: impl Iterator<Item = Uuid>) -> Vec<Option<Route>> {
+        let find = |state: &State, id: Uuid| Some(Route::of(self, state.topic(TopicId(id.0))?));
+        read_state(&*self.state, |state| ids.map(|id| find(state, id)).collect())
+    }
+}
+
+/// Bits of the operations a client may do (KIP-430). Without an authoriser these are all there are.
+pub mod operations {
+    /// On a topic: read, write, create, delete, alter, describe, describe and alter settings.
+    pub const TOPIC: i32 = 0b1101_1111_1000;
+    /// On a group: read, delete, describe.
+    pub const GROUP: i32 = 0b0001_0100_1000;
+    /// On the cluster: create, alter, describe, cluster action, describe and alter settings, idempotent write.
+    pub const CLUSTER: i32 = 0b1_1111_1010_0000;
+}
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds to it.
+    pub fn add(&self, by: u64) {
+        self.0.fetch_add(by, Ordering::Relaxed);
+    }
+
+    /// What it came to.
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What the front did so far.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Connections accepted.
+    pub connections_opened: Counter,
+    /// Of those, ended.
+    pub connections_closed: Counter,
+    /// Connections not accepted because there were too many.
+    pub connections_refused: Counter,
+    /// Requests begun.
+    pub requests: Counter,
+    /// Bytes of requests, with their size fields.
+    pub request_bytes: Counter,
+    /// Bytes of responses, with their size fields.
+    pub response_bytes: Counter,
+    /// Batches appended.
+    pub produced_batches: Counter,
+    /// Bytes of these.
+    pub produced_bytes: Counter,
+    /// Batches refused, for whatever reason.
+    pub refused_batches: Counter,
+    /// Bytes of batches sent to consumers.
+    pub fetched_bytes: Counter,
+}
+
+/// The front at a moment, for status and metrics.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+#[allow(missing_docs, reason = "the counters above, and what is free")]
+pub struct FrontStatus {
+    pub connections: u64,
+    pub connections_opened: u64,
+    pub connections_refused: u64,
+    pub requests: u64,
+    pub request_bytes: u64,
+    pub response_bytes: u64,
+    pub produced_batches: u64,
+    pub produced_bytes: u64,
+    pub refused_batches: u64,
+    pub fetched_bytes: u64,
+    pub request_memory_free_bytes: u64,
+    pub response_memory_free_bytes: u64,
+}
+
+impl Broker {
+    /// The front at this moment.
+    pub fn status(&self) -> FrontStatus {
+        let counters = &self.counters;
+        let free = |semaphore: &Semaphore| (semaphore.available_permits() * MEMORY_UNIT) as u64;
+        let closed = counters.connections_closed.value();
+        FrontStatus {
+            connections: counters.connections_opened.value().saturating_sub(closed),
+            connections_opened: counters.connections_opened.value(),
+            connections_refused: counters.connections_refused.value(),
+            requests: counters.requests.value(),
+            request_bytes: counters.request_bytes.value(),
+            response_bytes: counters.response_bytes.value(),
+            produced_batches: counters.produced_batches.value(),
+            produced_bytes: counters.produced_bytes.value(),
+            refused_batches: counters.refused_batches.value(),
+            fetched_bytes: counters.fetched_bytes.value(),
+            request_memory_free_bytes: free(&self.memory.requests),
+            response_memory_free_bytes: free(&self.memory.responses),
+        }
+    }
 }
 
 /// One address Kafka clients connect to, and the one they are told to come back to.
@@ -102,7 +365,7 @@ impl Default for FrontSettings {
             fetch_bytes_max: 55 * 1024 * 1024,
             fetch_wait_max: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(600),
-            transfer_timeout: Duration::from_secs(60),
+            transfer_timeout: Duration::from_secs(30),
             auto_create_topics: true,
         }
     }

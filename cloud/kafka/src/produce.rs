@@ -1,6 +1,7 @@
 //! Produce (key 0): record batches to append.
 //!
-//! - v3 is the first with RecordBatch v2 and the transactional id; v0 to v2 carry old formats and are not read here.
+//! - v3 is the first with RecordBatch v2 and the transactional id; v0 to v2 carry older formats
+//!   in the same request without that field.
 //! - v5 adds the log start offset to the response. v7 allows zstd (KIP-110). v8 adds errors of single records (KIP-467).
 //! - v9 is flexible. v10 can name the new leader (KIP-951). v11 is v10 with TRANSACTION_ABORTABLE as a possible error.
 
@@ -10,7 +11,7 @@ use crate::ErrorCode;
 
 message! {
     /// Batches, by topic and partition.
-    pub struct ProduceRequest [Produce, 3..=11, flexible 9..] {
+    pub struct ProduceRequest [Produce, 0..=11, flexible 9..] {
         transactional_id: Option<String> [3..];
         /// 0: no answer at all, 1: the leader has it, -1: all in-sync replicas have it.
         acks: i16 [0..];
@@ -32,7 +33,7 @@ message! {
     }
 
     /// What became of them.
-    pub struct ProduceResponse [Produce, 3..=11, flexible 9..] {
+    pub struct ProduceResponse [Produce, 0..=11, flexible 9..] {
         responses: Vec<TopicProduceResponse> [0..];
         throttle_time_ms: i32 [1..];
     } tagged {

@@ -1,0 +1,302 @@
+//! Fetch: stored batches from given offsets on, as they are, with a long poll.
+//!
+//! - A read begins with the batch that contains the offset; the client drops what lies before (rule of the protocol).
+//! - The answer waits until `min_bytes` are there over all partitions, or `max_wait_ms` is over; any error ends the wait.
+//! - The first partition that has something gives one whole batch even beyond the limits (KIP-74), no other does.
+//! - There are no transactions, so the last stable offset is the high watermark and nothing was aborted.
+//! - Sessions are not kept: every answer says session 0, which tells the client to name all partitions each time
+//!   (KIP-227 allows it always).
+//! - v13 and later name topics by id: a topic made again under its name is another one.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use kafka_wire::fetch::{
+    EpochEndOffset, FetchPartition, FetchRequest, FetchResponse, FetchableTopicResponse, PartitionData,
+};
+use kafka_wire::{ErrorCode, Records};
+use shared::log::{Bounds, ReadError, ReadLimits};
+use shared::name::{Offset, Partition};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
+use tracing::error;
+
+use super::{Broker, MEMORY_UNIT, RequestContext, Route, memory_units};
+
+/// The first version that names topics by id.
+const TOPIC_ID_VERSION_MIN: i16 = 13;
+const READ_COMMITTED: i8 = 1;
+/// A session we never granted.
+const NO_SESSION: i32 = 0;
+/// The epoch of a request that names all partitions and wants no session, or ends one.
+const FINAL_EPOCH: i32 = -1;
+
+/// An answer and the memory its records are counted against.
+pub(super) struct Fetched {
+    pub response: FetchResponse,
+    pub memory: Option<OwnedSemaphorePermit>,
+}
+
+/// Answers a Fetch.
+pub(super) async fn handle(broker: &Broker, context: &RequestContext, request: FetchRequest) -> Fetched {
+    if request.session_id != NO_SESSION && request.session_epoch != FINAL_EPOCH {
+        let response = FetchResponse { error_code: ErrorCode::FETCH_SESSION_ID_NOT_FOUND, ..Default::default() };
+        return Fetched { response, memory: None };
+    }
+    let wait = Duration::from_millis(request.max_wait_ms.max(0) as u64).min(broker.settings.fetch_wait_max);
+    let mut poll = Poll {
+        broker,
+        slots: slots(broker, context.api_version, &request),
+        bytes: 0,
+        bytes_min: request.min_bytes.max(0) as usize,
+        budget: Budget::new(broker, request.max_bytes.max(0) as usize),
+        deadline: Instant::now() + wait,
+    };
+    poll.run().await;
+    broker.counters.fetched_bytes.add(poll.bytes as u64);
+    let memory = poll.budget.held.take();
+    Fetched { response: respond(request, poll.slots), memory }
+}
+
+/// One partition of the request, in the order asked.
+enum Slot {
+    Failed(ErrorCode),
+    Diverged(EpochEndOffset, Bounds),
+    Open(Open),
+}
+
+struct Open {
+    partition: Partition,
+    /// Where to go on reading.
+    next: Offset,
+    bytes_max: usize,
+    batches: Vec<Bytes>,
+    bytes: usize,
+    bounds: Bounds,
+    /// Nothing more is to be had for this answer.
+    full: bool,
+}
+
+fn slots(broker: &Broker, version: i16, request: &FetchRequest) -> Vec<Slot> {
+    let by_id = version >= TOPIC_ID_VERSION_MIN;
+    let routes = match by_id {
+        true => broker.routes_with_ids(request.topics.iter().map(|topic| topic.topic_id)),
+        false => broker.routes_named(request.topics.iter().map(|topic| &topic.topic[..])),
+    };
+    let unknown = if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
+    let asked = request.topics.iter().zip(&routes);
+    asked
+        .flat_map(|(topic, route)| topic.partitions.iter().map(move |asked| (route, asked)))
+        .map(|(route, asked)| match route {
+            Some(route) => slot(broker, route, asked).unwrap_or_else(Slot::Failed),
+            None => Slot::Failed(unknown),
+        })
+        .collect()
+}
+
+fn slot(broker: &Broker, route: &Route, asked: &FetchPartition) -> Result<Slot, ErrorCode> {
+    let partition = route.partition(asked.partition).ok_or(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)?;
+    let bounds = broker.log.bounds(partition).map_err(|error| refuse_read(&error))?;
+    check_leader_epoch(asked.current_leader_epoch, bounds.leader_epoch)?;
+    if asked.last_fetched_epoch >= 0 {
+        let end = broker.log.epoch_end(partition, asked.last_fetched_epoch).map_err(|error| refuse_read(&error))?;
+        if let Some(end) = end.filter(|end| end.epoch < asked.last_fetched_epoch || end.end < asked.fetch_offset) {
+            return Ok(Slot::Diverged(EpochEndOffset { epoch: end.epoch, end_offset: end.end }, bounds));
+        }
+    }
+    Ok(Slot::Open(Open {
+        partition,
+        next: asked.fetch_offset,
+        bytes_max: asked.partition_max_bytes.max(0) as usize,
+        batches: Vec::new(),
+        bytes: 0,
+        bounds,
+        full: false,
+    }))
+}
+
+/// What a client believes to be the leader's epoch, against what it is (KIP-320).
+pub(super) fn check_leader_epoch(believed: i32, current: i32) -> Result<(), ErrorCode> {
+    match believed {
+        ..0 => Ok(()),
+        older if older < current => Err(ErrorCode::FENCED_LEADER_EPOCH),
+        newer if newer > current => Err(ErrorCode::UNKNOWN_LEADER_EPOCH),
+        _ => Ok(()),
+    }
+}
+
+/// What a client is told of a failed read.
+pub(super) fn refuse_read(error: &ReadError) -> ErrorCode {
+    match error {
+        ReadError::UnknownPartition(_) => ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+        ReadError::OffsetOutOfRange { .. } => ErrorCode::OFFSET_OUT_OF_RANGE,
+        ReadError::Closed => ErrorCode::NOT_LEADER_OR_FOLLOWER,
+        ReadError::Corrupt(_) | ReadError::Storage(_) => {
+            error!(%error, "a read failed");
+            ErrorCode::KAFKA_STORAGE_ERROR
+        }
+    }
+}
+
+struct Poll<'a> {
+    broker: &'a Broker,
+    slots: Vec<Slot>,
+    bytes: usize,
+    bytes_min: usize,
+    budget: Budget,
+    deadline: Instant,
+}
+
+impl Poll<'_> {
+    async fn run(&mut self) {
+        loop {
+            self.read_all().await;
+            let failed = self.slots.iter().any(|slot| !matches!(slot, Slot::Open(_)));
+            if failed || self.bytes >= self.bytes_min || self.budget.spent || !self.wait().await {
+                return;
+            }
+        }
+    }
+
+    /// Reads on wherever something is expected, until the limits are reached.
+    async fn read_all(&mut self) {
+        for slot in &mut self.slots {
+            let Slot::Open(open) = slot else { continue };
+            let limit = open.bytes_max.saturating_sub(open.bytes);
+            if open.full || self.budget.spent {
+                continue;
+            }
+            let first = self.bytes == 0;
+            let Some(limit) = self.budget.grant(limit, first, self.deadline).await else { continue };
+            let read = self.broker.log.read(open.partition, open.next, ReadLimits { bytes_max: limit }).await;
+            let used = match read {
+                Ok(read) if read.bytes() > limit && !first => {
+                    // A batch larger than what is left: it comes first in a later answer.
+                    open.full = true;
+                    0
+                }
+                Ok(read) => {
+                    let bytes = read.bytes();
+                    open.full = bytes > 0 && read.next < read.bounds.high_watermark;
+                    open.next = read.next.max(open.next);
+                    open.bounds = read.bounds;
+                    open.bytes += bytes;
+                    open.batches.extend(read.batches);
+                    bytes
+                }
+                // What was read before the failure is good; the next Fetch meets the failure again.
+                Err(_) if open.bytes > 0 => {
+                    open.full = true;
+                    0
+                }
+                Err(error) => {
+                    *slot = Slot::Failed(refuse_read(&error));
+                    0
+                }
+            };
+            self.budget.settle(limit, used);
+            self.bytes += used;
+        }
+    }
+
+    /// Waits until a partition that has room grew. `false` when time is up or nothing can come any more.
+    async fn wait(&self) -> bool {
+        let mut growing: FuturesUnordered<_> = self
+            .slots
+            .iter()
+            .filter_map(|slot| match slot {
+                Slot::Open(open) if !open.full => {
+                    Some(self.broker.log.wait(open.partition, open.bounds.high_watermark))
+                }
+                _ => None,
+            })
+            .collect();
+        // A failure counts as growth: the read that follows meets it and reports it.
+        matches!(timeout_at(self.deadline, growing.next()).await, Ok(Some(_)))
+    }
+}
+
+/// What one answer may still take: of its own limit, and of the memory that all share.
+struct Budget {
+    shared: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
+    left: usize,
+    spent: bool,
+}
+
+impl Budget {
+    fn new(broker: &Broker, bytes_max: usize) -> Self {
+        let left = bytes_max.min(broker.settings.fetch_bytes_max);
+        Self { shared: broker.memory.responses.clone(), held: None, left, spent: false }
+    }
+
+    /// Sets memory aside for one read and returns how many bytes it is for. The first read waits for it, later ones
+    /// make do with the answer as it is.
+    async fn grant(&mut self, wanted: usize, first: bool, deadline: Instant) -> Option<usize> {
+        let limit = wanted.min(self.left);
+        let units = memory_units(limit);
+        let permit = match first {
+            true => {
+                // Others' answers leave within their transfer timeout; this one may then be late, but is not empty.
+                let until = deadline.max(Instant::now() + Duration::from_millis(100));
+                timeout_at(until, self.shared.clone().acquire_many_owned(units)).await.ok().and_then(Result::ok)
+            }
+            false => self.shared.clone().try_acquire_many_owned(units).ok(),
+        };
+        let Some(permit) = permit else {
+            self.spent = true;
+            return None;
+        };
+        match &mut self.held {
+            Some(held) => held.merge(permit),
+            None => self.held = Some(permit),
+        }
+        Some(limit)
+    }
+
+    /// Gives back what a read did not need.
+    fn settle(&mut self, granted: usize, used: usize) {
+        let unused = memory_units(granted).saturating_sub(used.div_ceil(MEMORY_UNIT) as u32);
+        if let Some(held) = &mut self.held {
+            drop(held.split(unused as usize));
+        }
+        self.left = self.left.saturating_sub(used);
+        self.spent |= self.left == 0;
+    }
+}
+
+fn respond(request: FetchRequest, slots: Vec<Slot>) -> FetchResponse {
+    let read_committed = request.isolation_level == READ_COMMITTED;
+    let mut slots = slots.into_iter();
+    let responses = request.topics.into_iter().map(|topic| FetchableTopicResponse {
+        partitions: topic
+            .partitions
+            .iter()
+            .zip(&mut slots)
+            .map(|(asked, slot)| partition_data(asked.partition, slot, read_committed))
+            .collect(),
+        topic: topic.topic,
+        topic_id: topic.topic_id,
+    });
+    FetchResponse { responses: responses.collect(), ..Default::default() }
+}
+
+fn partition_data(partition_index: i32, slot: Slot, read_committed: bool) -> PartitionData {
+    let empty = PartitionData { partition_index, records: Some(Records::default()), ..Default::default() };
+    let aborted_transactions = read_committed.then(Vec::new);
+    let bounded = |bounds: Bounds| PartitionData {
+        high_watermark: bounds.high_watermark,
+        last_stable_offset: bounds.high_watermark,
+        log_start_offset: bounds.log_start,
+        aborted_transactions,
+        ..empty.clone()
+    };
+    match slot {
+        Slot::Failed(error_code) => PartitionData { error_code, high_watermark: -1, ..empty },
+        Slot::Diverged(diverging_epoch, bounds) => PartitionData { diverging_epoch, ..bounded(bounds) },
+        Slot::Open(open) => PartitionData { records: Some(Records(open.batches)), ..bounded(open.bounds) },
+    }
+}

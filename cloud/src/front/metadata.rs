@@ -1,0 +1,138 @@
+//! Metadata: this broker, its topics and their partitions.
+//!
+//! - One node leads and holds everything: replicas = in-sync replicas = leader. It is told under the address of the
+//!   listener the client came through.
+//! - A topic that is asked for by name and does not exist is made, when both the client and the settings allow, and is
+//!   answered ready. Asking for all topics makes none.
+//! - v0 asks for all with an empty list, later versions with null. v12 asks by id too.
+
+use kafka_wire::metadata::{
+    MetadataRequest, MetadataRequestTopic, MetadataResponse, MetadataResponseBroker, MetadataResponsePartition,
+    MetadataResponseTopic, OPERATIONS_UNKNOWN,
+};
+use kafka_wire::{ErrorCode, Uuid};
+use shared::name::{Partition, TopicId, TopicName};
+use tracing::info;
+
+use super::{Broker, RequestContext, operations};
+use crate::state::{State, Topic, read_state};
+
+/// The first version that asks by id.
+const BY_ID_VERSION_MIN: i16 = 12;
+
+/// Answers a Metadata.
+pub async fn handle(broker: &Broker, context: &RequestContext, request: MetadataRequest) -> MetadataResponse {
+    let view = View {
+        node_id: broker.node_id,
+        operations: match request.include_topic_authorized_operations {
+            true => operations::TOPIC,
+            false => OPERATIONS_UNKNOWN,
+        },
+    };
+    let topics = match request.topics {
+        None => view.all(broker),
+        Some(asked) if asked.is_empty() && context.api_version == 0 => view.all(broker),
+        Some(asked) => {
+            let create = request.allow_auto_topic_creation && broker.settings.auto_create_topics;
+            let mut topics = Vec::with_capacity(asked.len());
+            for asked in asked {
+                topics.push(match asked.name {
+                    Some(name) => view.named(broker, name, create).await,
+                    None => view.identified(broker, context.api_version, &asked),
+                });
+            }
+            topics
+        }
+    };
+    MetadataResponse {
+        brokers: vec![MetadataResponseBroker {
+            node_id: broker.node_id,
+            host: context.listener.advertised_host.clone(),
+            port: context.listener.advertised_port.into(),
+            rack: None,
+        }],
+        cluster_id: Some(broker.cluster_id.clone()),
+        controller_id: broker.node_id,
+        topics,
+        cluster_authorized_operations: match request.include_cluster_authorized_operations {
+            true => operations::CLUSTER,
+            false => OPERATIONS_UNKNOWN,
+        },
+        ..Default::default()
+    }
+}
+
+/// How topics are to be shown.
+struct View {
+    node_id: i32,
+    operations: i32,
+}
+
+impl View {
+    fn all(&self, broker: &Broker) -> Vec<MetadataResponseTopic> {
+        read_state(&*broker.state, |state| state.topics().map(|topic| self.topic(state, topic)).collect())
+    }
+
+    async fn named(&self, broker: &Broker, name: String, create: bool) -> MetadataResponseTopic {
+        let Ok(valid) = TopicName::parse(&name) else {
+            return self.missing(ErrorCode::INVALID_TOPIC, Some(name), Uuid::ZERO);
+        };
+        if let Some(topic) = self.find(broker, &valid) {
+            return topic;
+        }
+        if !create {
+            return self.missing(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, Some(name), Uuid::ZERO);
+        }
+        let error = match broker.catalogue.find_or_create(&name, None).await {
+            Ok(_) => match self.find(broker, &valid) {
+                Some(topic) => return topic,
+                // Deleted again at once: the client asks again.
+                None => ErrorCode::LEADER_NOT_AVAILABLE,
+            },
+            Err(error) => {
+                info!(topic = name, %error, "a topic could not be made for a client that asked for it");
+                ErrorCode(error.code())
+            }
+        };
+        self.missing(error, Some(name), Uuid::ZERO)
+    }
+
+    fn find(&self, broker: &Broker, name: &TopicName) -> Option<MetadataResponseTopic> {
+        read_state(&*broker.state, |state| state.topic_named(name).map(|topic| self.topic(state, topic)))
+    }
+
+    fn identified(&self, broker: &Broker, version: i16, asked: &MetadataRequestTopic) -> MetadataResponseTopic {
+        let id = asked.topic_id;
+        if version < BY_ID_VERSION_MIN || id.is_zero() {
+            return self.missing(ErrorCode::INVALID_REQUEST, None, id);
+        }
+        let found =
+            read_state(&*broker.state, |state| state.topic(TopicId(id.0)).map(|topic| self.topic(state, topic)));
+        found.unwrap_or_else(|| self.missing(ErrorCode::UNKNOWN_TOPIC_ID, None, id))
+    }
+
+    fn missing(&self, error_code: ErrorCode, name: Option<String>, topic_id: Uuid) -> MetadataResponseTopic {
+        MetadataResponseTopic { error_code, name, topic_id, ..Default::default() }
+    }
+
+    fn topic(&self, state: &State, topic: &Topic) -> MetadataResponseTopic {
+        let partitions = (0..topic.partitions).map(|index| {
+            let partition = state.partition(Partition { topic: topic.id, index });
+            MetadataResponsePartition {
+                partition_index: index as i32,
+                leader_id: self.node_id,
+                leader_epoch: partition.map_or(state.leader_epoch(), |partition| partition.leader_epoch()),
+                replica_nodes: vec![self.node_id],
+                isr_nodes: vec![self.node_id],
+                ..Default::default()
+            }
+        });
+        MetadataResponseTopic {
+            name: Some(topic.name.to_string()),
+            topic_id: Uuid(topic.id.0),
+            partitions: partitions.collect(),
+            topic_authorized_operations: self.operations,
+            ..Default::default()
+        }
+    }
+}
