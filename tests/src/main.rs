@@ -1,11 +1,13 @@
 //! `system-tests`: starts, cuts and kills real brokers and judges what is left; also the demo and the load generator.
 
 mod admin;
+mod bench;
 mod demo;
 mod device;
 mod judge;
 mod kafka;
 mod lab;
+mod load;
 mod message;
 mod packet;
 mod process;
@@ -52,6 +54,12 @@ enum Action {
     List,
     /// A cloud node, an edge and simulated devices on embedded defaults, with live offsets, until Ctrl-C.
     Demo(demo::Options),
+    /// Load on any MQTT broker.
+    Load(load::Load),
+    /// The edge against mosquitto and, if given, a bare forwarder: docs/benchmarks.md.
+    BenchEdge(bench::edge::Options),
+    /// The cloud against Apache Kafka, and the link: docs/benchmarks.md.
+    BenchCloud(bench::cloud::Options),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +80,9 @@ fn main() -> ExitCode {
             scenario::list();
             Ok(true)
         }
+        Action::Load(load) => load::run(&load).map(|()| true),
+        Action::BenchEdge(options) => runtime.block_on(bench::edge::run(options)).map(|()| true),
+        Action::BenchCloud(options) => runtime.block_on(bench::cloud::run(options)).map(|()| true),
         Action::Demo(options) => runtime.block_on(demo::run(options)).map(|()| true),
     };
     match done {

@@ -5,7 +5,7 @@ mod bad_input;
 mod clients;
 mod kill;
 mod live;
-mod security;
+pub mod security;
 
 use std::path::PathBuf;
 use std::pin::Pin;

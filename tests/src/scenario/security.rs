@@ -106,19 +106,19 @@ fn secure_edge(lab: &mut Lab, authority: &Authority, token: &str) -> Result<()> 
 }
 
 /// A certificate authority of the test's own.
-struct Authority {
+pub struct Authority {
     dir: PathBuf,
     name: String,
     certificate: PathBuf,
 }
 
-struct Certificate {
-    chain: PathBuf,
-    key: PathBuf,
+pub struct Certificate {
+    pub chain: PathBuf,
+    pub key: PathBuf,
 }
 
 impl Authority {
-    async fn make(dir: &Path, name: &str) -> Result<Self> {
+    pub async fn make(dir: &Path, name: &str) -> Result<Self> {
         let certificate = dir.join(format!("{name}.pem"));
         let mut command = Command::new("openssl");
         command.args([
@@ -139,7 +139,7 @@ impl Authority {
     }
 
     /// A server certificate for 127.0.0.1.
-    async fn issue(&self, name: &str) -> Result<Certificate> {
+    pub async fn issue(&self, name: &str) -> Result<Certificate> {
         let file = |end: &str| self.dir.join(format!("{name}.{end}"));
         let mut request = Command::new("openssl");
         request.args([
