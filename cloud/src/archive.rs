@@ -4,9 +4,23 @@
 //! is how the archiver sees a shard. Neither knows the other's inside: blocks cross as stored bytes, the shard's state
 //! as an opaque snapshot.
 
+mod archiver;
+mod claim;
+mod cold;
+mod identity;
+mod shipper;
+mod splitter;
+mod store;
+#[cfg(test)]
+mod tests;
+
 use bytes::Bytes;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
+
+pub use archiver::{Archive, ArchiveError, ArchiveSettings, ArchiveStatus};
+pub use cold::Cold;
+pub use store::{RequestSettings, Requests, Store, StoreError};
 
 /// Archived batches, readable by offset and time. All answers are about whole batches with their CRC checked.
 pub trait ColdTier: Send + Sync + 'static {

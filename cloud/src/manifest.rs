@@ -62,6 +62,8 @@ pub struct Root {
     pub nonce: u64,
     /// The first block that is not in the snapshot and not in segments: replay begins here.
     pub trim: u64,
+    /// First block of the WAL object that holds block `trim`: where a replay begins to read, `trim` or below.
+    pub wal: u64,
     /// CRC-32C over the stored bytes of block `trim - 1`: whether a local log is the one this was made from.
     pub trim_crc: Option<u32>,
     /// The state at `trim`; none before the first split.
@@ -84,7 +86,7 @@ pub struct Fence {
 }
 
 /// Names one page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PagePointer {
     /// The root that first named it.
     pub seq: u64,
@@ -166,6 +168,11 @@ pub fn encode_snapshot(state: &[u8]) -> (Bytes, u32) {
 /// The state in the snapshot page that `pointer` names.
 pub fn decode_snapshot(bytes: &Bytes, pointer: &PagePointer) -> Result<Bytes, ManifestError> {
     page_payload(bytes, pointer, PAGE_SNAPSHOT)
+}
+
+/// Whether `bytes` are the whole page that `pointer` names.
+pub fn is_page(bytes: &Bytes, pointer: &PagePointer) -> bool {
+    page_payload(bytes, pointer, PAGE_INDEX).is_ok() || page_payload(bytes, pointer, PAGE_SNAPSHOT).is_ok()
 }
 
 fn page_payload(bytes: &Bytes, pointer: &PagePointer, kind: u8) -> Result<Bytes, ManifestError> {
@@ -293,6 +300,16 @@ impl Keys {
     }
 }
 
+/// Epoch of the owner that wrote the segment with this key.
+pub fn epoch_of_segment(key: &Path) -> Option<u32> {
+    key.filename().and_then(|name| name.split('-').nth(1)).and_then(|epoch| epoch.parse().ok())
+}
+
+/// The root that first named the page with this key.
+pub fn sequence_of_page(key: &Path) -> Option<u64> {
+    key.filename().and_then(|name| name.split('-').next()).and_then(|seq| seq.parse().ok())
+}
+
 /// The number that a root's or WAL object's key ends with.
 pub fn sequence_of(key: &Path) -> Option<u64> {
     key.filename().filter(|name| name.len() == 20).and_then(|name| name.parse().ok())
@@ -312,6 +329,7 @@ mod tests {
             seq: 9,
             nonce: 0x1122,
             trim: 300,
+            wal: 290,
             trim_crc: Some(5),
             snapshot: Some(PagePointer { seq: 9, number: 0, nonce: 1, bytes: 20, crc: 7 }),
             pages: vec![PagePointer { seq: 8, number: 1, nonce: 2, bytes: 30, crc: 8 }],

@@ -1,0 +1,123 @@
+//! Shipping: WAL blocks, concatenated and unchanged, at most `max_lag` behind.
+//!
+//! Object after object, each named by its first block and made by `PutMode::Create`: the next name is the last block + 1,
+//! so a restore follows them without a listing, and of two writers one collides.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tracing::warn;
+
+use super::store::backoff;
+use super::{Archive, ArchiveError, Source, SourceError, StoreError, StoredBlock};
+
+/// How long a stopping node goes on trying to ship what is left.
+const FINISH: Duration = Duration::from_secs(5);
+
+/// Ships one shard's blocks.
+pub(super) struct Shipper<'a> {
+    archive: &'a Archive,
+    source: &'a dyn Source,
+    next: u64,
+    /// Blocks of the object under way: what came of its PUT may not be known, so it is made again with these bytes.
+    pending: Vec<StoredBlock>,
+    /// The first object after a claim is one block: it is kept for ever.
+    first: bool,
+    /// The last object was full: more is waiting.
+    full: bool,
+}
+
+impl<'a> Shipper<'a> {
+    pub(super) fn new(archive: &'a Archive, source: &'a dyn Source, next: u64) -> Self {
+        Self { archive, source, next, pending: Vec::new(), first: true, full: false }
+    }
+
+    /// Ships until another owner is met.
+    pub(super) async fn run(&mut self) -> ArchiveError {
+        let mut failures = 0;
+        loop {
+            if self.pending.is_empty() {
+                // What another owner has shipped counts as our own until we collide with it.
+                self.source.wait(self.next).await;
+                self.archive.facts.behind_since_ms.store(self.archive.now_ms().max(1) as u64, Ordering::Relaxed);
+                if self.archive.ships && !self.full && !self.first {
+                    tokio::time::sleep(self.archive.settings.max_lag / 2).await;
+                }
+            }
+            match self.ship().await {
+                Ok(()) => {
+                    failures = 0;
+                    self.archive.worked();
+                }
+                Err(error @ (ArchiveError::Deposed { .. } | ArchiveError::Source(SourceError::Closed))) => {
+                    return error;
+                }
+                Err(error) => {
+                    failures += 1;
+                    warn!(%error, next = self.next, "shipping waits");
+                    self.archive.failed(&error);
+                    let pause = (self.archive.settings.max_lag / 8).min(Duration::from_secs(1));
+                    tokio::time::sleep(backoff(pause, failures)).await;
+                }
+            }
+        }
+    }
+
+    /// A last attempt when the node stops.
+    pub(super) async fn finish(&mut self) {
+        let rest = async {
+            while self.source.durable().next_seq > self.next || !self.pending.is_empty() {
+                if let Err(error) = self.ship().await {
+                    warn!(%error, next = self.next, "stopping with blocks that are not shipped");
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(FINISH, rest).await.is_err() {
+            warn!(next = self.next, "stopping with blocks that are not shipped: no answer in time");
+        }
+    }
+
+    /// Ships one object.
+    async fn ship(&mut self) -> Result<(), ArchiveError> {
+        if !self.archive.ships {
+            self.shipped(self.source.durable().next_seq);
+            return Ok(());
+        }
+        let bytes_max = if self.first { 1 } else { self.archive.settings.ship_bytes };
+        if self.pending.is_empty() {
+            let mut blocks = self.source.blocks(self.next, bytes_max).await?;
+            if self.first {
+                blocks.truncate(1);
+            }
+            if blocks.iter().enumerate().any(|(at, block)| block.seq != self.next + at as u64) {
+                return Err(ArchiveError::Local(format!("the WAL skips a block after {}", self.next)));
+            }
+            self.pending = blocks;
+        }
+        let Some(last) = self.pending.last() else { return Ok(()) };
+        let next = last.seq + 1;
+        let chunks: Vec<Bytes> = self.pending.iter().map(|block| block.bytes.clone()).collect();
+        match self.archive.store.create(&self.archive.keys.wal(self.next), &chunks).await {
+            Ok(()) => {}
+            Err(StoreError::Taken(_)) => return Err(self.archive.taken_by().await),
+            Err(error) => return Err(error.into()),
+        }
+        self.full = self.first || chunks.iter().map(Bytes::len).sum::<usize>() * 2 > bytes_max;
+        self.first = false;
+        self.archive.wals.lock().insert(self.next);
+        self.pending.clear();
+        self.shipped(next);
+        Ok(())
+    }
+
+    fn shipped(&mut self, next: u64) {
+        self.next = next;
+        self.archive.shipped.send_replace(next);
+        self.source.shipped(next);
+        if self.source.durable().next_seq <= next {
+            self.archive.facts.behind_since_ms.store(0, Ordering::Relaxed);
+        }
+    }
+}
