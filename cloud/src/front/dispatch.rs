@@ -181,6 +181,24 @@ served! {
     ApiVersions 0..=4, api_versions::ApiVersionsRequest;
     InitProducerId 0..=5, init_producer_id::InitProducerIdRequest;
     OffsetForLeaderEpoch 2..=4, offset_for_leader_epoch::OffsetForLeaderEpochRequest;
+    // From 0 on where librdkafka's feature map looks for it.
+    FindCoordinator 0..=4, find_coordinator::FindCoordinatorRequest;
+    JoinGroup 0..=9, join_group::JoinGroupRequest;
+    SyncGroup 0..=5, sync_group::SyncGroupRequest;
+    Heartbeat 0..=4, heartbeat::HeartbeatRequest;
+    LeaveGroup 0..=5, leave_group::LeaveGroupRequest;
+    OffsetCommit 2..=9, offset_commit::OffsetCommitRequest;
+    OffsetFetch 1..=9, offset_fetch::OffsetFetchRequest;
+    OffsetDelete 0..=0, offset_delete::OffsetDeleteRequest;
+    DescribeGroups 0..=6, describe_groups::DescribeGroupsRequest;
+    ListGroups 0..=5, list_groups::ListGroupsRequest;
+    DeleteGroups 0..=2, delete_groups::DeleteGroupsRequest;
+    CreateTopics 2..=7, create_topics::CreateTopicsRequest;
+    DeleteTopics 1..=6, delete_topics::DeleteTopicsRequest;
+    CreatePartitions 0..=3, create_partitions::CreatePartitionsRequest;
+    DeleteRecords 0..=2, delete_records::DeleteRecordsRequest;
+    DescribeConfigs 1..=4, describe_configs::DescribeConfigsRequest;
+    DescribeCluster 0..=2, describe_cluster::DescribeClusterRequest;
 }
 
 /// Appends are begun here and awaited in the answer.
