@@ -361,9 +361,11 @@ fn prefix(bytes: &[u8]) -> Result<[u8; PREFIX_BYTES], FrameError> {
     bytes.first_chunk::<PREFIX_BYTES>().copied().ok_or(FrameError::Cut { expected: PREFIX_BYTES, found: bytes.len() })
 }
 
-/// The lowest and highest version the sender of a hello speaks, whatever version it is written in.
+/// The lowest and highest version the sender of a hello speaks, whatever version it is written in; `None` when the
+/// bytes are no hello of any version.
 pub fn hello_versions(bytes: &[u8]) -> Option<(u8, u8)> {
-    Some((*bytes.get(PREFIX_BYTES)?, *bytes.get(PREFIX_BYTES + 1)?))
+    let (lowest, highest) = (*bytes.get(PREFIX_BYTES)?, *bytes.get(PREFIX_BYTES + 1)?);
+    (bytes.first() == Some(&lowest) && lowest <= highest).then_some((lowest, highest))
 }
 
 /// The highest version that both sides speak.

@@ -1,0 +1,149 @@
+//! Where a stream's records go: its topic, which is made if need be, and the partition it keeps for ever.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shared::link::frame::Hello;
+use shared::log::{AppendError, BoxFuture, StreamKey};
+use shared::name::{Partition, TimestampMs, TopicId, TopicName};
+use tracing::warn;
+
+use super::{Ingest, IngestError, count};
+use crate::state::{Change, StateLog, Topic};
+
+/// Makes topics.
+pub trait Topics: Send + Sync + 'static {
+    /// The topic's identity and partition count; it is made with `partitions` if it does not exist, durably.
+    fn ensure_topic(&self, name: &TopicName, partitions: u32) -> BoxFuture<'_, Result<(TopicId, u32), TopicError>>;
+}
+
+/// Why there is no topic.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TopicError {
+    /// It may not be made.
+    #[error("{0}")]
+    Refused(String),
+    /// It cannot be made now.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// Topics straight from the state log, without a catalogue's rules.
+pub struct StateTopics {
+    state: Arc<dyn StateLog>,
+    clock: fn() -> TimestampMs,
+}
+
+impl StateTopics {
+    /// Over this state; `clock` is the wall clock.
+    pub fn new(state: Arc<dyn StateLog>, clock: fn() -> TimestampMs) -> Self {
+        Self { state, clock }
+    }
+
+    fn find(&self, name: &TopicName) -> Option<(TopicId, u32)> {
+        let mut found = None;
+        self.state.with_state(&mut |state| {
+            found = state.topic_named(name).map(|topic| (topic.id, topic.partitions));
+        });
+        found
+    }
+}
+
+impl Topics for StateTopics {
+    fn ensure_topic(&self, name: &TopicName, partitions: u32) -> BoxFuture<'_, Result<(TopicId, u32), TopicError>> {
+        let name = name.clone();
+        Box::pin(async move {
+            if let Some(found) = self.find(&name) {
+                return Ok(found);
+            }
+            let mut id = [0; 16];
+            getrandom::fill(&mut id).map_err(|error| TopicError::Unavailable(error.to_string()))?;
+            let (configs, created_ms) = (BTreeMap::new(), (self.clock)());
+            let topic = Topic { id: TopicId(id), name: name.clone(), partitions, configs, created_ms };
+            let committed = self.state.commit(vec![Change::TopicCreated(topic)]).await;
+            committed.map_err(|error: AppendError| TopicError::Unavailable(error.to_string()))?;
+            // Of two that make it at once, the first counts.
+            self.find(&name).ok_or_else(|| TopicError::Unavailable(format!("topic {name} was deleted meanwhile")))
+        })
+    }
+}
+
+impl Ingest {
+    /// Finds or chooses the partition of each stream of a hello, and notes the edge; one commit for all of it.
+    pub(super) async fn place(
+        &self,
+        now_ms: TimestampMs,
+        hello: &Hello,
+        refusals: Vec<Option<String>>,
+    ) -> Result<Vec<Result<Partition, String>>, IngestError> {
+        let _one_at_a_time = self.placing.lock().await;
+        let detail = BTreeMap::from([
+            ("software".to_owned(), hello.software.clone()),
+            ("streams".to_owned(), hello.streams.len().to_string()),
+        ]);
+        let mut changes = vec![Change::EdgeSeen { edge: hello.edge.clone(), seen_ms: now_ms, detail }];
+        let mut targets = Vec::with_capacity(hello.streams.len());
+        for (stream, refusal) in hello.streams.iter().zip(refusals) {
+            if let Some(reason) = refusal {
+                count(&self.counters.refused, 1);
+                targets.push(Err(reason));
+                continue;
+            }
+            let ensured = self.topics.ensure_topic(&stream.topic, self.settings.stream_partitions).await;
+            let (topic, partitions) = match ensured {
+                Ok(found) => found,
+                Err(TopicError::Refused(reason)) => {
+                    targets.push(Err(reason));
+                    continue;
+                }
+                Err(TopicError::Unavailable(reason)) => return Err(IngestError::Unavailable(reason)),
+            };
+            let key =
+                StreamKey { edge: hello.edge.clone(), stream: stream.name.clone(), incarnation: stream.incarnation };
+            let (index, is_new) = self.index(&key, topic, partitions, &changes);
+            if is_new {
+                let stream = (hello.edge.clone(), stream.name.clone());
+                changes.push(Change::StreamPlaced { stream, topic, index });
+            }
+            targets.push(Ok(Partition { topic, index }));
+        }
+        let committed = self.state.commit(changes).await;
+        committed.map_err(|error| IngestError::Unavailable(error.to_string()))?;
+        Ok(targets)
+    }
+
+    /// The partition a stream has in a topic, or else the one with the fewest streams; and whether it is a new one.
+    fn index(&self, key: &StreamKey, topic: TopicId, partitions: u32, placing: &[Change]) -> (u32, bool) {
+        let mut found = (0, true);
+        self.state.with_state(&mut |state| {
+            match state.placement(&key.edge, &key.stream) {
+                Some(placed) if placed.topic == topic && placed.index < partitions => {
+                    found = (placed.index, false);
+                    // A known place but an unknown incarnation: the edge's data were restored, copied or set aside.
+                    let older = state.streams().any(|(known, _)| {
+                        known.edge == key.edge && known.stream == key.stream && known.incarnation != key.incarnation
+                    });
+                    if older && state.stream(key).is_none() {
+                        count(&self.counters.new_incarnations, 1);
+                        warn!(
+                            edge = %key.edge, stream = %key.stream, incarnation = %key.incarnation,
+                            "stream goes on under a new incarnation; records may be there twice"
+                        );
+                    }
+                    return;
+                }
+                _ => {}
+            }
+            let mut load: BTreeMap<u32, usize> = BTreeMap::new();
+            let placed = state.placements().filter(|(_, at)| at.topic == topic).map(|(_, at)| at.index);
+            let coming = placing.iter().filter_map(|change| match change {
+                Change::StreamPlaced { topic: other, index, .. } if *other == topic => Some(*index),
+                _ => None,
+            });
+            placed.chain(coming).for_each(|index| *load.entry(index).or_default() += 1);
+            let index = (0..partitions.max(1)).min_by_key(|index| load.get(index).copied().unwrap_or(0));
+            found = (index.unwrap_or(0), true);
+        });
+        found
+    }
+}
