@@ -141,7 +141,9 @@ impl Store {
             }
             builder = builder.with_config(known, value);
         }
-        let built = builder.with_bucket_name(bucket).with_retry(retry).with_client_options(client).build();
+        let builder = builder.with_bucket_name(bucket).with_retry(retry).with_client_options(client);
+        // One object at a time goes; the bulk call is what S3's likenesses lack most often.
+        let built = builder.with_disable_bulk_delete(true).build();
         let inner = built.map_err(|e| refused(e.to_string()))?;
         Ok(Self::new(Arc::new(inner), prefix, settings))
     }

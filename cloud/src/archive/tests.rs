@@ -2,6 +2,7 @@
 
 mod faulty;
 mod node;
+mod s3;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -483,6 +484,105 @@ async fn a_damaged_object_is_named() {
     store.inner.put(&root.clone().into(), "TRBROOT\nxxxxxxxxxxxxx".into()).await.unwrap();
     let refused = Node::start(&mut home, Some(&store)).await.err().unwrap();
     assert!(refused.to_string().contains(&root), "{refused}");
+}
+
+/// An archive in `store`, used in one way on every kind of store there is.
+async fn use_store(open: impl Fn() -> Store) {
+    let store = open();
+    store.probe().await.unwrap();
+    let key = store.prefix().clone().join("a").join("b");
+    assert_eq!(store.get(&key, 100).await, Err(StoreError::Missing(key.clone())));
+    store.create(&key, &[Bytes::from("0123"), Bytes::from("456789")]).await.unwrap();
+    store.create(&key, &[Bytes::from("0123456789")]).await.unwrap();
+    assert_eq!(store.create(&key, &[Bytes::from("x")]).await, Err(StoreError::Taken(key.clone())));
+    assert_eq!(store.get(&key, 10).await.unwrap(), "0123456789");
+    assert!(store.get(&key, 9).await.is_err(), "larger than it can rightly be");
+    assert_eq!(store.get_range(&key, 2..5).await.unwrap(), "234");
+    assert!(store.get_range(&key, 8..20).await.is_err(), "cut short");
+    assert_eq!(store.get_range(&key, 5..5).await.unwrap(), "");
+    for n in 0..7 {
+        store.create(&store.prefix().clone().join("list").join(format!("{n}")), &[Bytes::from("x")]).await.unwrap();
+    }
+    let listed = store.list(&store.prefix().clone().join("list")).await.unwrap();
+    assert_eq!(listed.iter().filter_map(|object| object.location.filename()).collect::<String>(), "0123456");
+    store.delete(&key).await.unwrap();
+    store.delete(&key).await.unwrap();
+    assert_eq!(open().get(&key, 100).await, Err(StoreError::Missing(key.clone())));
+    assert!(store.list(&store.prefix().clone().join("probe")).await.unwrap().is_empty(), "probes are cleared away");
+    // Of 32 that write one name at a time, one succeeds.
+    let key = store.prefix().clone().join("race");
+    let stores: Vec<Store> = (0..32).map(|_| open()).collect();
+    let race = stores.iter().enumerate().map(|(n, store)| {
+        let (key, body) = (&key, Bytes::from(format!("writer {n}")));
+        async move { store.create(key, &[body]).await }
+    });
+    let answers = futures_util::future::join_all(race).await;
+    assert_eq!(answers.iter().filter(|answer| answer.is_ok()).count(), 1);
+    assert_eq!(answers.iter().filter(|answer| **answer == Err(StoreError::Taken(key.clone()))).count(), 31);
+}
+
+#[tokio::test]
+async fn every_store_keeps_the_same_contract() {
+    let requests = || settings(".".into()).requests;
+    let faulty = Faulty::new();
+    use_store(|| Store::new(std::sync::Arc::new(faulty.clone()), "p".into(), requests())).await;
+    let dir = tempfile::tempdir().unwrap();
+    let patient = RequestSettings { timeout: Duration::from_secs(20), ..requests() };
+    use_store(|| Store::open(&format!("file://{}/made", dir.path().display()), &[], patient).unwrap()).await;
+    // Main installs the provider; a client cannot be made without one, even for http.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let s3 = s3::S3 { page: 3, ..s3::S3::default() };
+    let options = s3.serve().await;
+    use_store(|| Store::open("s3://bucket/some/prefix/", &options, patient).unwrap()).await;
+    for bad in ["s3://", "file://relative", "http://x", "s3://bucket/a//b"] {
+        assert!(matches!(Store::open(bad, &[], requests()), Err(StoreError::Url { .. })), "{bad}");
+    }
+}
+
+#[tokio::test]
+async fn a_node_archives_over_s3_and_comes_back_from_it() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let s3 = s3::S3 { page: 100, ..s3::S3::default() };
+    let store_options = s3.serve().await;
+    let with = |home: &Home| ArchiveSettings {
+        url: Some("s3://bucket/prefix".into()),
+        store_options: store_options.clone(),
+        requests: RequestSettings { timeout: Duration::from_secs(20), ..settings(".".into()).requests },
+        ..settings(home.dir.path().into())
+    };
+    let mut home = Home::new();
+    let first = with(&home);
+    let node = Node::start_with(&mut home, None, first).await.unwrap();
+    produce(&node, 6);
+    node.split().await;
+    produce(&node, 6);
+    node.shipped().await;
+    let state = node.shard.state();
+    node.kill().await;
+    let mut home = Home::new();
+    let second = with(&home);
+    let node = Node::start_with(&mut home, None, second).await.unwrap();
+    assert_eq!(node.shard.state(), state);
+    // The start's claim and sweep list; from here on nothing does.
+    node.split().await;
+    let before = s3.log.lock().len();
+    check_all(&node).await;
+    let log = s3.log.lock().split_off(before);
+    let reads = log.iter().filter(|line| line.starts_with("GET prefix/shards/0/segments/")).count();
+    assert_eq!(reads, 16, "index and batches of four partitions in two segments: {log:?}");
+    assert!(!log.iter().any(|line| line.starts_with("HEAD") || line.contains("list-type")), "{log:?}");
+}
+
+#[tokio::test]
+async fn an_s3_server_without_conditional_writes_is_refused() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let s3 = s3::S3 { page: 100, careless: true, ..s3::S3::default() };
+    let store_options = s3.serve().await;
+    let url = Some("s3://bucket/prefix".into());
+    let home = Home::new();
+    let refused = Archive::open(ArchiveSettings { url, store_options, ..settings(home.dir.path().into()) }).await;
+    let refused = refused.err().unwrap();
+    assert!(matches!(refused, ArchiveError::Store(StoreError::Unconditional(_))), "{refused}");
 }
 
 #[tokio::test]
