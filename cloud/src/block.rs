@@ -351,6 +351,11 @@ impl BlockBuilder {
         self.batch_bytes
     }
 
+    /// How many batches so far.
+    pub fn batches(&self) -> usize {
+        self.batches.len()
+    }
+
     /// How many batches and changes so far.
     pub fn count(&self) -> usize {
         self.batches.len() + self.changes.len()

@@ -1,1 +1,392 @@
 //! The shard: one ordered sequence of blocks, its partitions and the state that changes with them.
+//!
+//! Callers decide under one short lock (`flight`): is it new, where does it go, into which block. One thread
+//! (`committer`) takes the open block whenever the append before has ended - natural group commit -, copies the batches
+//! together, makes the block durable without holding the lock, and only then moves what readers see. So every answer speaks
+//! of durable state, although repeats are recognised in flight.
+//!
+//! The shard knows no protocol, no engine of its WAL and no object store: [`BlockLog`] is below, [`ColdTier`] beside, the
+//! archiver sees it as [`crate::archive::Source`].
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+use serde::Serialize;
+use shared::log::{
+    Append, AppendError, Appended, Bounds, BoxFuture, EpochEnd, Log, Read, ReadError, ReadLimits, StreamKey, TimePoint,
+    TrimError,
+};
+use shared::name::{Offset, Partition, TimestampMs};
+use tokio::sync::Notify;
+
+use crate::archive::{ColdTier, LocalBlocks, NothingCold, Recovered, SourceError};
+use crate::block::BlockError;
+use crate::state::{Change, State, StateError, StateLog};
+use crate::wal::{BlockLog, Usage, WalError};
+
+mod committer;
+mod flight;
+mod fold;
+mod index;
+mod read;
+mod recover;
+mod retention;
+mod source;
+mod tail;
+
+use flight::Inner;
+
+/// Milliseconds since 1970 by the broker's clock.
+pub type Clock = Arc<dyn Fn() -> TimestampMs + Send + Sync>;
+
+/// Bounds and identity of a shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardSettings {
+    /// Its number.
+    pub shard: u32,
+    /// A random number that tells this writer's blocks from another's.
+    pub nonce: u64,
+    /// A block is closed before its batches exceed this; a single larger batch has a block of its own.
+    pub block_bytes_max: usize,
+    /// Bytes of batches that wait for durability; beyond it appends are refused with [`AppendError::Full`].
+    pub in_flight_bytes_max: usize,
+    /// Bytes of recent blocks kept in memory for readers at the end; the oldest go first.
+    pub tail_bytes_max: usize,
+    /// Bytes of batches read back from the WAL that are kept for the reader that comes for the rest of them.
+    pub read_cache_bytes_max: usize,
+    /// Index entries (one per block and partition, 48 bytes) for blocks in the WAL; beyond it appends are refused until the
+    /// archive has taken over.
+    pub index_entries_max: usize,
+    /// `retention.ms` of a topic that does not say; -1 is for ever.
+    pub retention_ms: i64,
+    /// `retention.bytes` of a topic that does not say; -1 is without bound.
+    pub retention_bytes: i64,
+    /// An idempotent producer that appended nothing for so long is forgotten (Kafka's `producer.id.expiration.ms`).
+    pub producer_expiry_ms: i64,
+    /// Whether blocks are shipped to a bucket. If not, what is durable is as safe as it gets.
+    pub archived: bool,
+}
+
+impl Default for ShardSettings {
+    fn default() -> Self {
+        Self {
+            shard: 0,
+            nonce: 0,
+            block_bytes_max: 8 << 20,
+            in_flight_bytes_max: 128 << 20,
+            tail_bytes_max: 64 << 20,
+            read_cache_bytes_max: 32 << 20,
+            index_entries_max: 1 << 20,
+            retention_ms: 7 * 24 * 3600 * 1000,
+            retention_bytes: -1,
+            producer_expiry_ms: 24 * 3600 * 1000,
+            archived: true,
+        }
+    }
+}
+
+/// Why a shard did not start.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// The WAL could not be read or written.
+    #[error(transparent)]
+    Wal(#[from] WalError),
+    /// A block does not hold.
+    #[error(
+        "block {seq} of the WAL cannot be used: {error}. Restore the WAL from a copy, or move its directory away to start from the archive"
+    )]
+    Block {
+        /// Its number.
+        seq: u64,
+        /// What is wrong with it.
+        error: BlockError,
+    },
+    /// The snapshot does not hold.
+    #[error("the archived state cannot be used: {0}")]
+    Snapshot(#[from] StateError),
+    /// WAL and snapshot do not meet.
+    #[error(
+        "the WAL holds blocks {first} .. {next}, the archived state goes up to {snapshot}: blocks in between are missing"
+    )]
+    Hole {
+        /// First block there is.
+        first: u64,
+        /// After the last one.
+        next: u64,
+        /// The first block that must be replayed.
+        snapshot: u64,
+    },
+    /// The committer thread could not be made.
+    #[error("no thread for the committer: {0}")]
+    Thread(String),
+}
+
+/// A shard. It implements [`Log`] and [`StateLog`]; dropping it closes it.
+pub struct Shard {
+    core: Arc<Core>,
+    committer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What callers and the committer share.
+struct Core {
+    settings: ShardSettings,
+    wal: Box<dyn BlockLog>,
+    cold: Arc<dyn ColdTier>,
+    clock: Clock,
+    /// The owner's epoch, in every block's header.
+    epoch: u32,
+    /// Bytes of the WAL that only changes may use.
+    wal_reserve: u64,
+    inner: Mutex<Inner>,
+    /// Something is open, or the shard is closing: for the committer.
+    work: Condvar,
+    /// A block became durable, or the shard stopped.
+    committed: Arc<Notify>,
+    /// What is safe moved.
+    safety: Arc<Notify>,
+    read_cache: Mutex<read::ReadCache>,
+}
+
+/// Counters and gauges of a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct ShardStatus {
+    /// Its number.
+    pub shard: u32,
+    /// The owner's epoch.
+    pub epoch: u32,
+    /// The newest leader epoch.
+    pub leader_epoch: i32,
+    /// Why it takes nothing more; `None` while it does.
+    pub stopped: Option<String>,
+    /// The number the next durable block will have.
+    pub next_seq: u64,
+    /// Blocks below this number are in the bucket.
+    pub shipped_seq: u64,
+    /// What the WAL holds.
+    pub wal: Usage,
+    /// Index entries for blocks in the WAL.
+    pub index_entries: usize,
+    /// Bytes of recent blocks in memory.
+    pub tail_bytes: usize,
+    /// Bytes that wait for durability.
+    pub in_flight_bytes: usize,
+    /// Blocks made durable since the start.
+    pub blocks: u64,
+    /// Their bytes.
+    pub block_bytes: u64,
+    /// Batches made durable since the start.
+    pub batches: u64,
+    /// Microseconds spent in appends to the WAL since the start.
+    pub append_micros: u64,
+    /// The longest of them, microseconds.
+    pub append_micros_max: u64,
+    /// Appends that were refused because something was full.
+    pub refused_full: u64,
+}
+
+/// A partition, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PartitionStatus {
+    /// Its topic's name.
+    pub topic: String,
+    /// Its number.
+    pub index: u32,
+    /// The first offset that can be read.
+    pub log_start: Offset,
+    /// The offset after the last durable record.
+    pub high_watermark: Offset,
+    /// Bytes of batches in archive and WAL.
+    pub bytes: u64,
+    /// Offsets below this are in segments in the bucket.
+    pub archived: Offset,
+}
+
+impl Shard {
+    /// Brings a shard back to where it was and begins to take appends.
+    ///
+    /// `recovered` says what to start from ([`Recovered::default`] without an archive: the local WAL alone).
+    pub fn open(
+        settings: ShardSettings,
+        wal: Box<dyn BlockLog>,
+        recovered: Recovered,
+        cold: Option<Arc<dyn ColdTier>>,
+        clock: Clock,
+    ) -> Result<Arc<Self>, OpenError> {
+        let cold = cold.unwrap_or_else(|| Arc::new(NothingCold));
+        let core = Arc::new(recover::recover(settings, wal, recovered, cold, clock)?);
+        let thread = std::thread::Builder::new().name(format!("shard-{}", core.settings.shard));
+        let committer = {
+            let core = core.clone();
+            thread.spawn(move || core.commit_blocks()).map_err(|error| OpenError::Thread(error.to_string()))?
+        };
+        Ok(Arc::new(Self { core, committer: Mutex::new(Some(committer)) }))
+    }
+
+    /// Makes durable what is in flight, ends all waits and lets go of the WAL. What is called afterwards is refused.
+    pub fn close(&self) {
+        self.core.begin_close();
+        if let Some(committer) = self.committer.lock().take() {
+            // A panic there was reported by the thread itself, and the shard has stopped.
+            let _ = committer.join();
+        }
+        self.core.wal.close();
+    }
+
+    /// Counters and gauges.
+    pub fn status(&self) -> ShardStatus {
+        let wal = self.core.wal.usage();
+        let inner = self.core.inner.lock();
+        ShardStatus {
+            shard: self.core.settings.shard,
+            epoch: self.core.epoch,
+            leader_epoch: inner.state.leader_epoch(),
+            stopped: inner.stopped.as_ref().map(ToString::to_string),
+            next_seq: inner.next_seq,
+            shipped_seq: inner.shipped_seq,
+            wal,
+            index_entries: inner.index.entries(),
+            tail_bytes: inner.tail.bytes(),
+            in_flight_bytes: inner.in_flight_bytes,
+            ..inner.counters.clone()
+        }
+    }
+
+    /// All partitions, by topic name and number.
+    pub fn partitions(&self) -> Vec<PartitionStatus> {
+        let inner = self.core.inner.lock();
+        let mut all = Vec::new();
+        for topic in inner.state.topics() {
+            for index in 0..topic.partitions {
+                let partition = Partition { topic: topic.id, index };
+                let Some(state) = inner.state.partition(partition) else { continue };
+                let cold = self.core.cold.bounds(partition);
+                let archived = cold.map_or(0, |cold| cold.next);
+                let bytes = cold.map_or(0, |cold| cold.bytes) + inner.index.bytes_from(partition, archived);
+                all.push(PartitionStatus {
+                    topic: topic.name.to_string(),
+                    index,
+                    log_start: state.log_start,
+                    high_watermark: state.high_watermark,
+                    bytes,
+                    archived,
+                });
+            }
+        }
+        all
+    }
+
+    /// The edge offset below which a stream's records are in the bucket; without archiving, in the WAL. `None` for a stream
+    /// of which nothing is.
+    pub fn safe(&self, key: &StreamKey) -> Option<Offset> {
+        let inner = self.core.inner.lock();
+        if self.core.settings.archived {
+            inner.safe.get(key).copied()
+        } else {
+            inner.state.stream(key).map(|stream| stream.next)
+        }
+    }
+
+    /// Resolves when what [`Shard::safe`] says may have moved since this was called.
+    pub fn safety_changed(&self) -> BoxFuture<'static, ()> {
+        // Registered by the call, not by the first poll: nothing is missed in between.
+        Box::pin(self.core.safety.clone().notified_owned())
+    }
+
+    /// Moves log starts to where topics' `retention.ms` and `retention.bytes` put them, and forgets producers that went away.
+    /// Returns how many partitions moved. Call it now and then.
+    pub async fn apply_retention(&self) -> Result<usize, AppendError> {
+        let moves = self.core.retention_moves();
+        let count = moves.len();
+        if count > 0 {
+            self.commit(moves).await?;
+        }
+        Ok(count)
+    }
+}
+
+impl Drop for Shard {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Log for Shard {
+    fn append(&self, append: Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
+        let admitted = self.core.admit(append);
+        Box::pin(admitted.resolve())
+    }
+
+    fn read(&self, partition: Partition, from: Offset, limits: ReadLimits) -> BoxFuture<'_, Result<Read, ReadError>> {
+        Box::pin(self.core.clone().read(partition, from, limits))
+    }
+
+    fn bounds(&self, partition: Partition) -> Result<Bounds, ReadError> {
+        self.core.inner.lock().bounds(partition)
+    }
+
+    fn wait(&self, partition: Partition, beyond: Offset) -> BoxFuture<'static, Result<(), ReadError>> {
+        let core = self.core.clone();
+        Box::pin(async move {
+            loop {
+                let Some(grown) = core.inner.lock().waiter(partition, beyond)? else { return Ok(()) };
+                // Registered first, then looked again: nothing is missed in between.
+                let grown = grown.notified_owned();
+                if core.inner.lock().waiter(partition, beyond)?.is_none() {
+                    return Ok(());
+                }
+                grown.await;
+            }
+        })
+    }
+
+    fn trim(&self, partition: Partition, before: Offset) -> BoxFuture<'static, Result<Offset, TrimError>> {
+        let begun = self.core.begin_trim(partition, before);
+        let core = self.core.clone();
+        Box::pin(async move {
+            begun?.resolve().await?;
+            let inner = core.inner.lock();
+            Ok(inner.state.partition(partition).map_or(before, |partition| partition.log_start))
+        })
+    }
+
+    fn find_time(&self, partition: Partition, at: TimestampMs) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
+        Box::pin(self.core.clone().find_time(partition, at))
+    }
+
+    fn max_time(&self, partition: Partition) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
+        Box::pin(self.core.clone().max_time(partition))
+    }
+
+    fn epoch_end(&self, partition: Partition, epoch: i32) -> Result<Option<EpochEnd>, ReadError> {
+        self.core.inner.lock().epoch_end(partition, epoch)
+    }
+}
+
+impl StateLog for Shard {
+    fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
+        let admitted = self.core.admit_changes(changes);
+        Box::pin(async move { admitted.resolve().await })
+    }
+
+    fn with_state(&self, read: &mut dyn FnMut(&State)) {
+        read(&self.core.inner.lock().state);
+    }
+}
+
+/// A WAL as a start compares it with the bucket.
+pub struct LocalWal<'a>(pub &'a dyn BlockLog);
+
+impl LocalBlocks for LocalWal<'_> {
+    fn bounds(&self) -> Option<(u64, u64)> {
+        self.0.bounds()
+    }
+
+    fn read(&self, seq: u64) -> Result<Bytes, SourceError> {
+        self.0.read(seq).map_err(source::source_error)
+    }
+}
+
+#[cfg(test)]
+mod tests;

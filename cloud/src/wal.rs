@@ -31,8 +31,12 @@ pub trait BlockLog: Send + Sync + 'static {
     /// Blocks below `below` are not needed any more. The newest block is kept all the same.
     fn trim(&self, below: u64) -> Result<(), WalError>;
 
-    /// Throws all blocks away; the next append has the number `next`.
+    /// Throws all blocks away; the next append has the number `next`. Until [`BlockLog::settle`] is called the log is
+    /// provisional: a start before that finds it empty.
     fn reset(&self, next: u64) -> Result<(), WalError>;
+
+    /// What was appended since [`BlockLog::reset`] is whole and stays.
+    fn settle(&self) -> Result<(), WalError>;
 
     /// How much is kept.
     fn usage(&self) -> Usage;
@@ -50,6 +54,8 @@ pub struct Usage {
     pub held_bytes: u64,
     /// The bound on them.
     pub bytes_max: u64,
+    /// How much can be appended before the log is full, about: frames and rounding are not counted.
+    pub free_bytes: u64,
 }
 
 /// Why a block log did not do what was asked.

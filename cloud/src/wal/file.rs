@@ -19,7 +19,8 @@
 //! ```
 //! Big-endian; the crc is CRC-32C over bytes 0..60. `WAL id` is random and never leaves the directory, so no payload can pass
 //! for a frame. Every block from `trim` on must be there; files wholly below are written again only when that number rests in
-//! `ring`. Flag bit 0: blocks were written before this slot; bit 1: all files are being thrown away.
+//! `ring`. Flag bit 0: blocks were written before this slot; bit 1: a reset
+//! is under way, and a start throws all files away.
 //!
 //! Recovery reads every live file. The first frame that does not hold ends the log, and what comes behind it was never
 //! acknowledged - unless a sound block with a higher number lies behind it: that is damage, and the start is refused.
@@ -228,6 +229,12 @@ impl Ring {
     fn held_bytes(&self) -> u64 {
         let live: u64 = self.live.iter().map(|live| live.spare.bytes).sum();
         live + self.free.iter().map(|spare| spare.bytes).sum::<u64>() + self.filling
+    }
+
+    /// Bytes that can be written before another file must be made; one that is being filled counts.
+    fn free_bytes(&self) -> u64 {
+        let newest = self.live.back().map_or(0, |live| live.spare.bytes - live.used);
+        newest + self.free.iter().map(|spare| spare.bytes).sum::<u64>() + self.filling
     }
 
     fn locate(&self, seq: u64) -> Result<(Location, Arc<dyn DiskFile>), WalError> {
@@ -505,12 +512,18 @@ impl BlockLog for FileWal {
         ring.blocks.clear();
         (ring.first, ring.bytes) = (Some(next), 0);
         drop(ring);
-        self.shared.set_slot(|slot| (slot.has_blocks, slot.resetting) = (false, false))
+        self.shared.set_slot(|slot| slot.has_blocks = false)
+    }
+
+    fn settle(&self) -> Result<(), WalError> {
+        self.shared.set_slot(|slot| slot.resetting = false)
     }
 
     fn usage(&self) -> Usage {
         let ring = self.shared.ring.lock();
-        Usage { bytes: ring.bytes, held_bytes: ring.held_bytes(), bytes_max: self.shared.settings.bytes_max }
+        let (held_bytes, bytes_max) = (ring.held_bytes(), self.shared.settings.bytes_max);
+        let free_bytes = ring.free_bytes() + bytes_max.saturating_sub(held_bytes);
+        Usage { bytes: ring.bytes, held_bytes, bytes_max, free_bytes }
     }
 
     fn close(&self) {

@@ -94,9 +94,13 @@ impl BlockLog for MemoryWal {
         Ok(())
     }
 
+    fn settle(&self) -> Result<(), WalError> {
+        Ok(())
+    }
+
     fn usage(&self) -> Usage {
         let bytes = self.inner.lock().bytes;
-        Usage { bytes, held_bytes: bytes, bytes_max: self.bytes_max }
+        Usage { bytes, held_bytes: bytes, bytes_max: self.bytes_max, free_bytes: self.bytes_max.saturating_sub(bytes) }
     }
 
     fn close(&self) {}

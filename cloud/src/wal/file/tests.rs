@@ -163,7 +163,13 @@ fn a_reset_begins_anew() {
     append(&wal, 100..103, 1000);
     drop(wal);
     let wal = open(&directory).unwrap();
-    assert_eq!(wal.bounds(), Some((100, 103)));
+    assert_eq!(wal.bounds(), None, "provisional until settled");
+    wal.reset(200).unwrap();
+    append(&wal, 200..203, 1000);
+    wal.settle().unwrap();
+    drop(wal);
+    let wal = open(&directory).unwrap();
+    assert_eq!(wal.bounds(), Some((200, 203)));
 }
 
 #[test]

@@ -1,0 +1,415 @@
+//! What callers decide under the lock: is a batch new, where does it go, and whose durability must its answer await.
+//!
+//! `Inner` holds the durable state and, beside it, what is in flight. In-flight knowledge is only ever an overlay: when an
+//! append fails it is thrown away, and what is left is what the log says.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, OnceLock};
+
+use shared::batch::Batch;
+use shared::log::idempotence::{Sequenced, Verdict, check_position, check_sequence, is_idempotent, last_sequence};
+use shared::log::{
+    Append, AppendError, Appended, Bounds, Chain, EdgeBatch, EpochEnd, ReadError, Source, StreamKey, TrimError,
+};
+use shared::name::{Offset, Partition, TopicId};
+use tokio::sync::Notify;
+
+use super::index::WalIndex;
+use super::tail::Tail;
+use super::{Core, ShardStatus};
+use crate::block::{BlockBuilder, Placed};
+use crate::state::{Change, State};
+
+/// Changes that one block takes besides batches.
+const CHANGES_MAX: usize = 10_000;
+
+/// Everything behind the shard's lock.
+pub struct Inner {
+    /// What durable blocks say.
+    pub state: State,
+    /// The number the next durable block will have.
+    pub next_seq: u64,
+    /// Where batches lie in the WAL.
+    pub index: WalIndex,
+    /// Recent blocks.
+    pub tail: Tail,
+    /// The block in the committer's hands: its number is `next_seq`.
+    pub committing: Option<Committing>,
+    /// Blocks that wait for the committer, oldest first; the last one is being filled.
+    pub open: VecDeque<OpenBlock>,
+    /// What is in flight, the block being committed included.
+    pub overlay: Overlay,
+    /// Bytes of batches in flight.
+    pub in_flight_bytes: usize,
+    /// How much the WAL has room for, as of the last append or trim.
+    pub wal_free_bytes: u64,
+    /// Why nothing more is taken and nothing in flight will be durable.
+    pub stopped: Option<AppendError>,
+    /// Nothing more is taken, what is in flight is made durable.
+    pub closing: bool,
+    /// Blocks below are in the bucket.
+    pub shipped_seq: u64,
+    /// Per stream, the edge offset below which all is in the bucket.
+    pub safe: HashMap<StreamKey, Offset>,
+    /// Positions in blocks that are not shipped yet, oldest first.
+    pub unsafe_positions: VecDeque<(u64, StreamKey, Offset)>,
+    /// Who waits for which partition to grow.
+    pub waiters: HashMap<Partition, Arc<Notify>>,
+    /// Counters.
+    pub counters: ShardStatus,
+}
+
+/// A block that is being filled.
+#[derive(Default)]
+pub struct OpenBlock {
+    pub builder: BlockBuilder,
+    pub outcome: Arc<Outcome>,
+    /// Streams' positions after this block: the last one of each counts.
+    pub streams: HashMap<StreamKey, (Partition, Offset, Chain)>,
+    /// Producers with batches in it.
+    pub producers: Vec<(Partition, i64)>,
+}
+
+/// What is remembered of a block while it is written.
+pub struct Committing {
+    pub outcome: Arc<Outcome>,
+    pub batch_bytes: usize,
+    pub producers: Vec<(Partition, i64)>,
+}
+
+/// What is in flight beyond the durable state.
+#[derive(Default)]
+pub struct Overlay {
+    /// The next offset, and the block that brings the one before it.
+    pub ends: HashMap<Partition, (Offset, u64)>,
+    pub producers: HashMap<(Partition, i64), VecDeque<(u64, Sequenced)>>,
+    pub streams: HashMap<StreamKey, (Offset, u64)>,
+    /// Topics whose deletion is in flight.
+    pub deleting: HashSet<TopicId>,
+}
+
+/// How a block ended.
+#[derive(Default)]
+pub struct Outcome {
+    result: OnceLock<Result<(), AppendError>>,
+    ended: Notify,
+}
+
+impl Outcome {
+    /// Tells everybody who waits. The first word counts.
+    pub fn complete(&self, result: Result<(), AppendError>) {
+        let _ = self.result.set(result);
+        self.ended.notify_waiters();
+    }
+
+    async fn wait(&self) -> Result<(), AppendError> {
+        let mut ended = std::pin::pin!(self.ended.notified());
+        // Registered first, then looked: nothing is missed in between.
+        ended.as_mut().enable();
+        if self.result.get().is_none() {
+            ended.await;
+        }
+        self.result.get().cloned().unwrap_or(Err(AppendError::Closed))
+    }
+}
+
+/// An answer that may be given once a block is durable.
+pub struct Admitted<T> {
+    answer: Result<T, AppendError>,
+    /// The block that must be durable first; `None` if everything the answer speaks of is.
+    after: Option<Arc<Outcome>>,
+}
+
+impl<T> Admitted<T> {
+    fn now(answer: Result<T, AppendError>) -> Self {
+        Self { answer, after: None }
+    }
+
+    /// Waits, then answers. If the block fails, so does the answer, whatever it was.
+    pub async fn resolve(self) -> Result<T, AppendError> {
+        if let Some(after) = self.after {
+            after.wait().await?;
+        }
+        self.answer
+    }
+}
+
+impl Inner {
+    pub fn new(state: State, next_seq: u64) -> Self {
+        let safe = state.streams().map(|(key, stream)| (key.clone(), stream.next)).collect();
+        Self {
+            state,
+            next_seq,
+            index: WalIndex::default(),
+            tail: Tail::default(),
+            committing: None,
+            open: VecDeque::new(),
+            overlay: Overlay::default(),
+            in_flight_bytes: 0,
+            wal_free_bytes: u64::MAX,
+            stopped: None,
+            closing: false,
+            shipped_seq: next_seq,
+            safe,
+            unsafe_positions: VecDeque::new(),
+            waiters: HashMap::new(),
+            counters: ShardStatus::default(),
+        }
+    }
+
+    /// The outcome of the block `seq`; `None` if it is durable.
+    fn outcome_of(&self, seq: u64) -> Option<Arc<Outcome>> {
+        let mut index = usize::try_from(seq.checked_sub(self.next_seq)?).ok()?;
+        if let Some(committing) = &self.committing {
+            match index.checked_sub(1) {
+                None => return Some(committing.outcome.clone()),
+                Some(behind) => index = behind,
+            }
+        }
+        self.open.get(index).map(|block| block.outcome.clone())
+    }
+
+    /// Number of the block that is being filled, if the ones before succeed.
+    fn open_seq(&self) -> u64 {
+        self.next_seq + u64::from(self.committing.is_some()) + (self.open.len() as u64).saturating_sub(1)
+    }
+
+    pub fn bounds(&self, partition: Partition) -> Result<Bounds, ReadError> {
+        if self.stopped == Some(AppendError::Closed) {
+            return Err(ReadError::Closed);
+        }
+        self.state
+            .partition(partition)
+            .map(|state| Bounds {
+                log_start: state.log_start,
+                high_watermark: state.high_watermark,
+                leader_epoch: state.leader_epoch(),
+            })
+            .ok_or(ReadError::UnknownPartition(partition))
+    }
+
+    /// What to listen to until the partition may have grown; `None` when it is above `beyond`.
+    pub fn waiter(&mut self, partition: Partition, beyond: Offset) -> Result<Option<Arc<Notify>>, ReadError> {
+        if self.bounds(partition)?.high_watermark > beyond {
+            return Ok(None);
+        }
+        match &self.stopped {
+            None => Ok(Some(self.waiters.entry(partition).or_default().clone())),
+            // It will not grow any more.
+            Some(error) => Err(ReadError::Storage(error.to_string())),
+        }
+    }
+
+    pub fn epoch_end(&self, partition: Partition, epoch: i32) -> Result<Option<EpochEnd>, ReadError> {
+        self.bounds(partition)?;
+        let state = self.state.partition(partition).ok_or(ReadError::UnknownPartition(partition))?;
+        let after = state.epochs.partition_point(|start| start.epoch <= epoch);
+        let known = after.checked_sub(1).and_then(|index| state.epochs.get(index));
+        let end = state.epochs.get(after).map_or(state.high_watermark, |next| next.start);
+        Ok(known.map(|start| EpochEnd { epoch: start.epoch, end }))
+    }
+
+    /// The block to put `bytes` more into.
+    fn open_block(&mut self, bytes: usize, block_bytes_max: usize) -> &mut OpenBlock {
+        let is_full = |block: &OpenBlock| {
+            let builder = &block.builder;
+            !builder.is_empty() && (builder.batch_bytes() + bytes > block_bytes_max || builder.count() >= CHANGES_MAX)
+        };
+        if self.open.back().is_none_or(is_full) {
+            self.open.push_back(OpenBlock::default());
+        }
+        self.open.back_mut().expect("one was just made if there was none")
+    }
+
+    /// Why nothing can be appended.
+    fn refuses(&self) -> Option<AppendError> {
+        self.stopped.clone().or(self.closing.then_some(AppendError::Closed))
+    }
+
+    /// Throws away everything in flight: the durable state alone counts again.
+    pub fn discard(&mut self, error: &AppendError) {
+        self.overlay = Overlay::default();
+        self.in_flight_bytes = 0;
+        for block in self.open.drain(..) {
+            block.outcome.complete(Err(error.clone()));
+        }
+        if let Some(committing) = self.committing.take() {
+            committing.outcome.complete(Err(error.clone()));
+        }
+    }
+
+    /// Nothing more is taken, and everybody who waits learns of it.
+    pub fn stop(&mut self, error: AppendError) {
+        let error = self.stopped.get_or_insert(error).clone();
+        self.discard(&error);
+        self.waiters.values().for_each(|waiter| waiter.notify_waiters());
+    }
+
+    fn recent(&self, partition: Partition, batch: &Batch) -> (Vec<Sequenced>, Option<u64>) {
+        let id = batch.producer_id();
+        let durable = self.state.partition(partition).and_then(|partition| partition.producers.get(&id));
+        let mut recent: Vec<Sequenced> = durable
+            .iter()
+            .flat_map(|producer| producer.batches.iter().map(|batch| (producer.epoch, batch)))
+            .map(|(epoch, batch)| Sequenced {
+                epoch,
+                first_sequence: batch.first_sequence,
+                last_sequence: batch.last_sequence,
+                base_offset: batch.base_offset,
+                last_offset: batch.last_offset,
+            })
+            .collect();
+        let flying = self.overlay.producers.get(&(partition, id));
+        recent.extend(flying.iter().flat_map(|flying| flying.iter().map(|(_, sequenced)| *sequenced)));
+        (recent, flying.and_then(|flying| flying.back()).map(|(seq, _)| *seq))
+    }
+
+    /// What the batch is, and the newest block in flight that this was judged by.
+    fn judge(&self, append: &Append) -> (Result<Verdict, AppendError>, Option<u64>) {
+        match &append.source {
+            Source::Producer if is_idempotent(&append.batch) => {
+                let (recent, flying) = self.recent(append.partition, &append.batch);
+                (check_sequence(&recent, &append.batch), flying)
+            }
+            Source::Producer => (Ok(Verdict::Fresh), None),
+            Source::Edge(edge) => {
+                let flying = self.overlay.streams.get(&edge.stream);
+                let durable = || self.state.stream(&edge.stream).map(|stream| stream.next);
+                let position = flying.map(|(next, _)| *next).or_else(durable);
+                (check_position(position, edge).map(|()| Verdict::Fresh), flying.map(|(_, seq)| *seq))
+            }
+        }
+    }
+
+    fn place(
+        &mut self,
+        append: Append,
+        log_start: Offset,
+        leader_epoch: i32,
+        end: Offset,
+        block_bytes_max: usize,
+    ) -> Admitted<Appended> {
+        let Append { partition, batch, source } = append;
+        let bytes = batch.len();
+        let block = self.open_block(bytes, block_bytes_max);
+        let last_offset = end + i64::from(batch.last_offset_delta());
+        let appended = Appended { base_offset: end, last_offset, log_start, duplicate: false };
+        let after = Some(block.outcome.clone());
+        let (producer_id, epoch) = (batch.producer_id(), batch.producer_epoch());
+        let sequenced = Sequenced {
+            epoch,
+            first_sequence: batch.base_sequence(),
+            last_sequence: last_sequence(&batch),
+            base_offset: end,
+            last_offset,
+        };
+        block.builder.push(Placed { partition, base_offset: end, leader_epoch, batch });
+        if producer_id >= 0 {
+            block.producers.push((partition, producer_id));
+        }
+        if let Source::Edge(EdgeBatch { stream, next, chain, .. }) = &source {
+            block.streams.insert(stream.clone(), (partition, *next, *chain));
+        }
+        let seq = self.open_seq();
+        if producer_id >= 0 {
+            self.overlay.producers.entry((partition, producer_id)).or_default().push_back((seq, sequenced));
+        }
+        if let Source::Edge(edge) = source {
+            self.overlay.streams.insert(edge.stream, (edge.next, seq));
+        }
+        self.overlay.ends.insert(partition, (last_offset + 1, seq));
+        self.in_flight_bytes += bytes;
+        Admitted { answer: Ok(appended), after }
+    }
+}
+
+impl Core {
+    /// Takes a batch's place in the order, or finds why not.
+    pub fn admit(&self, append: Append) -> Admitted<Appended> {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        if let Some(error) = inner.refuses() {
+            return Admitted::now(Err(error));
+        }
+        let partition = append.partition;
+        let Some(state) =
+            inner.state.partition(partition).filter(|_| !inner.overlay.deleting.contains(&partition.topic))
+        else {
+            return Admitted::now(Err(AppendError::UnknownPartition(partition)));
+        };
+        let (log_start, leader_epoch) = (state.log_start, state.leader_epoch());
+        let end = inner.overlay.ends.get(&partition).map_or(state.high_watermark, |(end, _)| *end);
+        let (verdict, flying) = inner.judge(&append);
+        let after = || flying.and_then(|seq| inner.outcome_of(seq));
+        match verdict {
+            // What it was judged by may still fail: then the judgement was wrong, and the failure is the answer.
+            Err(error) => return Admitted { answer: Err(error), after: after() },
+            Ok(Verdict::Duplicate(Sequenced { base_offset, last_offset, .. })) => {
+                let answer = Ok(Appended { base_offset, last_offset, log_start, duplicate: true });
+                return Admitted { answer, after: after() };
+            }
+            Ok(Verdict::Fresh) => {}
+        }
+        if let Some(full) = self.full(inner, append.batch.len()) {
+            inner.counters.refused_full += 1;
+            return Admitted::now(Err(AppendError::Full(full)));
+        }
+        let admitted = inner.place(append, log_start, leader_epoch, end, self.settings.block_bytes_max);
+        self.work.notify_one();
+        admitted
+    }
+
+    fn full(&self, inner: &Inner, bytes: usize) -> Option<String> {
+        let settings = &self.settings;
+        if inner.in_flight_bytes > 0 && inner.in_flight_bytes + bytes > settings.in_flight_bytes_max {
+            return Some(format!("{} bytes wait for the disk", inner.in_flight_bytes));
+        }
+        // Changes may use what batches must leave: a full log can still be trimmed, and groups can commit.
+        let needed = inner.in_flight_bytes as u64 + bytes as u64 + self.wal_reserve;
+        if inner.wal_free_bytes < needed {
+            return Some(format!("the WAL has room for {} bytes more", inner.wal_free_bytes));
+        }
+        if inner.index.entries() >= settings.index_entries_max {
+            return Some(format!("{} index entries wait for the archive", inner.index.entries()));
+        }
+        None
+    }
+
+    /// Takes changes' place in the order.
+    pub fn admit_changes(&self, changes: Vec<Change>) -> Admitted<()> {
+        let mut inner = self.inner.lock();
+        if let Some(error) = inner.refuses() {
+            return Admitted::now(Err(error));
+        }
+        if changes.is_empty() {
+            return Admitted::now(Ok(()));
+        }
+        let block = inner.open_block(0, self.settings.block_bytes_max);
+        let after = Some(block.outcome.clone());
+        let mut deleted = Vec::new();
+        for change in changes {
+            if let Change::TopicDeleted { id } = &change {
+                deleted.push(*id);
+            }
+            block.builder.change(change);
+        }
+        inner.overlay.deleting.extend(deleted);
+        self.work.notify_one();
+        Admitted { answer: Ok(()), after }
+    }
+
+    /// Begins to move a log start.
+    pub fn begin_trim(&self, partition: Partition, before: Offset) -> Result<Admitted<()>, TrimError> {
+        let bounds = self.inner.lock().bounds(partition).map_err(|error| match error {
+            ReadError::Closed => TrimError::Append(AppendError::Closed),
+            _ => TrimError::UnknownPartition(partition),
+        })?;
+        if before > bounds.high_watermark {
+            return Err(TrimError::OffsetOutOfRange { requested: before, bounds });
+        }
+        if before <= bounds.log_start {
+            return Ok(Admitted::now(Ok(())));
+        }
+        Ok(self.admit_changes(vec![Change::LogStartMoved { partition, offset: before }]))
+    }
+}

@@ -1,0 +1,143 @@
+//! Bringing a shard back: snapshot, then every block after it, by the same code that a living shard commits with.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+use tokio::sync::Notify;
+use tracing::{info, warn};
+
+use super::flight::Inner;
+use super::read::ReadCache;
+use super::{Clock, Core, OpenError, ShardSettings};
+use crate::archive::{ColdTier, Recovered, Snapshot, StoredBlock, Tail};
+use crate::block::{Block, BlockBuilder, BlockError, BlockHeader};
+use crate::state::{Change, State};
+use crate::wal::BlockLog;
+
+/// Offsets left out after a loss: more than any shard can have acknowledged and lost (design decision 10).
+pub const OFFSETS_SKIPPED: i64 = 1 << 32;
+
+/// Most bytes of the WAL that only changes may use; a small WAL keeps a sixteenth.
+const WAL_RESERVE_MAX: u64 = 8 << 20;
+
+pub fn recover(
+    settings: ShardSettings,
+    wal: Box<dyn BlockLog>,
+    recovered: Recovered,
+    cold: Arc<dyn ColdTier>,
+    clock: Clock,
+) -> Result<Core, OpenError> {
+    let Recovered { snapshot, tail, epoch } = recovered;
+    let (state, start) = match &snapshot {
+        None => (State::default(), 0),
+        Some(Snapshot { next_seq, state }) => (State::decode(state)?, *next_seq),
+    };
+    let mut recovery = Recovery { inner: Inner::new(state, start), settings: &settings, epoch };
+    match tail {
+        Tail::Local => recovery.replay_local(&*wal, start)?,
+        Tail::Bucket(blocks) => recovery.restore(&*wal, start, blocks, (clock)())?,
+    }
+    let Recovery { mut inner, epoch, .. } = recovery;
+    let usage = wal.usage();
+    inner.wal_free_bytes = usage.free_bytes;
+    info!(
+        shard = settings.shard,
+        next_seq = inner.next_seq,
+        epoch,
+        leader_epoch = inner.state.leader_epoch(),
+        partitions = inner.state.partitions().count(),
+        "shard recovered"
+    );
+    Ok(Core {
+        read_cache: Mutex::new(ReadCache::new(settings.read_cache_bytes_max)),
+        settings,
+        wal,
+        cold,
+        clock,
+        epoch,
+        wal_reserve: (usage.bytes_max / 16).min(WAL_RESERVE_MAX),
+        inner: Mutex::new(inner),
+        work: Condvar::new(),
+        committed: Arc::new(Notify::new()),
+        safety: Arc::new(Notify::new()),
+    })
+}
+
+struct Recovery<'a> {
+    inner: Inner,
+    settings: &'a ShardSettings,
+    epoch: u32,
+}
+
+impl Recovery<'_> {
+    /// The local WAL says it all.
+    fn replay_local(&mut self, wal: &dyn BlockLog, start: u64) -> Result<(), OpenError> {
+        let Some((first, next)) = wal.bounds() else { return Ok(()) };
+        // Without a snapshot the log must begin at its beginning.
+        if first > start || next < start {
+            return Err(OpenError::Hole { first, next, snapshot: start });
+        }
+        for seq in first..next {
+            let block = self.parse(seq, wal.read(seq)?)?;
+            if seq >= start {
+                self.absorb(seq, block)?;
+            } else {
+                // Part of the snapshot; its records can still be read from here.
+                let state = &self.inner.state;
+                self.inner.index.add(&block, |partition| state.partition(partition).map(|state| state.log_start));
+                self.inner.tail.push(block, self.settings.tail_bytes_max);
+            }
+        }
+        Ok(())
+    }
+
+    /// The bucket says it all, and acknowledged blocks may have been lost: offsets go on where none was used before.
+    fn restore(&mut self, wal: &dyn BlockLog, start: u64, blocks: Vec<StoredBlock>, now: i64) -> Result<(), OpenError> {
+        warn!(
+            shard = self.settings.shard,
+            blocks = blocks.len(),
+            from = start,
+            "restored from the bucket: what was not shipped is lost here, edges send it again; leader epochs are raised"
+        );
+        // Until the log is settled a start finds it empty and comes here again: the raised epoch cannot be forgotten.
+        wal.reset(start)?;
+        for StoredBlock { seq, bytes } in blocks {
+            if seq != self.inner.next_seq {
+                return Err(OpenError::Hole { first: seq, next: seq, snapshot: self.inner.next_seq });
+            }
+            let block = self.parse(seq, bytes)?;
+            wal.append(seq, block.bytes())?;
+            self.absorb(seq, block)?;
+        }
+        // All of this came from the bucket.
+        self.inner.ship(self.inner.next_seq);
+        let mut builder = BlockBuilder::default();
+        let epoch = self.inner.state.leader_epoch().saturating_add(1);
+        builder.change(Change::EpochStarted { epoch, skip: OFFSETS_SKIPPED });
+        let seq = self.inner.next_seq;
+        let ShardSettings { shard, nonce, .. } = *self.settings;
+        let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });
+        wal.append(seq, block.bytes())?;
+        self.absorb(seq, block)?;
+        wal.settle()?;
+        Ok(())
+    }
+
+    fn parse(&mut self, seq: u64, bytes: bytes::Bytes) -> Result<Block, OpenError> {
+        let block = Block::parse(bytes).map_err(|error| OpenError::Block { seq, error })?;
+        let header = block.header();
+        let wrong = |what| OpenError::Block { seq, error: BlockError::Malformed(what) };
+        if header.seq != seq {
+            return Err(wrong("it has another number"));
+        }
+        if header.shard != self.settings.shard {
+            return Err(wrong("it belongs to another shard"));
+        }
+        self.epoch = self.epoch.max(header.epoch);
+        Ok(block)
+    }
+
+    fn absorb(&mut self, seq: u64, block: Block) -> Result<(), OpenError> {
+        self.inner.absorb(block, self.settings).map_err(|error| OpenError::Block { seq, error })
+    }
+}

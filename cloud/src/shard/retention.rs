@@ -1,0 +1,132 @@
+//! What may go: by age of the append and by size, per partition, over all tiers.
+
+use shared::name::{Offset, Partition, TimestampMs};
+
+use super::Core;
+use super::flight::Inner;
+use crate::archive::ColdRun;
+use crate::state::{Change, Topic};
+
+/// What a topic keeps. -1 is for ever, or without bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    pub retention_ms: i64,
+    pub retention_bytes: i64,
+}
+
+/// Something that goes as a whole: a run in a segment, or in a block of the WAL.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    next: Offset,
+    bytes: u64,
+    appended_ms: TimestampMs,
+}
+
+/// How a topic's settings read, with what the broker does where they say nothing.
+pub fn kept(topic: &Topic, retention_ms: i64, retention_bytes: i64) -> Kept {
+    let number = |name: &str, default| topic.configs.get(name).and_then(|text| text.parse().ok()).unwrap_or(default);
+    // A compacted topic that is not also deleted from keeps everything.
+    let deletes = topic.configs.get("cleanup.policy").is_none_or(|policy| policy.contains("delete"));
+    if !deletes {
+        return Kept { retention_ms: -1, retention_bytes: -1 };
+    }
+    Kept {
+        retention_ms: number("retention.ms", retention_ms),
+        retention_bytes: number("retention.bytes", retention_bytes),
+    }
+}
+
+/// The new log start, if it moves: whole parts go from the front, as long as they are too old or the rest is large enough.
+fn new_start(parts: &[Part], kept: Kept, now: TimestampMs) -> Option<Offset> {
+    let mut bytes: u64 = parts.iter().map(|part| part.bytes).sum();
+    let mut start = None;
+    for part in parts {
+        let too_old = kept.retention_ms >= 0 && now.saturating_sub(part.appended_ms) > kept.retention_ms;
+        let too_large =
+            u64::try_from(kept.retention_bytes).is_ok_and(|bound| bytes.saturating_sub(part.bytes) >= bound);
+        if !too_old && !too_large {
+            break;
+        }
+        bytes -= part.bytes;
+        start = Some(part.next);
+    }
+    start
+}
+
+impl Core {
+    /// The log starts that retention moves now. Forgets old producers on the way.
+    pub fn retention_moves(&self) -> Vec<Change> {
+        let now = (self.clock)();
+        let partitions: Vec<(Partition, Kept)> = {
+            let mut inner = self.inner.lock();
+            inner.state.expire_producers(now.saturating_sub(self.settings.producer_expiry_ms));
+            inner.kept_partitions(self.settings.retention_ms, self.settings.retention_bytes)
+        };
+        let mut moves = Vec::new();
+        for (partition, kept) in partitions {
+            if kept.retention_ms < 0 && kept.retention_bytes < 0 {
+                continue;
+            }
+            let cold = self.cold.runs(partition);
+            let inner = self.inner.lock();
+            let Some(state) = inner.state.partition(partition) else { continue };
+            let parts = inner.parts(partition, &cold, state.log_start);
+            if let Some(offset) = new_start(&parts, kept, now).filter(|offset| *offset > state.log_start) {
+                moves.push(Change::LogStartMoved { partition, offset: offset.min(state.high_watermark) });
+            }
+        }
+        moves
+    }
+}
+
+impl Inner {
+    fn kept_partitions(&self, retention_ms: i64, retention_bytes: i64) -> Vec<(Partition, Kept)> {
+        let of = |topic: &Topic| {
+            let (id, kept) = (topic.id, kept(topic, retention_ms, retention_bytes));
+            (0..topic.partitions).map(move |index| (Partition { topic: id, index }, kept))
+        };
+        self.state.topics().flat_map(of).collect()
+    }
+
+    /// The partition's parts, ascending: the archive's, then what only the WAL has.
+    fn parts(&self, partition: Partition, cold: &[ColdRun], log_start: Offset) -> Vec<Part> {
+        let archived = cold.last().map_or(i64::MIN, |run| run.next);
+        let cold = cold.iter().filter(|run| run.next > log_start).map(|run| Part {
+            next: run.next,
+            bytes: run.bytes,
+            appended_ms: run.appended_ms,
+        });
+        let wal = self.index.from(partition, archived.max(log_start)).map(|run| Part {
+            next: run.last + 1,
+            bytes: u64::from(run.bytes),
+            appended_ms: run.append_ms,
+        });
+        cold.chain(wal).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_parts_go_from_the_front() {
+        let parts: Vec<Part> = (1..=4).map(|n| Part { next: n * 10, bytes: 100, appended_ms: n * 1_000 }).collect();
+        let cases = [
+            ((-1, -1), None),
+            ((2_000, -1), Some(20)),
+            ((0, -1), Some(40)),
+            ((9_000, -1), None),
+            ((-1, 400), None),
+            ((-1, 399), None),
+            ((-1, 300), Some(10)),
+            ((-1, 150), Some(20)),
+            ((-1, 0), Some(40)),
+            ((3_500, 100), Some(30)),
+        ];
+        for ((retention_ms, retention_bytes), expected) in cases {
+            let kept = Kept { retention_ms, retention_bytes };
+            assert_eq!(new_start(&parts, kept, 4_500), expected, "{kept:?}");
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The shard as the archiver sees it.
+
+use bytes::Bytes;
+use shared::log::{AppendError, BoxFuture};
+use shared::name::Partition;
+use tracing::{error, warn};
+
+use super::{Core, Shard, retention};
+use crate::archive::{Durable, Retained, Snapshot, Source, SourceError, StoredBlock};
+use crate::wal::WalError;
+
+/// A WAL's error in the archiver's words.
+pub fn source_error(error: WalError) -> SourceError {
+    match error {
+        WalError::NotThere { requested, first, .. } => SourceError::Trimmed { requested, first },
+        WalError::Closed => SourceError::Closed,
+        error => SourceError::Storage(error.to_string()),
+    }
+}
+
+impl Core {
+    fn block(&self, seq: u64) -> Result<Bytes, SourceError> {
+        let recent = self.inner.lock().tail.block(seq).map(|block| block.bytes().clone());
+        recent.map_or_else(|| self.wal.read(seq).map_err(source_error), Ok)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.inner.lock().stopped == Some(AppendError::Closed)
+    }
+}
+
+impl Source for Shard {
+    fn durable(&self) -> Durable {
+        let usage = self.core.wal.usage();
+        let inner = self.core.inner.lock();
+        // A full index presses for a roll as a full WAL does.
+        let index = inner.index.entries() as u128 * u128::from(usage.bytes_max)
+            / self.core.settings.index_entries_max.max(1) as u128;
+        Durable {
+            next_seq: inner.next_seq,
+            wal_bytes: usage.bytes.max(u64::try_from(index).unwrap_or(u64::MAX)),
+            wal_bytes_max: usage.bytes_max,
+        }
+    }
+
+    fn wait(&self, seq: u64) -> BoxFuture<'static, ()> {
+        let core = self.core.clone();
+        Box::pin(async move {
+            loop {
+                // Registered first, then looked: nothing is missed in between.
+                let committed = core.committed.clone().notified_owned();
+                {
+                    let inner = core.inner.lock();
+                    if inner.next_seq > seq || inner.stopped.is_some() {
+                        return;
+                    }
+                }
+                committed.await;
+            }
+        })
+    }
+
+    fn blocks(&self, from: u64, bytes_max: usize) -> BoxFuture<'_, Result<Vec<StoredBlock>, SourceError>> {
+        Box::pin(async move {
+            let next = self.core.inner.lock().next_seq;
+            if self.core.is_closed() {
+                return Err(SourceError::Closed);
+            }
+            let (mut blocks, mut bytes) = (Vec::new(), 0);
+            for seq in from..next {
+                let block = self.core.block(seq)?;
+                if !blocks.is_empty() && bytes + block.len() > bytes_max {
+                    break;
+                }
+                bytes += block.len();
+                blocks.push(StoredBlock { seq, bytes: block });
+            }
+            Ok(blocks)
+        })
+    }
+
+    fn snapshot(&self) -> BoxFuture<'_, Result<Snapshot, SourceError>> {
+        Box::pin(async move {
+            if self.core.is_closed() {
+                return Err(SourceError::Closed);
+            }
+            // Copied under the lock, encoded without it.
+            let (next_seq, state) = {
+                let inner = self.core.inner.lock();
+                (inner.next_seq, inner.state.clone())
+            };
+            Ok(Snapshot { next_seq, state: state.encode().into() })
+        })
+    }
+
+    fn shipped(&self, next_seq: u64) {
+        if self.core.inner.lock().ship(next_seq) {
+            self.core.safety.notify_waiters();
+        }
+    }
+
+    fn published(&self, trim: u64) {
+        let trim = trim.min(self.core.inner.lock().next_seq);
+        // The index first: who looks from here on asks the cold tier. The newest block stays in both.
+        {
+            let mut inner = self.core.inner.lock();
+            let newest = inner.next_seq.saturating_sub(1);
+            inner.index.trim_blocks(trim.min(newest));
+        }
+        if let Err(error) = self.core.wal.trim(trim) {
+            warn!(%error, trim, "the WAL could not be trimmed");
+        }
+        let usage = self.core.wal.usage();
+        self.core.inner.lock().wal_free_bytes = usage.free_bytes;
+    }
+
+    fn fenced(&self, epoch: u32) {
+        error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
+        let mut inner = self.core.inner.lock();
+        inner.stop(AppendError::Fenced(epoch));
+        self.core.work.notify_all();
+        self.core.committed.notify_waiters();
+    }
+
+    fn retained(&self, partition: Partition) -> Option<Retained> {
+        let inner = self.core.inner.lock();
+        let settings = &self.core.settings;
+        let kept =
+            retention::kept(inner.state.topic(partition.topic)?, settings.retention_ms, settings.retention_bytes);
+        let log_start = inner.state.partition(partition)?.log_start;
+        Some(Retained { log_start, retention_ms: kept.retention_ms })
+    }
+}

@@ -1,0 +1,631 @@
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use shared::batch::Batch;
+use shared::log::conformance::{
+    self, Engine, batch, block_on, from_edge, from_producer, poll_once, produced, read_all, sized, split, stream,
+};
+use shared::name::{TopicId, TopicName};
+use tempfile::TempDir;
+
+use super::*;
+use crate::archive::{ColdBounds, ColdRead, ColdRun, Snapshot, Source, StoredBlock, Tail};
+use crate::block::Block;
+use crate::state::{Topic, read_state};
+use crate::wal::disk::Directory;
+use crate::wal::file::{FileWal, FileWalSettings};
+use crate::wal::memory::MemoryWal;
+
+const WAL_BYTES: u64 = 2 << 20;
+
+fn topic(n: u8, partitions: u32) -> Topic {
+    let name = TopicName::parse(&format!("topic-{n}")).unwrap();
+    Topic { id: TopicId([n; 16]), name, partitions, configs: BTreeMap::new(), created_ms: 0 }
+}
+
+fn partition(n: u8) -> Partition {
+    Partition { topic: TopicId([n; 16]), index: 0 }
+}
+
+fn clock() -> Clock {
+    Arc::new(|| 1_000)
+}
+
+fn open(wal: impl BlockLog) -> Arc<Shard> {
+    Shard::open(ShardSettings::default(), Box::new(wal), Recovered::default(), None, clock()).unwrap()
+}
+
+/// A shard with topic 1 in memory, and its WAL.
+fn shard() -> (Arc<Shard>, MemoryWal) {
+    let wal = MemoryWal::new(WAL_BYTES);
+    let shard = open(wal.clone());
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    (shard, wal)
+}
+
+fn append(shard: &Shard, batch: Batch) -> Result<Appended, AppendError> {
+    block_on(shard.append(from_producer(partition(1), batch)))
+}
+
+// ---- the contract, on each engine ----
+
+type MakeWal = Box<dyn FnMut() -> Box<dyn BlockLog>>;
+
+struct UnderTest {
+    shard: Option<Arc<Shard>>,
+    make_wal: MakeWal,
+    settings: ShardSettings,
+    topics: u8,
+    _directory: Option<TempDir>,
+}
+
+impl UnderTest {
+    fn new(mut make_wal: MakeWal, settings: ShardSettings, directory: Option<TempDir>) -> Self {
+        let wal = make_wal();
+        let shard = Shard::open(settings.clone(), wal, Recovered::default(), None, clock()).unwrap();
+        Self { shard: Some(shard), make_wal, settings, topics: 0, _directory: directory }
+    }
+
+    fn shard(&self) -> &Arc<Shard> {
+        self.shard.as_ref().unwrap()
+    }
+}
+
+impl Engine for UnderTest {
+    fn log(&self) -> Arc<dyn Log> {
+        self.shard().clone()
+    }
+
+    fn create(&mut self) -> Partition {
+        self.topics += 1;
+        block_on(self.shard().commit(vec![Change::TopicCreated(topic(self.topics, 1))])).unwrap();
+        partition(self.topics)
+    }
+
+    fn reopen(&mut self) -> bool {
+        self.shard.take().unwrap().close();
+        let wal = (self.make_wal)();
+        let recovered = Recovered::default();
+        self.shard = Some(Shard::open(self.settings.clone(), wal, recovered, None, clock()).unwrap());
+        true
+    }
+
+    fn bytes_until_full(&self) -> Option<usize> {
+        Some(WAL_BYTES as usize)
+    }
+
+    fn make_room(&mut self) {
+        let next = self.shard().durable().next_seq;
+        self.shard().published(next);
+    }
+}
+
+fn file_wal(directory: &TempDir) -> FileWal {
+    let settings =
+        FileWalSettings { file_bytes: 256 << 10, hasty_file_bytes: 64 << 10, bytes_max: WAL_BYTES, background: true };
+    FileWal::open(Box::new(Directory::open(directory.path()).unwrap()), settings, 7).unwrap()
+}
+
+#[test]
+fn the_memory_engine_keeps_the_contract() {
+    conformance::run(&mut || {
+        let wal = MemoryWal::new(WAL_BYTES);
+        let make: MakeWal = Box::new(move || Box::new(wal.clone()));
+        Box::new(UnderTest::new(make, ShardSettings::default(), None))
+    });
+}
+
+#[test]
+fn the_file_engine_keeps_the_contract() {
+    // With a tail of nothing every read goes to the disk.
+    for tail_bytes_max in [0, 64 << 20] {
+        conformance::run(&mut || {
+            let directory = TempDir::new().unwrap();
+            let path = directory.path().to_owned();
+            let make: MakeWal = Box::new(move || {
+                let settings = FileWalSettings {
+                    file_bytes: 256 << 10,
+                    hasty_file_bytes: 64 << 10,
+                    bytes_max: WAL_BYTES,
+                    background: true,
+                };
+                Box::new(FileWal::open(Box::new(Directory::open(&path).unwrap()), settings, 7).unwrap())
+            });
+            let settings = ShardSettings { tail_bytes_max, ..ShardSettings::default() };
+            Box::new(UnderTest::new(make, settings, Some(directory)))
+        });
+    }
+}
+
+// ---- in flight ----
+
+/// A WAL whose appends wait until they are told how to end.
+#[derive(Clone)]
+struct HeldWal {
+    inner: MemoryWal,
+    orders: Arc<Mutex<std::collections::VecDeque<Result<(), WalError>>>>,
+    given: Arc<Condvar>,
+    entered: Arc<Mutex<u64>>,
+}
+
+impl HeldWal {
+    fn new() -> Self {
+        let inner = MemoryWal::new(WAL_BYTES);
+        Self { inner, orders: Arc::default(), given: Arc::default(), entered: Arc::default() }
+    }
+
+    fn order(&self, result: Result<(), WalError>) {
+        self.orders.lock().push_back(result);
+        self.given.notify_all();
+    }
+
+    /// Waits until the committer is inside its `count`th append.
+    fn wait_entered(&self, count: u64) {
+        let mut entered = self.entered.lock();
+        while *entered < count {
+            self.given.wait(&mut entered);
+        }
+    }
+}
+
+impl BlockLog for HeldWal {
+    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
+        *self.entered.lock() += 1;
+        self.given.notify_all();
+        let mut orders = self.orders.lock();
+        loop {
+            match orders.pop_front() {
+                Some(Ok(())) => return self.inner.append(seq, block),
+                Some(Err(error)) => return Err(error),
+                None => self.given.wait(&mut orders),
+            }
+        }
+    }
+    fn bounds(&self) -> Option<(u64, u64)> {
+        self.inner.bounds()
+    }
+    fn read(&self, seq: u64) -> Result<Bytes, WalError> {
+        self.inner.read(seq)
+    }
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
+        self.inner.read_part(seq, position, bytes)
+    }
+    fn trim(&self, below: u64) -> Result<(), WalError> {
+        self.inner.trim(below)
+    }
+    fn reset(&self, next: u64) -> Result<(), WalError> {
+        self.inner.reset(next)
+    }
+    fn settle(&self) -> Result<(), WalError> {
+        self.inner.settle()
+    }
+    fn usage(&self) -> Usage {
+        self.inner.usage()
+    }
+    fn close(&self) {}
+}
+
+/// A shard whose appends are held, with topic 1 made.
+fn held() -> (Arc<Shard>, HeldWal) {
+    let wal = HeldWal::new();
+    let shard = open(wal.clone());
+    wal.order(Ok(()));
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    (shard, wal)
+}
+
+#[test]
+fn nothing_is_seen_or_answered_before_it_is_durable() {
+    let (shard, wal) = held();
+    let sequenced = || from_producer(partition(1), produced(&batch(2, 1), 7, 0, 0));
+    let edge = || {
+        let mut append = from_edge(partition(1), &stream(1, 1), 0, 4);
+        append.partition = partition(1);
+        append
+    };
+    let mut calls = vec![shard.append(sequenced()), shard.append(edge())];
+    wal.wait_entered(2);
+    // A repeat of what is in flight: success, `have` and refusal all wait for the first one.
+    calls.push(shard.append(sequenced()));
+    calls.push(shard.append(edge()));
+    let gap = from_producer(partition(1), produced(&batch(1, 1), 7, 0, 9));
+    calls.push(shard.append(gap));
+    let mut waiting = Log::wait(&*shard, partition(1), 0);
+    assert!(calls.iter_mut().all(|call| poll_once(call).is_none()));
+    assert!(poll_once(&mut waiting).is_none());
+    assert_eq!(shard.bounds(partition(1)).unwrap().high_watermark, 0);
+    assert_eq!(read_state(&*shard, |state| state.streams().count()), 0);
+    wal.order(Ok(()));
+    wal.order(Ok(()));
+    let answers: Vec<_> = calls.into_iter().map(block_on).collect();
+    assert_eq!(answers[0].as_ref().unwrap().base_offset, 0);
+    assert!(answers[2].as_ref().unwrap().duplicate);
+    assert_eq!(answers[3], Err(AppendError::WrongPosition { next: 5, have: true }));
+    assert!(matches!(answers[4], Err(AppendError::OutOfOrderSequence { expected: 2, found: 9, .. })));
+    assert_eq!(block_on(waiting), Ok(()));
+}
+
+#[test]
+fn what_comes_while_one_append_runs_is_one_block() {
+    let (shard, wal) = held();
+    let mut calls = vec![shard.append(from_producer(partition(1), batch(1, 1)))];
+    wal.wait_entered(2);
+    calls.extend((0..50).map(|_| shard.append(from_producer(partition(1), batch(1, 1)))));
+    wal.order(Ok(()));
+    wal.order(Ok(()));
+    calls.into_iter().for_each(|call| {
+        block_on(call).unwrap();
+    });
+    assert_eq!(wal.bounds(), Some((0, 3)));
+    assert_eq!(Block::parse(wal.read(2).unwrap()).unwrap().entries()[0].batches, 50);
+}
+
+#[test]
+fn a_failed_append_is_forgotten_altogether() {
+    let (shard, wal) = held();
+    let sequenced = |sequence| from_producer(partition(1), produced(&batch(2, 1), 7, 0, sequence));
+    let first = shard.append(sequenced(0));
+    wal.wait_entered(2);
+    let second = shard.append(sequenced(2));
+    let again = shard.append(sequenced(0));
+    let edge = shard.append(from_edge(partition(1), &stream(1, 1), 0, 4));
+    let full = WalError::Full("test".into());
+    wal.order(Err(full));
+    for call in [first, second, again, edge] {
+        assert!(matches!(block_on(call), Err(AppendError::Full(_))));
+    }
+    // Not a repeat, not out of order, at the offset it would have had.
+    (0..2).for_each(|_| wal.order(Ok(())));
+    let retried = block_on(shard.append(sequenced(0))).unwrap();
+    assert_eq!((retried.base_offset, retried.duplicate), (0, false));
+    assert_eq!(block_on(shard.append(from_edge(partition(1), &stream(1, 1), 0, 4))).unwrap().base_offset, 2);
+}
+
+#[test]
+fn a_failed_disk_stops_the_shard_and_leaves_it_readable() {
+    let (shard, wal) = held();
+    wal.order(Ok(()));
+    append(&shard, batch(3, 1)).unwrap();
+    let (first, mut waiting) =
+        (shard.append(from_producer(partition(1), batch(1, 1))), Log::wait(&*shard, partition(1), 3));
+    wal.wait_entered(3);
+    let second = shard.append(from_producer(partition(1), batch(1, 1)));
+    assert!(poll_once(&mut waiting).is_none());
+    wal.order(Err(WalError::Io("EIO".into())));
+    for call in [first, second] {
+        assert!(matches!(block_on(call), Err(AppendError::Storage(text)) if text.contains("EIO")));
+    }
+    assert!(matches!(append(&shard, batch(1, 1)), Err(AppendError::Storage(_))));
+    assert!(matches!(block_on(waiting), Err(ReadError::Storage(_))));
+    assert_eq!(read_all(&*shard, partition(1), 0, 1 << 20).len(), 1);
+    assert!(shard.status().stopped.unwrap().contains("EIO"));
+}
+
+#[test]
+fn a_close_makes_durable_what_is_in_flight() {
+    let (shard, wal) = shard();
+    let calls: Vec<_> = (0..100).map(|_| shard.append(from_producer(partition(1), batch(1, 1)))).collect();
+    shard.close();
+    calls.into_iter().for_each(|call| {
+        block_on(call).unwrap();
+    });
+    assert_eq!(append(&shard, batch(1, 1)), Err(AppendError::Closed));
+    assert_eq!(shard.bounds(partition(1)), Err(ReadError::Closed));
+    assert_eq!(open(wal).bounds(partition(1)).unwrap().high_watermark, 100);
+}
+
+#[test]
+fn too_much_in_flight_is_refused() {
+    let wal = HeldWal::new();
+    let settings = ShardSettings { in_flight_bytes_max: 4_000, block_bytes_max: 1_500, ..ShardSettings::default() };
+    let shard = Shard::open(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
+    wal.order(Ok(()));
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    let send = || shard.append(from_producer(partition(1), sized(1_000)));
+    let calls: Vec<_> = (0..3).map(|_| send()).collect();
+    assert!(matches!(block_on(send()), Err(AppendError::Full(_))));
+    (0..3).for_each(|_| wal.order(Ok(())));
+    calls.into_iter().for_each(|call| {
+        block_on(call).unwrap();
+    });
+    assert_eq!(wal.bounds(), Some((0, 4)), "each in a block of its own");
+    wal.order(Ok(()));
+    block_on(send()).unwrap();
+}
+
+// ---- topics ----
+
+#[test]
+fn a_deleted_topic_is_gone_at_once_and_for_good() {
+    let (shard, wal) = shard();
+    append(&shard, batch(1, 1)).unwrap();
+    let waiting = Log::wait(&*shard, partition(1), 1);
+    let deletion = shard.commit(vec![Change::TopicDeleted { id: TopicId([1; 16]) }]);
+    let unknown = AppendError::UnknownPartition(partition(1));
+    assert_eq!(append(&shard, batch(1, 1)), Err(unknown), "while the deletion is in flight");
+    block_on(deletion).unwrap();
+    assert_eq!(block_on(waiting), Err(ReadError::UnknownPartition(partition(1))));
+    assert_eq!(shard.status().index_entries, 0);
+    shard.close();
+    assert!(open(wal).bounds(partition(1)).is_err());
+}
+
+// ---- tiers ----
+
+/// What a splitter would have made of the shard's blocks.
+#[derive(Default)]
+struct ColdBlocks {
+    blocks: Mutex<Vec<Block>>,
+}
+
+impl ColdBlocks {
+    fn batches(&self, partition: Partition) -> Vec<Batch> {
+        let blocks = self.blocks.lock();
+        let entries = blocks.iter().flat_map(|block| block.entries().iter().map(move |entry| (block, entry)));
+        entries
+            .filter(|(_, entry)| entry.partition == partition)
+            .flat_map(|(block, entry)| block.batches(entry).unwrap())
+            .collect()
+    }
+}
+
+impl ColdTier for ColdBlocks {
+    fn bounds(&self, partition: Partition) -> Option<ColdBounds> {
+        let batches = self.batches(partition);
+        let bytes = batches.iter().map(|batch| batch.len() as u64).sum();
+        let next = batches.last()?.last_offset() + 1;
+        Some(ColdBounds { first: batches.first()?.base_offset(), next, bytes })
+    }
+    fn runs(&self, partition: Partition) -> Vec<ColdRun> {
+        let run = |batch: &Batch| ColdRun {
+            base: batch.base_offset(),
+            next: batch.last_offset() + 1,
+            bytes: batch.len() as u64,
+            max_timestamp: batch.max_timestamp(),
+            appended_ms: 1_000,
+        };
+        self.batches(partition).iter().map(run).collect()
+    }
+    fn read(&self, partition: Partition, from: Offset, _: ReadLimits) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
+        let found = self.batches(partition).into_iter().find(|batch| batch.last_offset() >= from);
+        let next = found.as_ref().map_or(from, |batch| batch.last_offset() + 1);
+        let batches = found.into_iter().map(Batch::into_bytes).collect();
+        Box::pin(std::future::ready(Ok(ColdRead { batches, next })))
+    }
+    fn find_time(
+        &self,
+        partition: Partition,
+        from: Offset,
+        at: TimestampMs,
+    ) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
+        let batches = self.batches(partition);
+        let found = batches.iter().find_map(|batch| shared::log::memory::first_at_or_after(batch, from, at));
+        Box::pin(std::future::ready(Ok(found)))
+    }
+    fn max_time(&self, partition: Partition, from: Offset) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
+        let batches = self.batches(partition);
+        let latest = batches.iter().map(Batch::max_timestamp).max().unwrap_or(0);
+        let found = batches.iter().find_map(|batch| shared::log::memory::first_at_or_after(batch, from, latest));
+        Box::pin(std::future::ready(Ok(found)))
+    }
+}
+
+#[test]
+fn a_reader_cannot_tell_where_the_archive_ends() {
+    let cold = Arc::new(ColdBlocks::default());
+    let wal = MemoryWal::new(WAL_BYTES);
+    let shard = Shard::open(
+        ShardSettings { tail_bytes_max: 1_000, ..ShardSettings::default() },
+        Box::new(wal.clone()),
+        Recovered::default(),
+        Some(cold.clone()),
+        clock(),
+    )
+    .unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    (0..30).for_each(|n| {
+        append(&shard, batch(3, 100 * n)).unwrap();
+    });
+    let expected = read_all(&*shard, partition(1), 0, 700);
+    for trim in [1, 11, 25, 31] {
+        let blocks = block_on(shard.blocks(wal.bounds().unwrap().0, 1 << 20)).unwrap();
+        let mut archived = cold.blocks.lock();
+        let known = archived.len() as u64;
+        let new = blocks.into_iter().filter(|block| (known..trim).contains(&block.seq));
+        archived.extend(new.map(|block| Block::parse(block.bytes).unwrap()));
+        drop(archived);
+        shard.shipped(trim);
+        shard.published(trim);
+        assert_eq!(read_all(&*shard, partition(1), 0, 700), expected, "trimmed to {trim}");
+        for at in [0, 1_001, 2_002, 2_900] {
+            let found = block_on(shard.find_time(partition(1), at)).unwrap().unwrap();
+            assert_eq!(found.timestamp, at.div_euclid(100) * 100 + at % 100, "at {at}, trimmed to {trim}");
+        }
+        assert_eq!(block_on(shard.max_time(partition(1))).unwrap().unwrap().offset, 89);
+        assert!(matches!(
+            block_on(shard.blocks(0, 1)),
+            Err(SourceError::Trimmed { requested: 0, first }) if first == trim.min(30)
+        ));
+    }
+}
+
+#[test]
+fn what_is_shipped_is_safe() {
+    let (shard, _wal) = shard();
+    let key = stream(1, 1);
+    block_on(shard.append(from_edge(partition(1), &key, 0, 9))).unwrap();
+    block_on(shard.append(from_edge(partition(1), &key, 10, 19))).unwrap();
+    assert_eq!(shard.safe(&key), None);
+    let mut changed = shard.safety_changed();
+    assert!(poll_once(&mut changed).is_none());
+    shard.shipped(2);
+    assert!(poll_once(&mut changed).is_some());
+    assert_eq!(shard.safe(&key), Some(10));
+    shard.shipped(3);
+    assert_eq!(shard.safe(&key), Some(20));
+}
+
+#[test]
+fn retention_goes_by_append_time_and_size() {
+    let now = Arc::new(AtomicI64::new(1_000));
+    let clock: Clock = {
+        let now = now.clone();
+        Arc::new(move || now.load(Ordering::SeqCst))
+    };
+    let settings = ShardSettings { retention_ms: 500, ..ShardSettings::default() };
+    let wal = MemoryWal::new(WAL_BYTES);
+    let shard = Shard::open(settings, Box::new(wal), Recovered::default(), None, clock).unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    for at in [1_000, 1_200, 1_400] {
+        now.store(at, Ordering::SeqCst);
+        // Whatever the device's clock says.
+        append(&shard, batch(10, 4_000_000_000_000)).unwrap();
+    }
+    assert_eq!(block_on(shard.apply_retention()), Ok(0));
+    now.store(1_750, Ordering::SeqCst);
+    assert_eq!(block_on(shard.apply_retention()), Ok(1));
+    assert_eq!(shard.bounds(partition(1)).unwrap().log_start, 20);
+    let configs = BTreeMap::from([("retention.ms".to_owned(), "-1".to_owned())]);
+    block_on(shard.commit(vec![Change::TopicConfigured { id: TopicId([1; 16]), configs }])).unwrap();
+    now.store(1_000_000, Ordering::SeqCst);
+    assert_eq!(block_on(shard.apply_retention()), Ok(0));
+    let configs = BTreeMap::from([("retention.bytes".to_owned(), "0".to_owned())]);
+    block_on(shard.commit(vec![Change::TopicConfigured { id: TopicId([1; 16]), configs }])).unwrap();
+    assert_eq!(block_on(shard.apply_retention()), Ok(1));
+    let bounds = shard.bounds(partition(1)).unwrap();
+    assert_eq!((bounds.log_start, bounds.high_watermark), (30, 30));
+}
+
+// ---- recovery ----
+
+#[test]
+fn a_snapshot_and_the_wal_behind_it_give_the_same_state() {
+    let (shard, wal) = shard();
+    block_on(shard.append(from_edge(partition(1), &stream(1, 1), 0, 9))).unwrap();
+    append(&shard, produced(&batch(3, 1), 7, 0, 0)).unwrap();
+    let snapshot = block_on(shard.snapshot()).unwrap();
+    assert_eq!(snapshot.next_seq, 3);
+    append(&shard, produced(&batch(3, 1), 7, 0, 3)).unwrap();
+    shard.published(2);
+    let expected = read_state(&*shard, State::clone);
+    shard.close();
+    let recovered = Recovered { snapshot: Some(snapshot.clone()), tail: Tail::Local, epoch: 4 };
+    let again = Shard::open(ShardSettings::default(), Box::new(wal.clone()), recovered, None, clock()).unwrap();
+    assert_eq!(read_state(&*again, State::clone), expected);
+    assert_eq!(again.safe(&stream(1, 1)), Some(10), "what the archived snapshot knows is safe");
+    assert_eq!(read_all(&*again, partition(1), 10, 1 << 20).len(), 2);
+    append(&again, batch(1, 1)).unwrap();
+    assert_eq!(Block::parse(wal.read(4).unwrap()).unwrap().header().epoch, 4);
+    drop(again);
+    let late = Recovered { snapshot: Some(Snapshot { next_seq: 1, ..snapshot }), ..Recovered::default() };
+    let refused = Shard::open(ShardSettings::default(), Box::new(wal), late, None, clock()).err().unwrap();
+    assert!(matches!(refused, OpenError::Hole { first: 2, snapshot: 1, .. }), "{refused}");
+}
+
+#[test]
+fn after_a_restore_no_offset_is_used_twice() {
+    let (shard, _lost) = shard();
+    append(&shard, batch(10, 1)).unwrap();
+    let blocks = block_on(shard.blocks(0, 1 << 20)).unwrap();
+    // Acknowledged, read by somebody, and not in the bucket.
+    append(&shard, batch(10, 1)).unwrap();
+    shard.close();
+    let directory = TempDir::new().unwrap();
+    let restore = |blocks: Vec<StoredBlock>| Recovered { snapshot: None, tail: Tail::Bucket(blocks), epoch: 1 };
+    let again =
+        Shard::open(ShardSettings::default(), Box::new(file_wal(&directory)), restore(blocks.clone()), None, clock())
+            .unwrap();
+    let bounds = again.bounds(partition(1)).unwrap();
+    assert_eq!((bounds.high_watermark, bounds.leader_epoch), (10 + (1 << 32), 1));
+    assert_eq!(again.epoch_end(partition(1), 0).unwrap().unwrap().end, 10 + (1 << 32));
+    let read = block_on(again.read(partition(1), 15, ReadLimits { bytes_max: 1 })).unwrap();
+    assert_eq!((read.bytes(), read.next), (0, bounds.high_watermark), "a consumer beyond goes on");
+    assert_eq!(append(&again, batch(1, 1)).unwrap().base_offset, 10 + (1 << 32));
+    let read = block_on(again.read(partition(1), 15, ReadLimits { bytes_max: 1 })).unwrap();
+    assert_eq!(split(&read)[0].base_offset(), 10 + (1 << 32));
+    assert_eq!(read_all(&*again, partition(1), 0, 1 << 20).len(), 2);
+    again.close();
+    drop(again);
+    let settled =
+        Shard::open(ShardSettings::default(), Box::new(file_wal(&directory)), Recovered::default(), None, clock())
+            .unwrap();
+    assert_eq!(settled.bounds(partition(1)).unwrap().high_watermark, 11 + (1 << 32));
+    drop(settled);
+    // A start that dies before the epoch is raised leaves nothing that could pass for a whole log.
+    let wal = file_wal(&directory);
+    wal.reset(0).unwrap();
+    wal.append(0, &blocks[0].bytes).unwrap();
+    drop(wal);
+    assert_eq!(file_wal(&directory).bounds(), None);
+}
+
+#[test]
+fn another_shards_block_is_refused() {
+    let (shard, wal) = shard();
+    shard.close();
+    let other = ShardSettings { shard: 5, ..ShardSettings::default() };
+    let refused = Shard::open(other, Box::new(wal), Recovered::default(), None, clock()).err().unwrap();
+    assert!(refused.to_string().contains("another shard"), "{refused}");
+}
+
+#[test]
+fn a_fenced_shard_acknowledges_nothing() {
+    let (shard, wal) = held();
+    let call = shard.append(from_producer(partition(1), batch(1, 1)));
+    wal.wait_entered(2);
+    shard.fenced(9);
+    wal.order(Ok(()));
+    assert_eq!(block_on(call), Err(AppendError::Fenced(9)));
+    assert_eq!(append(&shard, batch(1, 1)), Err(AppendError::Fenced(9)));
+}
+
+#[test]
+fn a_damaged_block_is_named_and_the_rest_is_served() {
+    let wal = MemoryWal::new(WAL_BYTES);
+    let settings = ShardSettings { tail_bytes_max: 0, ..ShardSettings::default() };
+    let shard = Shard::open(settings, Box::new(Damaged(wal)), Recovered::default(), None, clock()).unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    (0..3).for_each(|_| {
+        append(&shard, batch(1, 1)).unwrap();
+    });
+    let read = |from| block_on(shard.read(partition(1), from, ReadLimits { bytes_max: 1 }));
+    assert!(matches!(read(1), Err(ReadError::Corrupt(text)) if text.contains("block 2")));
+    assert!(read(0).is_ok() && read(2).is_ok());
+}
+
+/// Flips a bit in every part of block 2.
+struct Damaged(MemoryWal);
+
+impl BlockLog for Damaged {
+    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
+        self.0.append(seq, block)
+    }
+    fn bounds(&self) -> Option<(u64, u64)> {
+        self.0.bounds()
+    }
+    fn read(&self, seq: u64) -> Result<Bytes, WalError> {
+        self.0.read(seq)
+    }
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
+        let mut part = self.0.read_part(seq, position, bytes)?.to_vec();
+        if seq == 2
+            && let Some(byte) = part.last_mut()
+        {
+            *byte ^= 4;
+        }
+        Ok(part.into())
+    }
+    fn trim(&self, below: u64) -> Result<(), WalError> {
+        self.0.trim(below)
+    }
+    fn reset(&self, next: u64) -> Result<(), WalError> {
+        self.0.reset(next)
+    }
+    fn settle(&self) -> Result<(), WalError> {
+        self.0.settle()
+    }
+    fn usage(&self) -> Usage {
+        self.0.usage()
+    }
+    fn close(&self) {}
+}
