@@ -27,6 +27,8 @@ use crate::catalogue::Catalogue;
 use crate::groups::Groups;
 use crate::state::{State, StateLog, Topic, read_state};
 
+#[cfg(test)]
+mod admin_tests;
 pub mod api_versions;
 pub mod connection;
 pub mod create_partitions;
