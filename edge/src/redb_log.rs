@@ -1,1 +1,649 @@
-//! Streams in redb: group commit, rows, recovery.
+//! Streams in redb: one transaction per commit, rows, recovery.
+//!
+//! [`RedbLog`] applies a [`Commit`] as one durable transaction and reads rows back. It knows nothing of MQTT rules, of
+//! waiting connections or of what may be deleted; it is told. One thread calls [`RedbLog::commit`], any number read.
+
+pub mod backend;
+pub mod committer;
+mod tables;
+mod tail;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use mqtt::store::{StoredRetained, StoredSession, StoredSubscription};
+use parking_lot::{Mutex, RwLock};
+use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
+use shared::log::Chain;
+use shared::name::{Incarnation, Offset, TimestampMs};
+
+use backend::{AnyStorage, OpenStorage};
+pub use tables::{Damage, StoredBatch, StreamRecord, chain_after};
+use tables::{
+    FORMAT, META, META_COMMIT, META_FORMAT, META_INCARNATION, PACKETS, RETAINED, ROWS, RetainedRow, Row, SESSIONS,
+    STREAMS, SessionRow, StreamRow, TAIL, encode_row, row_key,
+};
+use tail::Tail;
+
+/// Why the database could not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LogError {
+    /// The disk, or the budget, is full.
+    #[error("no room: {0}")]
+    Full(String),
+    /// The disk failed. The handle is of no use any more: [`RedbLog::reopen`].
+    #[error("the disk failed: {0}")]
+    Io(String),
+    /// What is stored is not what was written.
+    #[error("the database is damaged: {0}")]
+    Damaged(String),
+    /// Written by a newer version.
+    #[error("the database has format {found}, this version reads up to {FORMAT}")]
+    Newer {
+        /// Its format.
+        found: u32,
+    },
+    /// Not open: closed, or between an error and its reopening.
+    #[error("the database is not open")]
+    NotOpen,
+}
+
+impl From<StorageError> for LogError {
+    fn from(error: StorageError) -> Self {
+        match error {
+            StorageError::Corrupted(what) => Self::Damaged(what),
+            StorageError::Io(error) => {
+                let full = matches!(
+                    error.kind(),
+                    std::io::ErrorKind::StorageFull
+                        | std::io::ErrorKind::QuotaExceeded
+                        | std::io::ErrorKind::FileTooLarge
+                );
+                if full { Self::Full(error.to_string()) } else { Self::Io(error.to_string()) }
+            }
+            other => Self::Io(other.to_string()),
+        }
+    }
+}
+
+impl From<Damage> for LogError {
+    fn from(damage: Damage) -> Self {
+        Self::Damaged(damage.0)
+    }
+}
+
+/// redb has one error type per operation; what matters here is the same in all of them.
+fn failed(error: impl Into<redb::Error>) -> LogError {
+    match error.into() {
+        redb::Error::Corrupted(what) => LogError::Damaged(what),
+        redb::Error::Io(error) => StorageError::Io(error).into(),
+        redb::Error::TableTypeMismatch { table, .. } => LogError::Damaged(format!("table {table} has other types")),
+        other => LogError::Io(other.to_string()),
+    }
+}
+
+/// What becomes durable together.
+#[derive(Debug, Default)]
+pub struct Commit {
+    /// Its number: one above the last.
+    pub number: u64,
+    /// New batches.
+    pub appends: Vec<StreamAppend>,
+    /// Streams whose record is to be written, as it is without this commit's trims.
+    pub records: BTreeMap<u32, StreamRecord>,
+    /// Those of them that are written only if a trim changes them.
+    pub unchanged: BTreeSet<u32>,
+    /// What to delete. Its streams are in `records`.
+    pub trims: Vec<Trim>,
+    /// Retained messages: set or deleted.
+    pub retained: BTreeMap<String, Option<StoredRetained>>,
+    /// Changes of sessions, in order.
+    pub sessions: Vec<SessionChange>,
+}
+
+/// New batches of one stream.
+#[derive(Debug)]
+pub struct StreamAppend {
+    /// The stream.
+    pub stream: u32,
+    /// Bytes of all entries before these.
+    pub bytes_before: u64,
+    /// The batches, adjoining.
+    pub entries: Vec<StoredBatch>,
+}
+
+/// Rows to delete from a stream's front.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trim {
+    /// The stream.
+    pub stream: u32,
+    /// Nothing at or above this is deleted.
+    pub below: Offset,
+    /// Delete until so many bytes are gone.
+    pub bytes: u64,
+    /// And rows whose last record is older than this.
+    pub older_than: Option<TimestampMs>,
+}
+
+/// A change of a session.
+#[derive(Debug, Clone)]
+pub enum SessionChange {
+    /// Subscriptions and expiry.
+    Save(StoredSession),
+    /// Session and packet ids.
+    Delete(String),
+    /// A QoS 2 PUBLISH came.
+    AddPacket(String, u16),
+    /// Its PUBREL came.
+    RemovePacket(String, u16),
+}
+
+/// Where a stream begins after a trim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Trimmed {
+    /// The stream.
+    pub stream: u32,
+    /// Its first record.
+    pub first: Offset,
+    /// Chain value before it.
+    pub first_chain: Chain,
+    /// Bytes of all entries before it.
+    pub first_bytes: u64,
+    /// The bound on rows per commit was reached.
+    pub more: bool,
+}
+
+/// A place in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Bytes of all entries before the entry that holds it.
+    pub bytes_before: u64,
+    /// Base timestamp of that entry.
+    pub timestamp: TimestampMs,
+}
+
+/// What a database held when it was opened.
+#[derive(Debug)]
+pub struct Contents {
+    /// The life of this database.
+    pub incarnation: Incarnation,
+    /// Number of the last commit.
+    pub commit: u64,
+    /// Its streams, with `next` as the rows say.
+    pub streams: BTreeMap<u32, StreamRecord>,
+    /// Bytes of retained messages.
+    pub retained_bytes: u64,
+}
+
+/// The database.
+pub struct RedbLog {
+    open: OpenStorage,
+    mint: fn() -> Incarnation,
+    cache_bytes: usize,
+    database: RwLock<Option<Database>>,
+    tail: Mutex<Tail>,
+}
+
+impl std::fmt::Debug for RedbLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RedbLog").field("cache_bytes", &self.cache_bytes).finish_non_exhaustive()
+    }
+}
+
+/// Rows that one commit deletes at most: a commit that deletes 90 % of a database holds up every PUBACK behind it.
+const TRIM_ROWS_MAX: usize = 64;
+
+impl RedbLog {
+    /// Opens or makes the database; a new one gets its incarnation from `mint`.
+    pub fn open(
+        open: OpenStorage,
+        cache_bytes: usize,
+        mint: fn() -> Incarnation,
+    ) -> Result<(Self, Contents), LogError> {
+        let log = Self { open, mint, cache_bytes, database: RwLock::new(None), tail: Mutex::default() };
+        let contents = log.reopen()?;
+        Ok((log, contents))
+    }
+
+    /// Opens the database again after an error; reads in between are refused.
+    pub fn reopen(&self) -> Result<Contents, LogError> {
+        let mut place = self.database.write();
+        *place = None;
+        let storage = AnyStorage((self.open)().map_err(|error| LogError::from(StorageError::Io(error)))?);
+        // redb has been seen to panic on files that a full disk had left behind.
+        let opened = catch_unwind(AssertUnwindSafe(|| {
+            Builder::new().set_cache_size(self.cache_bytes).create_with_backend(storage)
+        }));
+        let mut database = match opened {
+            Ok(Ok(database)) => database,
+            Ok(Err(DatabaseError::Storage(error))) => return Err(error.into()),
+            Ok(Err(DatabaseError::UpgradeRequired(version))) => {
+                return Err(LogError::Damaged(format!("its file format {version} is none this version ever wrote")));
+            }
+            Ok(Err(other)) => return Err(LogError::Io(other.to_string())),
+            Err(_) => return Err(LogError::Damaged("reading it made the database engine panic".to_owned())),
+        };
+        let (contents, tail) = match load(&database, self.mint) {
+            Err(LogError::Damaged(_)) => {
+                // What a quick look took for damage may be mended from the tree's other root.
+                database.check_integrity().map_err(failed)?;
+                load(&database, self.mint)?
+            }
+            other => other?,
+        };
+        *self.tail.lock() = tail;
+        *place = Some(database);
+        Ok(contents)
+    }
+
+    /// Closes the database cleanly. Reads and commits are refused from then on.
+    pub fn close(&self) {
+        *self.database.write() = None;
+    }
+
+    /// Makes `commit` durable. It may be called again with the same commit after an error and [`RedbLog::reopen`].
+    pub fn commit(&self, commit: &Commit) -> Result<Vec<Trimmed>, LogError> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(LogError::NotOpen)?;
+        let transaction = database.begin_write().map_err(failed)?;
+        let mut trimmed: Vec<Trimmed> = Vec::new();
+        let plan = self.tail.lock().plan(&commit.appends);
+        {
+            let mut meta = transaction.open_table(META).map_err(failed)?;
+            meta.insert(META_COMMIT, &commit.number.to_le_bytes()[..])?;
+            if !commit.appends.is_empty() || !commit.trims.is_empty() {
+                let mut rows = transaction.open_table(ROWS).map_err(failed)?;
+                for row in &plan.rows {
+                    rows.insert(row_key(row.stream, row.base), &encode_row(row.bytes_before, &row.entries)[..])?;
+                }
+                for trim in &commit.trims {
+                    trimmed.extend(trim_rows(&mut rows, trim)?);
+                }
+            }
+            if !plan.value.is_empty() || !plan.dropped.is_empty() {
+                let mut tail = transaction.open_table(TAIL).map_err(failed)?;
+                for number in &plan.dropped {
+                    tail.remove(number)?;
+                }
+                if !plan.value.is_empty() {
+                    tail.insert(commit.number, &plan.value[..])?;
+                }
+            }
+        }
+        if !commit.records.is_empty() {
+            let mut streams = transaction.open_table(STREAMS).map_err(failed)?;
+            for (id, record) in &commit.records {
+                let mut record = record.clone();
+                match trimmed.iter().find(|trim| trim.stream == *id) {
+                    Some(trim) => apply_trim(&mut record, trim),
+                    None if commit.unchanged.contains(id) => continue,
+                    None => {}
+                }
+                streams.insert(*id, &encode(&StreamRow::V1(record))?[..])?;
+            }
+        }
+        write_retained(&transaction, &commit.retained)?;
+        write_sessions(&transaction, &commit.sessions)?;
+        transaction.commit().map_err(failed)?;
+        self.tail.lock().apply(commit.number, plan);
+        Ok(trimmed)
+    }
+
+    /// The stored batches from the one that holds `from` on, at least one if there is any.
+    pub fn read(&self, stream: u32, from: Offset, bytes_max: usize) -> Result<Vec<StoredBatch>, LogError> {
+        // The tail is copied first: what moves to the rows meanwhile is then seen twice, never missed.
+        let tail = self.tail.lock().entries(stream);
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(LogError::NotOpen)?;
+        let transaction = database.begin_read().map_err(failed)?;
+        let rows = transaction.open_table(ROWS).map_err(failed)?;
+        let mut out: Vec<StoredBatch> = Vec::new();
+        let mut bytes = 0;
+        let mut next = from;
+        let mut take = |entry: StoredBatch, next: &mut Offset| {
+            if entry.next() <= *next {
+                return true; // below, or seen already
+            }
+            let size = entry.batch.len();
+            if !out.is_empty() && (bytes + size > bytes_max || entry.batch.base_offset() != *next) {
+                return false;
+            }
+            bytes += size;
+            *next = entry.next();
+            out.push(entry);
+            true
+        };
+        let start = row_at(&rows, stream, from)?.unwrap_or(row_key(stream, from));
+        'rows: for row in rows.range(start..=(stream, u64::MAX))? {
+            let (key, value) = row?;
+            let row = Row::decode(key.value().1 as Offset, value.value())?;
+            for entry in row.entries {
+                if !take(entry, &mut next) {
+                    break 'rows;
+                }
+            }
+        }
+        for entry in tail {
+            if !take(entry, &mut next) {
+                break;
+            }
+        }
+        Ok(out)
+    }
+
+    /// The stored batch that holds `offset`, and how many bytes lie before it.
+    pub fn locate(&self, stream: u32, offset: Offset) -> Result<Option<(StoredBatch, Place)>, LogError> {
+        let found = |row: Row| {
+            let mut bytes_before = row.bytes_before;
+            for entry in row.entries {
+                if entry.batch.base_offset() <= offset && offset < entry.next() {
+                    let place = Place { bytes_before, timestamp: entry.batch.base_timestamp() };
+                    return Some((entry, place));
+                }
+                bytes_before += entry.stored_bytes();
+            }
+            None
+        };
+        let in_tail = self.tail.lock().row(stream).and_then(found);
+        if in_tail.is_some() {
+            return Ok(in_tail);
+        }
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(LogError::NotOpen)?;
+        let transaction = database.begin_read().map_err(failed)?;
+        let rows = transaction.open_table(ROWS).map_err(failed)?;
+        let Some(key) = row_at(&rows, stream, offset)? else { return Ok(None) };
+        let Some(value) = rows.get(key)? else { return Ok(None) };
+        Ok(found(Row::decode(key.1 as Offset, value.value())?))
+    }
+
+    /// All kept sessions.
+    pub fn sessions(&self) -> Result<Vec<StoredSession>, LogError> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(LogError::NotOpen)?;
+        let transaction = database.begin_read().map_err(failed)?;
+        let mut all: BTreeMap<String, StoredSession> = BTreeMap::new();
+        for row in transaction.open_table(SESSIONS).map_err(failed)?.iter()? {
+            let (key, value) = row?;
+            let SessionRow::V1 { expiry_secs, disconnected_ms, subscriptions } = decode(value.value(), "a session")?;
+            let subscription = |(filter, options, identifier)| StoredSubscription { filter, options, identifier };
+            let session = StoredSession {
+                client_id: key.value().to_owned(),
+                expiry_secs,
+                disconnected_ms,
+                subscriptions: subscriptions.into_iter().map(subscription).collect(),
+                inbound_packet_ids: Vec::new(),
+            };
+            all.insert(session.client_id.clone(), session);
+        }
+        for row in transaction.open_table(PACKETS).map_err(failed)?.iter()? {
+            let (key, _) = row?;
+            let (client, packet_id) = key.value();
+            // A packet id without its session: the session was never saved, so nobody will ask.
+            if let Some(session) = all.get_mut(client) {
+                session.inbound_packet_ids.push(packet_id);
+            }
+        }
+        Ok(all.into_values().collect())
+    }
+
+    /// All retained messages.
+    pub fn retained(&self) -> Result<Vec<StoredRetained>, LogError> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or(LogError::NotOpen)?;
+        let transaction = database.begin_read().map_err(failed)?;
+        let mut all = Vec::new();
+        for row in transaction.open_table(RETAINED).map_err(failed)?.iter()? {
+            let (key, value) = row?;
+            let RetainedRow::V1 { properties_and_payload, qos, stored_ms } =
+                decode(value.value(), "a retained message")?;
+            all.push(StoredRetained { topic: key.value().to_owned(), properties_and_payload, qos, stored_ms });
+        }
+        Ok(all)
+    }
+}
+
+/// Moves a stream's beginning to where a trim left it.
+pub fn apply_trim(record: &mut StreamRecord, trim: &Trimmed) {
+    record.first = trim.first;
+    record.first_chain = trim.first_chain;
+    record.first_bytes = trim.first_bytes;
+    // Dropped although the cloud does not have it: a gap to declare.
+    if trim.first > record.confirmed {
+        let from = record.gap.map_or(record.confirmed, |gap| gap.0);
+        record.gap = Some((from, trim.first));
+    }
+}
+
+fn encode<T: serde::Serialize>(value: &T) -> Result<Vec<u8>, LogError> {
+    postcard::to_stdvec(value).map_err(|error| LogError::Io(format!("cannot encode: {error}")))
+}
+
+fn decode<'a, T: serde::Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, LogError> {
+    postcard::from_bytes(bytes).map_err(|error| LogError::Damaged(format!("{what} does not decode: {error}")))
+}
+
+/// Key of the row that holds `offset` if any does: the last at or below it.
+fn row_at(
+    rows: &impl ReadableTable<(u32, u64), &'static [u8]>,
+    stream: u32,
+    offset: Offset,
+) -> Result<Option<(u32, u64)>, LogError> {
+    match rows.range((stream, 0)..=row_key(stream, offset))?.next_back() {
+        Some(row) => Ok(Some(row?.0.value())),
+        None => Ok(None),
+    }
+}
+
+/// Deletes what `trim` says from the front, whole rows only. What is in the tail stays: it is little, and young.
+fn trim_rows(rows: &mut redb::Table<'_, (u32, u64), &'static [u8]>, trim: &Trim) -> Result<Option<Trimmed>, LogError> {
+    let mut gone: Vec<(u32, u64)> = Vec::new();
+    let mut result: Option<Trimmed> = None;
+    let mut bytes = 0u64;
+    {
+        let mut range = rows.range((trim.stream, 0)..=(trim.stream, u64::MAX))?.peekable();
+        while let Some(row) = range.next() {
+            let (key, value) = row?;
+            let base = key.value().1 as Offset;
+            let following = match range.peek() {
+                Some(Ok((key, _))) => Some(key.value().1 as Offset),
+                _ => None,
+            };
+            // A damaged row must not keep its stream full for ever; what follows it says where it ended.
+            let (next, chain, row_bytes, before, youngest) = match (Row::decode(base, value.value()), following) {
+                (Ok(row), _) => {
+                    let last = row.entries.last();
+                    let chain = last.map(|entry| entry.chain).unwrap_or_default();
+                    let youngest = row.entries.iter().map(|entry| entry.batch.max_timestamp()).max();
+                    (row.next(base), chain, row.bytes(), row.bytes_before, youngest.unwrap_or(i64::MIN))
+                }
+                (Err(_), Some(following)) => {
+                    let before = result.map_or(0, |trimmed| trimmed.first_bytes);
+                    (following, Chain(0), value.value().len() as u64, before, i64::MIN)
+                }
+                (Err(_), None) => break,
+            };
+            let wanted = bytes < trim.bytes || trim.older_than.is_some_and(|limit| youngest < limit);
+            if next > trim.below || !wanted {
+                break;
+            }
+            let more = gone.len() + 1 >= TRIM_ROWS_MAX;
+            bytes += row_bytes;
+            gone.push(key.value());
+            result = Some(Trimmed {
+                stream: trim.stream,
+                first: next,
+                first_chain: chain,
+                first_bytes: before.saturating_add(row_bytes),
+                more,
+            });
+            if more {
+                break;
+            }
+        }
+    }
+    for key in gone {
+        rows.remove(key)?;
+    }
+    Ok(result)
+}
+
+fn write_retained(
+    transaction: &redb::WriteTransaction,
+    retained: &BTreeMap<String, Option<StoredRetained>>,
+) -> Result<(), LogError> {
+    if retained.is_empty() {
+        return Ok(());
+    }
+    let mut table = transaction.open_table(RETAINED).map_err(failed)?;
+    for (topic, message) in retained {
+        match message {
+            Some(message) => {
+                let row = RetainedRow::V1 {
+                    properties_and_payload: message.properties_and_payload.clone(),
+                    qos: message.qos,
+                    stored_ms: message.stored_ms,
+                };
+                table.insert(topic.as_str(), &encode(&row)?[..])?;
+            }
+            None => drop(table.remove(topic.as_str())?),
+        }
+    }
+    Ok(())
+}
+
+fn write_sessions(transaction: &redb::WriteTransaction, changes: &[SessionChange]) -> Result<(), LogError> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let mut sessions = transaction.open_table(SESSIONS).map_err(failed)?;
+    let mut packets = transaction.open_table(PACKETS).map_err(failed)?;
+    for change in changes {
+        match change {
+            SessionChange::Save(session) => {
+                let subscriptions =
+                    session.subscriptions.iter().map(|one| (one.filter.clone(), one.options, one.identifier)).collect();
+                let row = SessionRow::V1 {
+                    expiry_secs: session.expiry_secs,
+                    disconnected_ms: session.disconnected_ms,
+                    subscriptions,
+                };
+                sessions.insert(session.client_id.as_str(), &encode(&row)?[..])?;
+            }
+            SessionChange::Delete(client) => {
+                sessions.remove(client.as_str())?;
+                let all = (client.as_str(), 0)..=(client.as_str(), u16::MAX);
+                packets.retain_in(all, |_, ()| false)?;
+            }
+            SessionChange::AddPacket(client, id) => drop(packets.insert((client.as_str(), *id), ())?),
+            SessionChange::RemovePacket(client, id) => drop(packets.remove((client.as_str(), *id))?),
+        }
+    }
+    Ok(())
+}
+
+/// Reads what the store must know, and makes the tables of a new database in one commit.
+fn load(database: &Database, mint: fn() -> Incarnation) -> Result<(Contents, Tail), LogError> {
+    let transaction = database.begin_write().map_err(failed)?;
+    let fresh = {
+        let mut meta = transaction.open_table(META).map_err(failed)?;
+        let format = meta.get(META_FORMAT)?.map(|value| value.value().to_vec());
+        match format {
+            None => {
+                meta.insert(META_FORMAT, &FORMAT.to_le_bytes()[..])?;
+                meta.insert(META_COMMIT, &0u64.to_le_bytes()[..])?;
+                meta.insert(META_INCARNATION, &mint().0[..])?;
+                true
+            }
+            Some(bytes) => {
+                let found = u32::from_le_bytes(fixed(&bytes, META_FORMAT)?);
+                if found > FORMAT {
+                    return Err(LogError::Newer { found });
+                }
+                false
+            }
+        }
+    };
+    if fresh {
+        transaction.open_table(STREAMS).map_err(failed)?;
+        transaction.open_table(ROWS).map_err(failed)?;
+        transaction.open_table(TAIL).map_err(failed)?;
+        transaction.open_table(RETAINED).map_err(failed)?;
+        transaction.open_table(SESSIONS).map_err(failed)?;
+        transaction.open_table(PACKETS).map_err(failed)?;
+        transaction.commit().map_err(failed)?;
+    } else {
+        transaction.abort()?;
+    }
+    read_contents(database)
+}
+
+fn fixed<const N: usize>(bytes: &[u8], what: &str) -> Result<[u8; N], LogError> {
+    bytes.try_into().map_err(|_| LogError::Damaged(format!("meta {what} has {} bytes", bytes.len())))
+}
+
+fn read_contents(database: &Database) -> Result<(Contents, Tail), LogError> {
+    let transaction = database.begin_read().map_err(failed)?;
+    let meta = transaction.open_table(META).map_err(failed)?;
+    let value = |key: &str| -> Result<Vec<u8>, LogError> {
+        let found = meta.get(key)?.map(|value| value.value().to_vec());
+        found.ok_or_else(|| LogError::Damaged(format!("meta {key} is missing")))
+    };
+    let commit = u64::from_le_bytes(fixed(&value(META_COMMIT)?, META_COMMIT)?);
+    let incarnation = Incarnation(fixed(&value(META_INCARNATION)?, META_INCARNATION)?);
+    let mut streams = BTreeMap::new();
+    for row in transaction.open_table(STREAMS).map_err(failed)?.iter()? {
+        let (key, value) = row?;
+        let StreamRow::V1(record) = decode(value.value(), "a stream")?;
+        streams.insert(key.value(), record);
+    }
+    let rows = transaction.open_table(ROWS).map_err(failed)?;
+    // Where a stream's rows end and its part of the tail begins; the record's own `next` may lie in the tail.
+    let mut rows_end: BTreeMap<u32, Offset> = BTreeMap::new();
+    for (id, record) in &mut streams {
+        let mut end = record.first;
+        if let Some(row) = rows.range((*id, 0)..=(*id, u64::MAX))?.next_back() {
+            let (key, value) = row?;
+            let base = key.value().1 as Offset;
+            let row = Row::decode(base, value.value())?;
+            extend(record, base, &row);
+            end = row.next(base);
+        }
+        rows_end.insert(*id, end);
+    }
+    let mut tail = Tail::default();
+    for row in transaction.open_table(TAIL).map_err(failed)?.iter()? {
+        let (key, value) = row?;
+        for (id, base, part) in tables::decode_parts(key.value(), value.value())? {
+            let Some(record) = streams.get_mut(&id) else {
+                return Err(LogError::Damaged(format!("the tail names stream {id}, which does not exist")));
+            };
+            // Parts that moved to the rows stay in the value until all of it is dead.
+            if rows_end.get(&id).is_some_and(|end| base >= *end) {
+                extend(record, base, &part);
+                tail.add(key.value(), id, part);
+            }
+        }
+        tail.opened(key.value(), value.value().len());
+    }
+    let mut retained_bytes = 0;
+    for row in transaction.open_table(RETAINED).map_err(failed)?.iter()? {
+        let (key, value) = row?;
+        retained_bytes += (key.value().len() + value.value().len()) as u64;
+    }
+    Ok((Contents { incarnation, commit, streams, retained_bytes }, tail))
+}
+
+/// Moves a stream's end to that of a row above it.
+fn extend(record: &mut StreamRecord, base: Offset, row: &Row) {
+    if let Some(last) = row.entries.last().filter(|_| row.next(base) > record.next) {
+        record.next = last.next();
+        record.next_chain = last.chain;
+        record.next_bytes = row.bytes_before + row.bytes();
+    }
+    let youngest = row.entries.iter().map(|entry| entry.batch.max_timestamp()).max();
+    record.last_timestamp = record.last_timestamp.max(youngest.unwrap_or(i64::MIN));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,202 @@
 //! What may be deleted when, and what happens when nothing may.
+//!
+//! Pure: numbers in, decisions out. Only what is `safe` in the cloud is deleted, by three rules that add up: a stream's
+//! `retention_bytes`, its `retention_age`, and the one disk budget. When the budget is reached and nothing is safe, the
+//! stream's `on_full` decides about new messages; `drop-oldest` alone may delete what the cloud does not have.
+//!
+//! The clock is only ever asked how old *safe* records are. A clock at 1970 makes nothing old; a clock at 2099 makes all
+//! that is safe old; neither touches what is not safe.
+
+use shared::name::{Offset, TimestampMs};
+
+use crate::redb_log::Trim;
+use crate::streams::OnFull;
+
+/// The disk budget, divided.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Budget {
+    /// All of it.
+    pub bytes_max: u64,
+    /// What only deletes, cursors and sessions may use.
+    pub reserve: u64,
+    /// Share of the rest that live data may take: a tree with freed pages in between never packs perfectly. Falls when
+    /// the estimate proves too high.
+    ceiling: f64,
+}
+
+/// Smallest budget with which the database works at all.
+pub const BUDGET_BYTES_MIN: u64 = 8 << 20;
+/// Default bound of the budget.
+pub const BUDGET_BYTES_DEFAULT: u64 = 1 << 30;
+
+/// Share that live data may take at first, and the least it falls to.
+const CEILING: (f64, f64) = (0.85, 0.4);
+/// Safe data is deleted from this share of the ceiling on, so that room is made before it is missed.
+const TRIM_FROM: f64 = 0.9;
+/// What the database takes beside records: header, tables, the tail.
+const FIXED_BYTES: u64 = 2 << 20;
+
+impl Budget {
+    /// A budget of `bytes_max`.
+    pub fn new(bytes_max: u64) -> Self {
+        Self { bytes_max, reserve: (bytes_max / 8).clamp(2 << 20, 32 << 20), ceiling: CEILING.0 }
+    }
+
+    /// The default: the lesser of 1 GiB and half of what is free, what the database has now included.
+    pub fn from_free(free: u64, in_use: u64) -> u64 {
+        (free.saturating_add(in_use) / 2).min(BUDGET_BYTES_DEFAULT)
+    }
+
+    /// Bytes live data may take by our estimate.
+    pub fn ceiling(&self) -> u64 {
+        ((self.bytes_max - self.reserve.min(self.bytes_max)) as f64 * self.ceiling) as u64
+    }
+
+    /// The disk refused although the estimate saw room.
+    pub fn overestimated(&mut self) {
+        self.ceiling = (self.ceiling * 0.9).max(CEILING.1);
+    }
+
+    /// How many bytes too many there are, before anything must be refused.
+    pub fn excess(&self, live: u64) -> u64 {
+        live.saturating_sub((self.ceiling() as f64 * TRIM_FROM) as u64)
+    }
+
+    /// Estimate of what so many bytes of records and other values take: rows are cut at 60,000 of 65,536 bytes.
+    pub fn live(record_bytes: u64, other_bytes: u64) -> u64 {
+        FIXED_BYTES + record_bytes + record_bytes / 8 + other_bytes * 2
+    }
+}
+
+/// What the decision needs to know of a stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StreamUse {
+    /// Its id.
+    pub stream: u32,
+    /// The offset after its last durable record.
+    pub next: Offset,
+    /// Below this all is safe.
+    pub safe: Offset,
+    /// Bytes kept.
+    pub bytes: u64,
+    /// Bytes kept that are safe.
+    pub bytes_safe: u64,
+    /// Its setting.
+    pub retention_bytes: Option<u64>,
+    /// Its setting.
+    pub retention_age_ms: Option<i64>,
+    /// Its setting.
+    pub on_full: OnFull,
+    /// Bytes of new records that were admitted on the promise that the oldest go.
+    pub drop_bytes: u64,
+}
+
+/// What to delete now, `excess` being the bytes above the budget's trim line.
+pub fn trims(now_ms: TimestampMs, streams: &[StreamUse], excess: u64) -> Vec<Trim> {
+    let mut trims: Vec<Trim> = Vec::new();
+    let mut excess = excess;
+    for stream in streams {
+        let over = stream.retention_bytes.map_or(0, |max| stream.bytes.saturating_sub(max)).min(stream.bytes_safe);
+        let older_than = stream.retention_age_ms.map(|age| now_ms.saturating_sub(age));
+        if stream.bytes_safe > 0 && (over > 0 || older_than.is_some()) {
+            excess = excess.saturating_sub(over);
+            trims.push(Trim { stream: stream.stream, below: stream.safe, bytes: over, older_than });
+        }
+    }
+    // The rest of the excess comes from whoever has most that is safe.
+    let mut by_safe: Vec<&StreamUse> = streams.iter().filter(|stream| stream.bytes_safe > 0).collect();
+    by_safe.sort_by_key(|stream| std::cmp::Reverse(stream.bytes_safe));
+    for stream in by_safe {
+        if excess == 0 {
+            break;
+        }
+        let take = excess.min(stream.bytes_safe);
+        excess -= take;
+        match trims.iter_mut().find(|trim| trim.stream == stream.stream) {
+            Some(trim) => trim.bytes = trim.bytes.saturating_add(take),
+            None => trims.push(Trim { stream: stream.stream, below: stream.safe, bytes: take, older_than: None }),
+        }
+    }
+    // What was promised room by dropping, after all that is safe went.
+    for stream in streams.iter().filter(|stream| stream.on_full == OnFull::DropOldest && stream.drop_bytes > 0) {
+        let bytes = stream.drop_bytes.max(excess.min(stream.bytes));
+        match trims.iter_mut().find(|trim| trim.stream == stream.stream) {
+            Some(trim) => {
+                trim.bytes = trim.bytes.saturating_add(bytes);
+                trim.below = stream.next;
+            }
+            None => trims.push(Trim { stream: stream.stream, below: stream.next, bytes, older_than: None }),
+        }
+    }
+    trims
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stream(id: u32, bytes: u64, bytes_safe: u64) -> StreamUse {
+        StreamUse {
+            stream: id,
+            next: 100,
+            safe: 40,
+            bytes,
+            bytes_safe,
+            retention_bytes: None,
+            retention_age_ms: None,
+            on_full: OnFull::Hold,
+            drop_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn nothing_unsafe_is_ever_deleted_unless_the_stream_says_so() {
+        for now_ms in [0, 1_700_000_000_000, 4_070_908_800_000, i64::MIN, i64::MAX] {
+            for on_full in [OnFull::Hold, OnFull::Reject, OnFull::DropOldest] {
+                let mut one = stream(1, 1000, 400);
+                (one.retention_bytes, one.retention_age_ms, one.on_full) = (Some(10), Some(1000), on_full);
+                for trim in trims(now_ms, &[one.clone()], u64::MAX) {
+                    assert_eq!(trim.below, 40);
+                }
+                one.drop_bytes = 10;
+                let below = trims(now_ms, &[one], u64::MAX)[0].below;
+                assert_eq!(below, if on_full == OnFull::DropOldest { 100 } else { 40 });
+            }
+        }
+    }
+
+    #[test]
+    fn the_budget_takes_from_whoever_has_most_that_is_safe() {
+        let streams = [stream(1, 1000, 100), stream(2, 1000, 700), stream(3, 1000, 0)];
+        let got = trims(0, &streams, 750);
+        assert_eq!(got.iter().map(|t| (t.stream, t.bytes)).collect::<Vec<_>>(), [(2, 700), (1, 50)]);
+        assert!(trims(0, &streams, 0).is_empty());
+        assert!(trims(0, &streams[2..], 500).is_empty());
+    }
+
+    #[test]
+    fn a_streams_own_bounds_come_first() {
+        let mut one = stream(1, 1000, 500);
+        one.retention_bytes = Some(800);
+        assert_eq!(trims(0, &[one.clone()], 0), [Trim { stream: 1, below: 40, bytes: 200, older_than: None }]);
+        one.retention_bytes = None;
+        one.retention_age_ms = Some(60_000);
+        let expected = Trim { stream: 1, below: 40, bytes: 0, older_than: Some(40_000) };
+        assert_eq!(trims(100_000, &[one], 0), [expected]);
+    }
+
+    #[test]
+    fn the_budget_keeps_a_reserve_and_learns() {
+        assert_eq!(Budget::from_free(100 << 30, 0), 1 << 30);
+        assert_eq!(Budget::from_free(200 << 20, 100 << 20), 150 << 20);
+        let mut budget = Budget::new(64 << 20);
+        let before = budget.ceiling();
+        assert!(before < budget.bytes_max - budget.reserve);
+        assert_eq!(budget.excess(before / 2), 0);
+        assert!(budget.excess(before) > 0, "trimming starts below the ceiling");
+        for _ in 0..100 {
+            budget.overestimated();
+        }
+        assert!(budget.ceiling() < before && budget.ceiling() > before / 3);
+    }
+}

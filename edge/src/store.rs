@@ -1,1 +1,468 @@
-//! The edge's answer to what the MQTT front asks of a store.
+//! The edge's answer to what the MQTT front asks of a store, and what the uplink reads of it.
+//!
+//! Connection tasks append records to the open batch of their stream, under one lock per read buffer; the committer
+//! (see [`crate::redb_log::committer`]) takes what is open, makes it durable in one transaction, and only then tickets
+//! and offsets move. Nothing here blocks on the disk but [`EdgeStore::open`], `load_*`, [`EdgeStore::read`],
+//! [`EdgeStore::chain_at`] and the setting of cursors, which read a row.
+
+mod open;
+mod state;
+mod status;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use mqtt::store::{Admission, Publish, Refusal, SessionRef, Store, StoreFailed, StoredRetained, StoredSession, Ticket};
+use parking_lot::Mutex;
+use shared::log::{BoxFuture, Chain};
+use shared::name::{EdgeId, Incarnation, Offset, StreamName, TimestampMs, TopicName};
+use tokio::sync::watch;
+
+use crate::redb_log::backend::DiskBound;
+use crate::redb_log::committer::{Bell, Urgency, Work};
+use crate::redb_log::{Commit, LogError, RedbLog, SessionChange, StoredBatch as Stored, Trimmed};
+use crate::streams::{OnFull, RuleError, Rules};
+
+pub use crate::redb_log::StoredBatch;
+pub use open::{OpenError, StoreSettings};
+use state::{State, Verdict};
+pub use status::{Histogram, StoreStatus, StreamStatus};
+
+/// The edge's store.
+pub struct EdgeStore {
+    core: Arc<Core>,
+    committer: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the connections, the uplink and the committer share.
+struct Core {
+    log: RedbLog,
+    rules: Rules,
+    edge: EdgeId,
+    state: Mutex<State>,
+    /// Newest durable ticket, for the question asked most.
+    durable: AtomicU64,
+    progress: watch::Sender<Progress>,
+    /// Counts commits and closings: those who wait for room look again.
+    room: watch::Sender<u64>,
+    bell: Bell,
+    bound: Arc<DiskBound>,
+    clock: fn() -> TimestampMs,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Progress {
+    durable: u64,
+    /// Nothing more will become durable.
+    ended: Option<Arc<str>>,
+}
+
+/// A stream as the uplink sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamPositions {
+    /// The life the stream is in.
+    pub incarnation: Incarnation,
+    /// The first record that is kept.
+    pub first: Offset,
+    /// The offset after the last durable record.
+    pub next: Offset,
+    /// Below this the cloud has everything in its log.
+    pub confirmed: Offset,
+    /// Below this the cloud has everything where it cannot be lost.
+    pub safe: Offset,
+    /// Bytes kept.
+    pub bytes: u64,
+    /// Bytes kept that the cloud has not confirmed.
+    pub unsent_bytes: u64,
+    /// Timestamp of the oldest record that is not confirmed.
+    pub oldest_unsent_ms: Option<TimestampMs>,
+    /// Why the stream is not forwarded, if it is not.
+    pub parked: Option<String>,
+    /// Records that were dropped and that the cloud was not told of (end exclusive).
+    pub gap: Option<(Offset, Offset)>,
+    /// The Kafka topic.
+    pub topic: TopicName,
+}
+
+/// Why a stream could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StreamError {
+    /// No such stream.
+    #[error("no such stream: {0}")]
+    Unknown(StreamName),
+    /// Trimmed already, or not there yet.
+    #[error("offset {requested} is outside {first} .. {next}")]
+    OutOfRange {
+        /// What was asked for.
+        requested: Offset,
+        /// The first that is kept.
+        first: Offset,
+        /// The offset after the last.
+        next: Offset,
+    },
+    /// What is stored is not what was written.
+    #[error("stored data is damaged: {0}")]
+    Damaged(String),
+    /// The disk failed; it may come back.
+    #[error("storage failed: {0}")]
+    Storage(String),
+}
+
+impl From<LogError> for StreamError {
+    fn from(error: LogError) -> Self {
+        match error {
+            LogError::Damaged(what) => Self::Damaged(what),
+            other => Self::Storage(other.to_string()),
+        }
+    }
+}
+
+impl std::fmt::Debug for EdgeStore {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EdgeStore").field("durable", &self.core.durable).finish_non_exhaustive()
+    }
+}
+
+/// What the uplink asks.
+impl EdgeStore {
+    /// The names of all streams: those with a rule in the rules' order, then those whose rule is gone but not their records.
+    pub fn streams(&self) -> Vec<StreamName> {
+        self.core.state.lock().streams.iter().map(|stream| stream.record.name.clone()).collect()
+    }
+
+    /// Where a stream stands.
+    pub fn position(&self, stream: &StreamName) -> Option<StreamPositions> {
+        let state = self.core.state.lock();
+        state.by_name(stream).map(|stream| stream.positions())
+    }
+
+    /// Durable batches from the one that holds `from` on: whole ones, at least one if there is any, none at the end.
+    pub fn read(&self, stream: &StreamName, from: Offset, bytes_max: usize) -> Result<Vec<StoredBatch>, StreamError> {
+        let (id, next) = {
+            let state = self.core.state.lock();
+            let found = state.by_name(stream).ok_or_else(|| StreamError::Unknown(stream.clone()))?;
+            let (first, next) = (found.record.first, found.record.next);
+            if from < first || from > next {
+                return Err(StreamError::OutOfRange { requested: from, first, next });
+            }
+            (found.id, next)
+        };
+        if from == next {
+            return Ok(Vec::new());
+        }
+        let mut batches = self.core.log.read(id, from, bytes_max)?;
+        // What the committer has made durable and not yet told of stays unseen: all answers speak of one state.
+        batches.retain(|batch| batch.next() <= next);
+        Ok(batches)
+    }
+
+    /// The chain value after record `next - 1`, if that is the last of a stored batch; `None` when it is trimmed, never
+    /// was, or lies inside a batch.
+    pub fn chain_at(&self, stream: &StreamName, next: Offset) -> Option<Chain> {
+        let id = {
+            let state = self.core.state.lock();
+            let found = state.by_name(stream)?;
+            let record = &found.record;
+            if next == record.next {
+                return Some(record.next_chain);
+            }
+            if next == record.first {
+                return Some(record.first_chain);
+            }
+            if next < record.first || next > record.next {
+                return None;
+            }
+            found.id
+        };
+        let (entry, _) = self.core.log.locate(id, next - 1).ok()??;
+        (entry.next() == next).then_some(entry.chain)
+    }
+
+    /// The cloud has everything below `offset` in its log. Never moves back; what lies beyond the end counts as the end.
+    pub fn set_confirmed(&self, stream: &StreamName, offset: Offset) {
+        self.core.move_cursor(stream, offset, false);
+    }
+
+    /// The cloud has everything below `offset` where it cannot be lost: it may be deleted here.
+    pub fn set_safe(&self, stream: &StreamName, offset: Offset) {
+        self.core.move_cursor(stream, offset, true);
+    }
+
+    /// Begins a new life of the stream: records keep their offsets, and what is not `safe` is to be sent again. Durable
+    /// when it resolves.
+    pub fn renew_incarnation(&self, stream: &StreamName) -> BoxFuture<'static, Result<Incarnation, StoreFailed>> {
+        let incarnation = open::mint();
+        let ticket = {
+            let mut state = self.core.state.lock();
+            let Some(found) = state.by_name_mut(stream) else {
+                let error = StoreFailed(format!("no such stream: {stream}"));
+                return Box::pin(std::future::ready(Err(error)));
+            };
+            found.renew(incarnation);
+            state.pending.urgent = true;
+            state.ticket()
+        };
+        self.core.bell.ring();
+        let durable = self.core.wait(ticket);
+        Box::pin(async move { durable.await.map(|()| incarnation) })
+    }
+
+    /// Says why a stream is not forwarded for now, or that it is again. Kept in memory only.
+    pub fn park(&self, stream: &StreamName, why: Option<String>) {
+        if let Some(found) = self.core.state.lock().by_name_mut(stream) {
+            found.parked = why;
+        }
+    }
+
+    /// The cloud was told of the gap up to `upto`.
+    pub fn gap_declared(&self, stream: &StreamName, upto: Offset) {
+        if let Some(found) = self.core.state.lock().by_name_mut(stream) {
+            found.close_gap(upto);
+        }
+        self.core.bell.ring();
+    }
+
+    /// Resolves when the stream has durable records at or above `beyond`, or will never have more.
+    pub fn wait_records(&self, stream: &StreamName, beyond: Offset) -> BoxFuture<'static, ()> {
+        let (core, stream) = (self.core.clone(), stream.clone());
+        Box::pin(async move {
+            let mut progress = core.progress.subscribe();
+            loop {
+                let ended = progress.borrow_and_update().ended.is_some();
+                let next = core.state.lock().by_name(&stream).map(|found| found.record.next);
+                if ended || next.is_none_or(|next| next > beyond) || progress.changed().await.is_err() {
+                    return;
+                }
+            }
+        })
+    }
+
+    /// What the cloud takes at most, learnt in hello: larger records are refused before they are acknowledged.
+    pub fn set_limits(&self, batch_bytes_max: usize) {
+        self.core.state.lock().batch_bytes_max = batch_bytes_max;
+    }
+
+    /// Resolves when the store has failed for good: the process must start over.
+    pub fn failed(&self) -> BoxFuture<'static, StoreFailed> {
+        let mut progress = self.core.progress.subscribe();
+        Box::pin(async move {
+            loop {
+                if let Some(why) = &progress.borrow_and_update().ended {
+                    return StoreFailed(why.to_string());
+                }
+                if progress.changed().await.is_err() {
+                    return StoreFailed("closed".to_owned());
+                }
+            }
+        })
+    }
+
+    /// Numbers for status and metrics.
+    pub fn status(&self) -> StoreStatus {
+        let now_ms = (self.core.clock)();
+        status::of(&self.core.state.lock(), &self.core.bound, now_ms)
+    }
+
+    /// Makes durable what waits and closes the database cleanly. Blocks for a commit; also done on drop.
+    pub fn close(&self) {
+        let Some(committer) = self.committer.lock().take() else { return };
+        self.core.bell.close();
+        if committer.join().is_err() {
+            tracing::error!("the committer panicked");
+        }
+        self.core.end("closed".to_owned());
+        self.core.log.close();
+    }
+}
+
+impl Drop for EdgeStore {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl Core {
+    fn wait(&self, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>> {
+        if self.durable.load(Ordering::Acquire) >= ticket.0 {
+            return Box::pin(std::future::ready(Ok(())));
+        }
+        let mut progress = self.progress.subscribe();
+        Box::pin(async move {
+            loop {
+                {
+                    let now = progress.borrow_and_update();
+                    if now.durable >= ticket.0 {
+                        return Ok(());
+                    }
+                    if let Some(why) = &now.ended {
+                        return Err(StoreFailed(why.to_string()));
+                    }
+                }
+                if progress.changed().await.is_err() {
+                    return Err(StoreFailed("closed".to_owned()));
+                }
+            }
+        })
+    }
+
+    fn end(&self, why: String) {
+        self.state.lock().ended = true;
+        self.progress.send_if_modified(|progress| {
+            let first = progress.ended.is_none();
+            if first {
+                progress.ended = Some(why.into());
+            }
+            first
+        });
+        self.room.send_modify(|count| *count += 1);
+    }
+
+    fn move_cursor(&self, stream: &StreamName, offset: Offset, safe: bool) {
+        let (id, offset, end) = {
+            let state = self.state.lock();
+            let Some(found) = state.by_name(stream) else { return };
+            let record = &found.record;
+            let offset = offset.min(record.next);
+            if offset <= if safe { record.safe } else { record.confirmed } {
+                return;
+            }
+            (found.id, offset, offset == record.next)
+        };
+        // Where the bytes of that offset lie; unknown means as good as nowhere further.
+        let place = if end { None } else { self.log.locate(id, offset).ok().flatten().map(|(_, place)| place) };
+        let wants_room = {
+            let mut state = self.state.lock();
+            let Some(found) = state.by_name_mut(stream) else { return };
+            found.move_cursor(offset, place, safe);
+            state.trims_wanted()
+        };
+        if wants_room {
+            self.state.lock().pending.urgent = true;
+        }
+        self.bell.ring();
+    }
+}
+
+impl Store for EdgeStore {
+    fn publish(&self, session: &SessionRef<'_>, publishes: &[Publish<'_>], admissions: &mut Vec<Admission>) {
+        let core = &*self.core;
+        let found: Vec<Option<usize>> = publishes.iter().map(|publish| core.rules.find(publish.topic)).collect();
+        let mut state = core.state.lock();
+        let was_waiting = state.pending.bytes;
+        for (publish, rule) in publishes.iter().zip(found) {
+            match state.admit(core, session, publish, rule) {
+                Verdict::Admitted(admission) => admissions.push(admission),
+                Verdict::Held => break,
+            }
+        }
+        let ring = state.pending.bytes != was_waiting;
+        drop(state);
+        if ring {
+            core.bell.ring();
+        }
+    }
+
+    fn room(&self) -> BoxFuture<'static, ()> {
+        let core = self.core.clone();
+        Box::pin(async move {
+            let mut room = core.room.subscribe();
+            loop {
+                room.borrow_and_update();
+                let enough = {
+                    let state = core.state.lock();
+                    state.ended || state.has_room_for_held()
+                };
+                if enough || room.changed().await.is_err() {
+                    return;
+                }
+            }
+        })
+    }
+
+    fn release(&self, client_id: &str, packet_id: u16) -> Ticket {
+        self.core.change_session(SessionChange::RemovePacket(client_id.to_owned(), packet_id))
+    }
+
+    fn durable(&self) -> Ticket {
+        Ticket(self.core.durable.load(Ordering::Acquire))
+    }
+
+    fn wait(&self, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>> {
+        self.core.wait(ticket)
+    }
+
+    fn load_sessions(&self) -> Result<Vec<StoredSession>, StoreFailed> {
+        self.core.log.sessions().map_err(|error| StoreFailed(error.to_string()))
+    }
+
+    fn load_retained(&self) -> Result<Vec<StoredRetained>, StoreFailed> {
+        self.core.log.retained().map_err(|error| StoreFailed(error.to_string()))
+    }
+
+    fn save_session(&self, session: &StoredSession) -> Ticket {
+        self.core.change_session(SessionChange::Save(session.clone()))
+    }
+
+    fn delete_session(&self, client_id: &str) -> Ticket {
+        self.core.change_session(SessionChange::Delete(client_id.to_owned()))
+    }
+}
+
+impl Core {
+    fn change_session(&self, change: SessionChange) -> Ticket {
+        let ticket = {
+            let mut state = self.state.lock();
+            state.pending.change_session(change);
+            state.ticket()
+        };
+        self.bell.ring();
+        ticket
+    }
+}
+
+impl Work for Core {
+    fn urgency(&self) -> Urgency {
+        self.state.lock().urgency()
+    }
+
+    fn take(&self) -> Commit {
+        // Sealing costs a checksum and a hash over all bytes: done without the lock.
+        let (mut commit, open) = self.state.lock().take((self.clock)());
+        for stream in open {
+            commit.appends.push(stream.seal(&mut commit.records));
+        }
+        commit
+    }
+
+    fn make_room(&self, commit: &mut Commit) {
+        let mut state = self.state.lock();
+        state.budget.overestimated();
+        commit.trims = state.plan_trims((self.clock)());
+        for trim in &commit.trims {
+            if let Some(stream) = state.streams.iter().find(|stream| stream.id == trim.stream) {
+                commit.records.entry(trim.stream).or_insert_with(|| stream.record.clone());
+            }
+        }
+    }
+
+    fn committed(&self, commit: Commit, trimmed: Vec<Trimmed>, took: Duration) {
+        let number = commit.number;
+        self.state.lock().committed(commit, &trimmed, took);
+        self.durable.store(number, Ordering::Release);
+        self.progress.send_modify(|progress| progress.durable = number);
+        self.room.send_modify(|count| *count += 1);
+    }
+
+    fn troubled(&self, why: Option<&LogError>) {
+        self.state.lock().trouble = why.map(ToString::to_string);
+    }
+
+    fn failed(&self, why: String) {
+        self.end(why);
+    }
+}
+
+#[cfg(test)]
+mod tests;

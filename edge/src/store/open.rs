@@ -1,0 +1,322 @@
+//! Opening: the lock on the directory, the budget, and what to do with a database that cannot be read.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tracing::{error, info};
+
+use super::*;
+use crate::redb_log::StreamRecord;
+use crate::redb_log::backend::{CappedFile, OpenStorage};
+use crate::redb_log::committer::{self, Pace};
+use crate::retention::{BUDGET_BYTES_MIN, Budget};
+use crate::streams::StreamSettings;
+
+/// Settings of the store.
+#[derive(Debug, Clone)]
+pub struct StoreSettings {
+    /// This gateway's identity, for the header `tributary.edge`.
+    pub edge: EdgeId,
+    /// Where the database rests.
+    pub data_dir: PathBuf,
+    /// Bound of the page cache.
+    pub cache_bytes: usize,
+    /// Least time between starts of commits.
+    pub commit_interval: Duration,
+    /// Waiting bytes that start a commit before the interval is over.
+    pub commit_bytes: usize,
+    /// Most bytes the database may take; `None`: the lesser of 1 GiB and half of what is free.
+    pub disk_budget: Option<u64>,
+    /// Largest batch the cloud takes, until it says otherwise.
+    pub batch_bytes_max: usize,
+    /// Milliseconds since 1970, for retention by age and for status.
+    pub clock: fn() -> TimestampMs,
+}
+
+impl StoreSettings {
+    /// Defaults for a gateway and a directory.
+    pub fn new(edge: EdgeId, data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            edge,
+            data_dir: data_dir.into(),
+            cache_bytes: 8 << 20,
+            commit_interval: Duration::ZERO,
+            commit_bytes: 1 << 20,
+            disk_budget: None,
+            batch_bytes_max: shared::limits::BATCH_BYTES_MAX,
+            clock: system_clock,
+        }
+    }
+}
+
+fn system_clock() -> TimestampMs {
+    match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_millis()).unwrap_or(i64::MAX),
+        Err(before) => -i64::try_from(before.duration().as_millis()).unwrap_or(i64::MAX),
+    }
+}
+
+/// Why the store did not open, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process holds the directory.
+    #[error("{} is in use by another process: stop that one, or give this one a data_dir of its own", .0.display())]
+    InUse(PathBuf),
+    /// The file system refused.
+    #[error("{}: {error}: {remedy}", path.display())]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// What it said.
+        error: io::Error,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The database could not be opened, though it is not known to be damaged.
+    #[error("{}: {error}: {remedy}", path.display())]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What went wrong.
+        error: LogError,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The budget is too small to work with.
+    #[error(
+        "a disk budget of {found} bytes is too small, {BUDGET_BYTES_MIN} are needed: free some space, or set [storage] disk_budget"
+    )]
+    Budget {
+        /// What there is.
+        found: u64,
+    },
+    /// The rules cannot be used.
+    #[error(transparent)]
+    Rules(#[from] RuleError),
+    /// The committer's thread could not be started.
+    #[error("cannot start a thread: {0}: raise the limit on processes of this user")]
+    Thread(io::Error),
+}
+
+const DATABASE: &str = "edge.redb";
+const LOCK: &str = "lock";
+const SET_ASIDE: &str = "edge.redb.bad-";
+/// Damaged databases kept for whoever wants to look.
+const SET_ASIDE_MAX: usize = 2;
+
+/// A new incarnation.
+pub(super) fn mint() -> Incarnation {
+    let mut bits = [0u8; 16];
+    if getrandom::fill(&mut bits).is_err() {
+        // No randomness this early in a boot: time and process tell two lives apart well enough not to stop for it.
+        let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+        bits = (nanos ^ (u128::from(std::process::id()) << 96)).to_le_bytes();
+    }
+    Incarnation(bits)
+}
+
+impl EdgeStore {
+    /// Opens or makes the store in its directory.
+    pub fn open(settings: StoreSettings, streams: Vec<StreamSettings>) -> Result<Arc<Self>, OpenError> {
+        let rules = Rules::new(&streams)?;
+        let dir = settings.data_dir.clone();
+        let writable = "make it a directory this user may write to, or set another data_dir";
+        let io = |path: &Path, error, remedy| OpenError::Io { path: path.to_owned(), error, remedy };
+        fs::create_dir_all(&dir).map_err(|error| io(&dir, error, writable))?;
+        let lock = lock(&dir)?;
+        let mut aside = set_aside(&dir).map_err(|error| io(&dir, error, writable))?;
+        let path = dir.join(DATABASE);
+        let budget = disk_budget(&settings, &path, &aside).map_err(|error| io(&dir, error, writable))?;
+        if budget < BUDGET_BYTES_MIN {
+            return Err(OpenError::Budget { found: budget });
+        }
+        let budget = Budget::new(budget);
+        let bound = DiskBound::new(budget.bytes_max, budget.reserve);
+        let storage = CappedFile::opener(path.clone(), bound.clone());
+        let opened = match open_log(&storage, &settings, &bound) {
+            Err(LogError::Damaged(what)) => {
+                prove_damage(&path, &storage, &settings, &what)?;
+                let mut seconds = (settings.clock)().max(0) / 1000;
+                while aside.contains(&dir.join(format!("{SET_ASIDE}{seconds}"))) {
+                    seconds += 1;
+                }
+                let bad = dir.join(format!("{SET_ASIDE}{seconds}"));
+                fs::rename(&path, &bad).map_err(|error| io(&path, error, writable))?;
+                error!(%what, moved_to = %bad.display(), "the database is damaged and was set aside; what it had not sent stays there");
+                aside.push(bad);
+                while aside.len() > SET_ASIDE_MAX {
+                    let oldest = aside.remove(0);
+                    fs::remove_file(&oldest).map_err(|error| io(&oldest, error, writable))?;
+                }
+                open_log(&storage, &settings, &bound)
+            }
+            other => other,
+        };
+        let opened = opened.map_err(|error| {
+            let remedy = match &error {
+                LogError::Newer { .. } => {
+                    "install the version that wrote it, or move the file away to start with an empty database (what it has not sent is then not sent)"
+                }
+                LogError::Full(_) => "free some space on that disk, or raise [storage] disk_budget; nothing was deleted",
+                _ => "look at the system log for disk errors, check the file's permissions, and start again; nothing was deleted",
+            };
+            OpenError::Database { path: path.clone(), error, remedy }
+        })?;
+        Self::start(settings, rules, opened, bound, budget, Some(lock), aside)
+    }
+
+    /// Opens the store on storage of the caller's: tests put doubles here.
+    pub fn open_on(
+        settings: StoreSettings,
+        streams: &[StreamSettings],
+        storage: &OpenStorage,
+        bound: Arc<DiskBound>,
+    ) -> Result<Arc<Self>, OpenError> {
+        let rules = Rules::new(streams)?;
+        let budget = Budget::new(settings.disk_budget.unwrap_or(crate::retention::BUDGET_BYTES_DEFAULT));
+        let path = settings.data_dir.clone();
+        let remedy = "start again";
+        let opened =
+            open_log(storage, &settings, &bound).map_err(|error| OpenError::Database { path, error, remedy })?;
+        Self::start(settings, rules, opened, bound, budget, None, Vec::new())
+    }
+
+    fn start(
+        settings: StoreSettings,
+        rules: Rules,
+        (log, contents): (RedbLog, crate::redb_log::Contents),
+        bound: Arc<DiskBound>,
+        budget: Budget,
+        lock: Option<File>,
+        aside: Vec<PathBuf>,
+    ) -> Result<Arc<Self>, OpenError> {
+        let commit = contents.commit;
+        info!(incarnation = %contents.incarnation, commit, streams = contents.streams.len(), "store opened");
+        let mut state = State::new(contents, &rules, budget, settings.batch_bytes_max, settings.commit_bytes);
+        state.set_aside = aside;
+        let ids: BTreeMap<u32, StreamRecord> =
+            state.streams.iter().map(|stream| (stream.id, stream.record.clone())).collect();
+        for (id, record) in ids {
+            let at = |offset| log.locate(id, offset).ok().flatten().map(|(_, place)| place);
+            state.place_cursors(id, at(record.confirmed), at(record.safe));
+        }
+        let core = Arc::new(Core {
+            log,
+            rules,
+            edge: settings.edge,
+            state: Mutex::new(state),
+            durable: AtomicU64::new(commit),
+            progress: watch::Sender::new(Progress { durable: commit, ended: None }),
+            room: watch::Sender::new(0),
+            bell: Bell::default(),
+            bound,
+            clock: settings.clock,
+        });
+        let pace = Pace { interval: settings.commit_interval, bytes: settings.commit_bytes };
+        let thread = {
+            let core = core.clone();
+            move || {
+                committer::run(&core.log, &*core, &core.bell, &core.bound, pace);
+                core.end("closed".to_owned());
+                core.log.close();
+                // Released last: the next process finds the database closed.
+                drop(lock);
+            }
+        };
+        let committer =
+            std::thread::Builder::new().name("committer".into()).spawn(thread).map_err(OpenError::Thread)?;
+        Ok(Arc::new(Self { core, committer: Mutex::new(Some(committer)) }))
+    }
+}
+
+fn open_log(
+    storage: &OpenStorage,
+    settings: &StoreSettings,
+    bound: &Arc<DiskBound>,
+) -> Result<(RedbLog, crate::redb_log::Contents), LogError> {
+    match RedbLog::open(storage.clone(), settings.cache_bytes, mint) {
+        Err(LogError::Full(_)) => {
+            // Recovery itself may need a page or two: what the reserve is for.
+            bound.raise(true);
+            let opened = RedbLog::open(storage.clone(), settings.cache_bytes, mint);
+            bound.raise(false);
+            opened
+        }
+        other => other,
+    }
+}
+
+fn lock(dir: &Path) -> Result<File, OpenError> {
+    let path = dir.join(LOCK);
+    let remedy = "make it writable for this user, or set another data_dir";
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(|error| OpenError::Io { path: path.clone(), error, remedy })?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(dir.to_owned())),
+        Err(TryLockError::Error(error)) => Err(OpenError::Io { path, error, remedy }),
+    }
+}
+
+/// Databases that were set aside, oldest first.
+fn set_aside(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(SET_ASIDE) {
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The budget for the database alone: what was set aside is taken off it.
+fn disk_budget(settings: &StoreSettings, path: &Path, aside: &[PathBuf]) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let on_disk = |path: &Path| fs::metadata(path).map_or(0, |file| file.blocks() * 512);
+    let aside: u64 = aside.iter().map(|path| on_disk(path)).sum();
+    let all = match settings.disk_budget {
+        Some(bytes) => bytes,
+        None => {
+            let disk = rustix::fs::statvfs(&settings.data_dir)?;
+            Budget::from_free(disk.f_bavail.saturating_mul(disk.f_frsize), on_disk(path) + aside)
+        }
+    };
+    Ok(all.saturating_sub(aside))
+}
+
+/// Damage is proven when the disk gives every byte of the file and a second look finds the same. Anything else ends the
+/// start: a database that might be read tomorrow is not set aside today.
+fn prove_damage(path: &Path, storage: &OpenStorage, settings: &StoreSettings, what: &str) -> Result<(), OpenError> {
+    let mut buffer = vec![0u8; 1 << 20];
+    let read_all = || -> io::Result<()> {
+        let mut file = File::open(path)?;
+        while file.read(&mut buffer)? > 0 {}
+        Ok(())
+    };
+    let mut read_all = read_all;
+    read_all().map_err(|error| OpenError::Io {
+        path: path.to_owned(),
+        error,
+        remedy: "the disk does not give back what it stored: replace it; the database was left as it is",
+    })?;
+    match RedbLog::open(storage.clone(), settings.cache_bytes, mint) {
+        Err(LogError::Damaged(_)) => Ok(()),
+        Ok(_) => Err(OpenError::Database {
+            path: path.to_owned(),
+            error: LogError::Io(format!("looked damaged ({what}), and then did not")),
+            remedy: "start again; check the memory and the disk of this machine",
+        }),
+        Err(error) => Err(OpenError::Database { path: path.to_owned(), error, remedy: "start again" }),
+    }
+}

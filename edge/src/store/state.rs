@@ -1,0 +1,598 @@
+//! What the store holds in memory, under one lock: open batches, cursors, what waits for the next commit.
+//!
+//! Nothing here touches the disk. Offsets are given when a commit is sealed, from what is durable: commits follow each
+//! other one by one, so what is open needs none.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, RandomState};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use shared::batch::{BatchBuilder, Compression, HEADER_BYTES};
+
+use super::status::Counters;
+use super::*;
+use crate::redb_log::{Contents, Place, StreamAppend, StreamRecord, Trim, apply_trim, chain_after};
+use crate::retention::{Budget, StreamUse, trims};
+use crate::streams::Rule;
+
+/// All that is in memory.
+pub(super) struct State {
+    /// Those with a rule first, in the rules' order.
+    pub(super) streams: Vec<Stream>,
+    by_name: HashMap<StreamName, usize>,
+    pub(super) pending: Pending,
+    /// Number of the last commit that was taken.
+    taken: u64,
+    in_flight_bytes: usize,
+    pub(super) in_flight_messages: u64,
+    /// Bytes of records kept in all streams.
+    record_bytes: u64,
+    /// Sizes of retained messages by a hash of their topic: an estimate for the budget needs no more.
+    retained: HashMap<u64, u32>,
+    retained_bytes: u64,
+    hasher: RandomState,
+    pub(super) budget: Budget,
+    pub(super) batch_bytes_max: usize,
+    pending_bytes_max: usize,
+    /// Size of the largest PUBLISH that was held since there was room.
+    held_bytes: usize,
+    pub(super) counters: Counters,
+    pub(super) trouble: Option<String>,
+    pub(super) set_aside: Vec<PathBuf>,
+    pub(super) ended: bool,
+    last_commit: Instant,
+}
+
+/// What waits for the next commit.
+#[derive(Default)]
+pub(super) struct Pending {
+    /// Bytes of records and of all else.
+    pub(super) bytes: usize,
+    pub(super) messages: u64,
+    retained: BTreeMap<String, Option<StoredRetained>>,
+    sessions: Vec<SessionChange>,
+    /// Something else wants a commit now.
+    pub(super) urgent: bool,
+}
+
+impl Pending {
+    pub(super) fn change_session(&mut self, change: SessionChange) {
+        self.bytes += match &change {
+            SessionChange::Save(session) => {
+                128 + session.subscriptions.iter().map(|one| one.filter.len() + 64).sum::<usize>()
+            }
+            _ => 64,
+        };
+        self.sessions.push(change);
+    }
+}
+
+/// A stream in memory.
+pub(super) struct Stream {
+    pub(super) id: u32,
+    /// As it is durable; cursors may be ahead of what is.
+    pub(super) record: StreamRecord,
+    rule: Option<usize>,
+    retention_bytes: Option<u64>,
+    retention_age_ms: Option<i64>,
+    on_full: OnFull,
+    /// The record differs from the one stored.
+    dirty: bool,
+    /// Batches that are full, and the one that is open.
+    full: Vec<BatchBuilder>,
+    open: BatchBuilder,
+    last_timestamp: TimestampMs,
+    bytes_at_confirmed: u64,
+    bytes_at_safe: u64,
+    oldest_unsent_ms: Option<TimestampMs>,
+    pub(super) parked: Option<String>,
+    drop_bytes: u64,
+}
+
+/// What was open of a stream, taken for a commit.
+pub(super) struct OpenStream {
+    id: u32,
+    builders: Vec<BatchBuilder>,
+    base: Offset,
+    chain: Chain,
+    bytes_before: u64,
+}
+
+/// What became of a PUBLISH.
+pub(super) enum Verdict {
+    Admitted(Admission),
+    Held,
+}
+
+/// Batches are cut so that a row of one stays below 64 KiB with its key: redb rounds values up to a power of two pages.
+const BATCH_BYTES_TARGET: usize = 59_000;
+/// What may wait for one commit, at least.
+const PENDING_BYTES_MAX: usize = 4 << 20;
+/// Ages are looked at this often when nothing else happens.
+const IDLE_TRIM: Duration = Duration::from_secs(60);
+
+impl Stream {
+    fn new(id: u32, record: StreamRecord, rule: Option<(usize, &Rule)>, dirty: bool) -> Self {
+        Self {
+            id,
+            rule: rule.map(|(index, _)| index),
+            retention_bytes: rule.and_then(|(_, rule)| rule.retention_bytes),
+            retention_age_ms: rule.and_then(|(_, rule)| rule.retention_age_ms),
+            on_full: rule.map_or(OnFull::Hold, |(_, rule)| rule.on_full),
+            dirty,
+            full: Vec::new(),
+            open: BatchBuilder::default(),
+            last_timestamp: record.last_timestamp,
+            bytes_at_confirmed: record.next_bytes,
+            bytes_at_safe: record.next_bytes,
+            oldest_unsent_ms: None,
+            parked: None,
+            drop_bytes: 0,
+            record,
+        }
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.record.next_bytes.saturating_sub(self.record.first_bytes)
+    }
+
+    pub(super) fn bytes_safe(&self) -> u64 {
+        self.bytes_at_safe.saturating_sub(self.record.first_bytes)
+    }
+
+    pub(super) fn unsent_bytes(&self) -> u64 {
+        self.record.next_bytes.saturating_sub(self.bytes_at_confirmed.max(self.record.first_bytes))
+    }
+
+    pub(super) fn positions(&self) -> StreamPositions {
+        StreamPositions {
+            incarnation: self.record.incarnation,
+            first: self.record.first,
+            next: self.record.next,
+            confirmed: self.record.confirmed,
+            safe: self.record.safe,
+            bytes: self.bytes(),
+            unsent_bytes: self.unsent_bytes(),
+            oldest_unsent_ms: self.oldest_unsent_ms,
+            parked: self.parked.clone(),
+            gap: self.record.gap,
+            topic: self.record.topic.clone(),
+        }
+    }
+
+    /// A new life: what is not safe is to be sent again.
+    pub(super) fn renew(&mut self, incarnation: Incarnation) {
+        self.record.incarnation = incarnation;
+        self.record.confirmed = self.record.safe.max(self.record.first);
+        self.bytes_at_confirmed = self.bytes_at_safe.max(self.record.first_bytes);
+        // The oldest record again unsent is not looked up: its age shows once the cursor moves.
+        if self.record.confirmed < self.record.next && self.oldest_unsent_ms.is_none() {
+            self.oldest_unsent_ms = Some(self.record.last_timestamp);
+        }
+        self.dirty = true;
+    }
+
+    pub(super) fn close_gap(&mut self, upto: Offset) {
+        if let Some((from, to)) = self.record.gap {
+            self.record.gap = (upto < to).then_some((from.max(upto), to));
+            self.dirty = true;
+        }
+    }
+
+    pub(super) fn move_cursor(&mut self, offset: Offset, place: Option<Place>, safe: bool) {
+        let at_end = offset == self.record.next;
+        let bytes = if at_end { Some(self.record.next_bytes) } else { place.map(|place| place.bytes_before) };
+        if safe && offset > self.record.safe {
+            self.record.safe = offset;
+            self.bytes_at_safe = self.bytes_at_safe.max(bytes.unwrap_or(0));
+            self.dirty = true;
+        }
+        // What is safe is confirmed.
+        if offset > self.record.confirmed {
+            self.record.confirmed = offset;
+            self.bytes_at_confirmed = self.bytes_at_confirmed.max(bytes.unwrap_or(0));
+            self.oldest_unsent_ms =
+                if at_end { None } else { place.map(|place| place.timestamp).or(self.oldest_unsent_ms) };
+            self.close_gap(offset);
+            self.dirty = true;
+        }
+    }
+}
+
+impl OpenStream {
+    /// Seals what was open; `records` learns of it if it holds the stream.
+    pub(super) fn seal(self, records: &mut BTreeMap<u32, StreamRecord>) -> StreamAppend {
+        let (mut base, mut chain, mut bytes) = (self.base, self.chain, self.bytes_before);
+        let mut entries = Vec::with_capacity(self.builders.len());
+        let mut youngest = i64::MIN;
+        for builder in self.builders {
+            let batch = builder.finish(base, Compression::None);
+            chain = chain_after(chain, &batch);
+            youngest = youngest.max(batch.max_timestamp());
+            let entry = Stored { batch, chain };
+            base = entry.next();
+            bytes += entry.stored_bytes();
+            entries.push(entry);
+        }
+        if let Some(record) = records.get_mut(&self.id) {
+            (record.next, record.next_chain, record.next_bytes) = (base, chain, bytes);
+            record.last_timestamp = record.last_timestamp.max(youngest);
+        }
+        StreamAppend { stream: self.id, bytes_before: self.bytes_before, entries }
+    }
+}
+
+impl State {
+    pub(super) fn new(
+        contents: Contents,
+        rules: &Rules,
+        budget: Budget,
+        batch_bytes_max: usize,
+        commit_bytes: usize,
+    ) -> Self {
+        let mut stored = contents.streams;
+        let mut streams = Vec::new();
+        let mut next_id = stored.keys().next_back().map_or(0, |id| id.saturating_add(1));
+        for rule in rules.all().iter().enumerate() {
+            let known = stored.iter().find(|(_, record)| record.name == rule.1.name).map(|(id, _)| *id);
+            let stream = match known.and_then(|id| stored.remove_entry(&id)) {
+                Some((id, mut record)) => {
+                    let moved = record.topic != rule.1.topic;
+                    record.topic = rule.1.topic.clone();
+                    Stream::new(id, record, Some(rule), moved)
+                }
+                None => {
+                    let record = StreamRecord::new(rule.1.name.clone(), rule.1.topic.clone(), contents.incarnation);
+                    next_id += 1;
+                    Stream::new(next_id - 1, record, Some(rule), true)
+                }
+            };
+            streams.push(stream);
+        }
+        // A rule that is gone: its records are still forwarded.
+        streams.extend(stored.into_iter().map(|(id, record)| Stream::new(id, record, None, false)));
+        let by_name = streams.iter().enumerate().map(|(at, stream)| (stream.record.name.clone(), at)).collect();
+        let record_bytes = streams.iter().map(Stream::bytes).sum();
+        Self {
+            streams,
+            by_name,
+            pending: Pending::default(),
+            taken: contents.commit,
+            in_flight_bytes: 0,
+            in_flight_messages: 0,
+            record_bytes,
+            retained: HashMap::new(),
+            retained_bytes: contents.retained_bytes,
+            hasher: RandomState::new(),
+            budget,
+            batch_bytes_max,
+            pending_bytes_max: PENDING_BYTES_MAX.max(commit_bytes.saturating_mul(2)),
+            held_bytes: 0,
+            counters: Counters::default(),
+            trouble: None,
+            set_aside: Vec::new(),
+            ended: false,
+            last_commit: Instant::now(),
+        }
+    }
+
+    /// After opening: what lies before the cursors.
+    pub(super) fn place_cursors(&mut self, id: u32, confirmed: Option<Place>, safe: Option<Place>) {
+        let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == id) else { return };
+        let record = &stream.record;
+        // Without a place the cursor is at the end, or below what is kept.
+        let bytes = |offset: Offset, place: Option<Place>| match place {
+            Some(place) => place.bytes_before,
+            None if offset >= record.next => record.next_bytes,
+            None => record.first_bytes,
+        };
+        stream.bytes_at_confirmed = bytes(record.confirmed, confirmed);
+        stream.bytes_at_safe = bytes(record.safe, safe);
+        stream.oldest_unsent_ms = confirmed.map(|place| place.timestamp).filter(|_| record.confirmed < record.next);
+    }
+
+    pub(super) fn by_name(&self, name: &StreamName) -> Option<&Stream> {
+        self.by_name.get(name).and_then(|at| self.streams.get(*at))
+    }
+
+    pub(super) fn by_name_mut(&mut self, name: &StreamName) -> Option<&mut Stream> {
+        let at = *self.by_name.get(name)?;
+        self.streams.get_mut(at)
+    }
+
+    /// The ticket of what waits now.
+    pub(super) fn ticket(&self) -> Ticket {
+        Ticket(self.taken + 1)
+    }
+
+    /// Estimate of what the database takes, and will take with what was admitted.
+    pub(super) fn live(&self) -> u64 {
+        let records = self.record_bytes + (self.pending.bytes + self.in_flight_bytes) as u64;
+        Budget::live(records, self.retained_bytes)
+    }
+
+    /// Waiting bytes leave room for so many more.
+    fn has_room_to_wait(&self, bytes: usize) -> bool {
+        self.pending.bytes == 0 || self.pending.bytes + bytes <= self.pending_bytes_max
+    }
+
+    fn has_room_on_disk(&self, bytes: usize) -> bool {
+        self.live() + bytes as u64 * 2 <= self.budget.ceiling()
+    }
+
+    /// Whether what was held may be offered again.
+    pub(super) fn has_room_for_held(&self) -> bool {
+        self.has_room_to_wait(self.held_bytes) && self.has_room_on_disk(self.held_bytes)
+    }
+
+    /// Whether nothing more fits, for status.
+    pub(super) fn is_full(&self) -> bool {
+        !self.has_room_on_disk(self.held_bytes)
+    }
+
+    /// Takes a PUBLISH or says why not.
+    pub(super) fn admit(
+        &mut self,
+        core: &Core,
+        session: &SessionRef<'_>,
+        publish: &Publish<'_>,
+        rule: Option<usize>,
+    ) -> Verdict {
+        use Verdict::{Admitted, Held};
+        let packet = publish.packet_id.filter(|_| publish.qos == 2 && session.kept);
+        if rule.is_none() && !publish.retain && packet.is_none() {
+            return Admitted(Admission::NotStored);
+        }
+        if self.ended {
+            return Admitted(Admission::Refused(Refusal::Unavailable));
+        }
+        let stream = rule.and_then(|index| Some((index, core.rules.all().get(index)?)));
+        let mut bytes = 64;
+        if let Some((_, rule)) = stream {
+            let record = rule.record_bytes_max(&core.edge, session.client_id, publish);
+            if record + HEADER_BYTES > self.batch_bytes_max {
+                return Admitted(Admission::Refused(Refusal::TooLarge));
+            }
+            bytes += record;
+        }
+        if publish.retain && !publish.payload.is_empty() {
+            bytes += 2 * (publish.topic.len() + publish.payload.len());
+        }
+        if !self.has_room_to_wait(bytes) {
+            self.held_bytes = self.held_bytes.max(bytes);
+            return Held;
+        }
+        // A packet id alone, or the end of a retained message, may use the reserve.
+        let grows = stream.is_some() || (publish.retain && !publish.payload.is_empty());
+        if grows && !self.has_room_on_disk(bytes) {
+            let on_full = stream.map_or(OnFull::Reject, |(_, rule)| rule.on_full);
+            let found = stream.and_then(|(index, _)| self.streams.get_mut(index));
+            match (on_full, found) {
+                (OnFull::Reject, _) => return Admitted(Admission::Refused(Refusal::QuotaExceeded)),
+                // Twice the record: what is dropped must make up for how rows pack.
+                (OnFull::DropOldest, Some(found)) if found.bytes() > found.drop_bytes + bytes as u64 * 2 => {
+                    found.drop_bytes += bytes as u64 * 2;
+                }
+                _ => {
+                    self.held_bytes = self.held_bytes.max(bytes);
+                    return Held;
+                }
+            }
+        }
+        if let Some((index, rule)) = stream
+            && let Some(found) = self.streams.get_mut(index)
+        {
+            // Rules and streams share their first indexes.
+            debug_assert_eq!(found.rule, Some(index));
+            found.push(rule, core, session, publish, bytes);
+        }
+        if publish.retain {
+            self.retain(publish);
+        }
+        if let Some(packet_id) = packet {
+            self.pending.sessions.push(SessionChange::AddPacket(session.client_id.to_owned(), packet_id));
+        }
+        self.pending.bytes += bytes;
+        self.pending.messages += 1;
+        Admitted(Admission::Stored(self.ticket()))
+    }
+
+    fn retain(&mut self, publish: &Publish<'_>) {
+        let topic = self.hasher.hash_one(publish.topic);
+        let message = (!publish.payload.is_empty()).then(|| StoredRetained {
+            topic: publish.topic.to_owned(),
+            properties_and_payload: encode_retained(publish),
+            qos: publish.qos,
+            stored_ms: publish.now_ms,
+        });
+        let size = message.as_ref().map_or(0, |one| (one.topic.len() + one.properties_and_payload.len()) as u32);
+        let before = if size > 0 { self.retained.insert(topic, size) } else { self.retained.remove(&topic) };
+        self.retained_bytes =
+            self.retained_bytes.saturating_sub(u64::from(before.unwrap_or(0))).saturating_add(u64::from(size));
+        self.pending.retained.insert(publish.topic.to_owned(), message);
+    }
+
+    /// How soon the committer should run.
+    pub(super) fn urgency(&self) -> Urgency {
+        let pending = &self.pending;
+        if pending.urgent || pending.messages > 0 || !pending.sessions.is_empty() {
+            return Urgency::Now { bytes: pending.bytes };
+        }
+        let old = self.last_commit.elapsed() > IDLE_TRIM
+            && self.streams.iter().any(|stream| stream.retention_age_ms.is_some() && stream.bytes_safe() > 0);
+        if old || self.streams.iter().any(|stream| stream.dirty) { Urgency::Later } else { Urgency::None }
+    }
+
+    /// Whether room is wanted that a trim could make.
+    pub(super) fn trims_wanted(&self) -> bool {
+        let bounded = |stream: &Stream| {
+            let over = stream.retention_bytes.is_some_and(|max| stream.bytes() > max);
+            over && stream.bytes_safe() > 0
+        };
+        let tight = self.excess() > 0 && self.streams.iter().any(|stream| stream.bytes_safe() > 0);
+        tight || self.streams.iter().any(bounded)
+    }
+
+    fn excess(&self) -> u64 {
+        self.budget.excess(self.live() + 2 * self.held_bytes as u64)
+    }
+
+    /// Decides what the next commit deletes.
+    pub(super) fn plan_trims(&mut self, now_ms: TimestampMs) -> Vec<Trim> {
+        let uses: Vec<StreamUse> = self.streams.iter().map(Stream::in_use).collect();
+        trims(now_ms, &uses, self.excess())
+    }
+
+    /// Takes what waits: a commit without its appends, and these unsealed.
+    pub(super) fn take(&mut self, now_ms: TimestampMs) -> (Commit, Vec<OpenStream>) {
+        let mut commit = Commit { number: self.taken + 1, trims: self.plan_trims(now_ms), ..Commit::default() };
+        self.taken += 1;
+        let pending = std::mem::take(&mut self.pending);
+        commit.retained = pending.retained;
+        commit.sessions = pending.sessions;
+        self.in_flight_bytes = pending.bytes;
+        self.in_flight_messages = pending.messages;
+        let mut open = Vec::new();
+        for stream in &mut self.streams {
+            let trimmed = commit.trims.iter().any(|trim| trim.stream == stream.id);
+            if stream.dirty || trimmed {
+                if !stream.dirty {
+                    commit.unchanged.insert(stream.id);
+                }
+                commit.records.insert(stream.id, stream.record.clone());
+                stream.dirty = false;
+            }
+            stream.drop_bytes = 0;
+            open.extend(stream.take());
+        }
+        (commit, open)
+    }
+
+    /// What was taken is durable.
+    pub(super) fn committed(&mut self, commit: Commit, trimmed: &[Trimmed], took: Duration) {
+        for append in &commit.appends {
+            let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == append.stream) else { continue };
+            let record = &mut stream.record;
+            let (Some(first), Some(last)) = (append.entries.first(), append.entries.last()) else { continue };
+            if stream.oldest_unsent_ms.is_none() {
+                stream.oldest_unsent_ms = Some(first.batch.base_timestamp());
+            }
+            record.next = last.next();
+            record.next_chain = last.chain;
+            record.next_bytes = append.bytes_before + append.entries.iter().map(Stored::stored_bytes).sum::<u64>();
+            let youngest = append.entries.iter().map(|entry| entry.batch.max_timestamp()).max();
+            record.last_timestamp = record.last_timestamp.max(youngest.unwrap_or(i64::MIN));
+        }
+        for trim in trimmed {
+            let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == trim.stream) else { continue };
+            let gap = stream.record.gap;
+            apply_trim(&mut stream.record, trim);
+            if stream.record.gap != gap {
+                tracing::warn!(stream = %stream.record.name, gap = ?stream.record.gap, "records were dropped before they were sent, as on_full = \"drop-oldest\" says");
+            }
+            self.pending.urgent |= trim.more;
+        }
+        self.record_bytes = self.streams.iter().map(Stream::bytes).sum();
+        self.counters.committed(self.in_flight_messages, took);
+        self.in_flight_bytes = 0;
+        self.in_flight_messages = 0;
+        self.last_commit = Instant::now();
+        if self.held_bytes > 0 {
+            if self.has_room_for_held() {
+                self.held_bytes = 0;
+            } else if !self.has_room_on_disk(self.held_bytes) && self.streams.iter().any(|one| one.bytes_safe() > 0) {
+                // Somebody is held, and more can be deleted.
+                self.pending.urgent |= trimmed.iter().any(|trim| trim.more);
+            }
+        }
+    }
+}
+
+impl Stream {
+    fn in_use(&self) -> StreamUse {
+        StreamUse {
+            stream: self.id,
+            next: self.record.next,
+            safe: self.record.safe,
+            bytes: self.bytes(),
+            bytes_safe: self.bytes_safe(),
+            retention_bytes: self.retention_bytes,
+            retention_age_ms: self.retention_age_ms,
+            on_full: self.on_full,
+            drop_bytes: self.drop_bytes,
+        }
+    }
+
+    fn push(&mut self, rule: &Rule, core: &Core, session: &SessionRef<'_>, publish: &Publish<'_>, bytes: usize) {
+        if !self.open.is_empty() && self.open.len() + bytes > BATCH_BYTES_TARGET {
+            self.full.push(std::mem::take(&mut self.open));
+        }
+        // Kafka searches by time and expects it to rise.
+        self.last_timestamp = self.last_timestamp.max(publish.now_ms);
+        rule.push(&mut self.open, self.last_timestamp, &core.edge, session.client_id, publish);
+    }
+
+    fn take(&mut self) -> Option<OpenStream> {
+        let mut builders = std::mem::take(&mut self.full);
+        if !self.open.is_empty() {
+            builders.push(std::mem::take(&mut self.open));
+        }
+        (!builders.is_empty()).then_some(OpenStream {
+            id: self.id,
+            builders,
+            base: self.record.next,
+            chain: self.record.next_chain,
+            bytes_before: self.record.next_bytes,
+        })
+    }
+}
+
+/// The PUBLISH in MQTT 5 form from the properties on (§3.3.2.3): what a later subscriber is sent.
+fn encode_retained(publish: &Publish<'_>) -> Vec<u8> {
+    let given = &publish.properties;
+    let mut properties = Vec::new();
+    let text = |out: &mut Vec<u8>, bytes: &[u8]| {
+        // Strings came off the wire with a length of two bytes.
+        let bytes = bytes.get(..usize::from(u16::MAX)).unwrap_or(bytes);
+        out.extend_from_slice(&(bytes.len() as u16).to_be_bytes());
+        out.extend_from_slice(bytes);
+    };
+    if let Some(is_utf8) = given.payload_is_utf8 {
+        properties.extend_from_slice(&[0x01, u8::from(is_utf8)]);
+    }
+    if let Some(secs) = given.expiry_secs {
+        properties.push(0x02);
+        properties.extend_from_slice(&secs.to_be_bytes());
+    }
+    if let Some(content_type) = given.content_type {
+        properties.push(0x03);
+        text(&mut properties, content_type.as_bytes());
+    }
+    if let Some(response_topic) = given.response_topic {
+        properties.push(0x08);
+        text(&mut properties, response_topic.as_bytes());
+    }
+    if let Some(data) = given.correlation_data {
+        properties.push(0x09);
+        text(&mut properties, data);
+    }
+    for (name, value) in &given.user {
+        properties.push(0x26);
+        text(&mut properties, name.as_bytes());
+        text(&mut properties, value.as_bytes());
+    }
+    let mut out = Vec::with_capacity(properties.len() + publish.payload.len() + 4);
+    let mut length = properties.len();
+    loop {
+        let byte = (length % 128) as u8;
+        length /= 128;
+        out.push(if length > 0 { byte | 0x80 } else { byte });
+        if length == 0 {
+            break;
+        }
+    }
+    out.extend_from_slice(&properties);
+    out.extend_from_slice(publish.payload);
+    out
+}

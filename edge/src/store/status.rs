@@ -1,0 +1,157 @@
+//! Numbers of the store for `/status` and `/metrics`.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::*;
+
+/// The store now.
+#[derive(Debug, Clone, Serialize)]
+pub struct StoreStatus {
+    /// Streams, those with a rule first.
+    pub streams: Vec<StreamStatus>,
+    /// Seconds a commit took.
+    pub commit_seconds: Histogram,
+    /// Messages a commit made durable.
+    pub commit_messages: Histogram,
+    /// Bytes handed to the disk since the start.
+    pub written_bytes_total: u64,
+    /// Syncs asked of the disk since the start.
+    pub syncs_total: u64,
+    /// The disk budget of the database.
+    pub disk_budget_bytes: u64,
+    /// What the database file takes on the disk.
+    pub disk_used_bytes: u64,
+    /// Live data, estimated, as a share of what it may take; from 1 on, `on_full` decides.
+    pub disk_budget_ratio: f64,
+    /// No record is admitted for want of room.
+    pub full: bool,
+    /// Messages taken and not yet durable: their acknowledgements wait.
+    pub held_acks: u64,
+    /// Why the disk does not take commits at present.
+    pub trouble: Option<String>,
+    /// The store has failed for good.
+    pub failed: bool,
+    /// Damaged databases that were set aside.
+    pub set_aside: Vec<String>,
+}
+
+/// A stream now.
+#[derive(Debug, Clone, Serialize)]
+pub struct StreamStatus {
+    /// Its name.
+    pub name: StreamName,
+    /// Its Kafka topic.
+    pub topic: TopicName,
+    /// The life it is in, hexadecimal.
+    pub incarnation: String,
+    /// The first record that is kept.
+    pub first: Offset,
+    /// The offset after the last durable record.
+    pub next: Offset,
+    /// Below this the cloud has everything in its log.
+    pub durable: Offset,
+    /// Below this the cloud has everything where it cannot be lost.
+    pub safe: Offset,
+    /// Bytes kept.
+    pub bytes: u64,
+    /// Bytes the cloud has not confirmed.
+    pub unsent_bytes: u64,
+    /// Age of the oldest record the cloud has not confirmed.
+    pub oldest_unsent_seconds: f64,
+    /// Why it is not forwarded.
+    pub parked: Option<String>,
+    /// Dropped records the cloud was not told of yet (end exclusive).
+    pub gap: Option<(Offset, Offset)>,
+}
+
+/// Counts per upper bound, as Prometheus draws them.
+#[derive(Debug, Clone, Serialize)]
+pub struct Histogram {
+    /// Upper bounds, ascending; one more bucket takes the rest.
+    pub bounds: Vec<f64>,
+    /// Values per bucket, not cumulative; one more than `bounds`.
+    pub counts: Vec<u64>,
+    /// Sum of all values.
+    pub sum: f64,
+}
+
+impl Histogram {
+    fn new(bounds: &[f64]) -> Self {
+        Self { bounds: bounds.to_vec(), counts: vec![0; bounds.len() + 1], sum: 0.0 }
+    }
+
+    fn add(&mut self, value: f64) {
+        let bucket = self.bounds.iter().position(|bound| value <= *bound).unwrap_or(self.bounds.len());
+        if let Some(count) = self.counts.get_mut(bucket) {
+            *count += 1;
+        }
+        self.sum += value;
+    }
+
+    /// How many values there were.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+}
+
+/// What is counted as it happens.
+pub(super) struct Counters {
+    commit_seconds: Histogram,
+    commit_messages: Histogram,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            commit_seconds: Histogram::new(&[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]),
+            commit_messages: Histogram::new(&[0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0]),
+        }
+    }
+}
+
+impl Counters {
+    pub(super) fn committed(&mut self, messages: u64, took: Duration) {
+        self.commit_seconds.add(took.as_secs_f64());
+        self.commit_messages.add(messages as f64);
+    }
+}
+
+pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> StoreStatus {
+    let stream = |stream: &state::Stream| {
+        let at = stream.positions();
+        StreamStatus {
+            name: stream.record.name.clone(),
+            topic: at.topic,
+            incarnation: at.incarnation.to_string(),
+            first: at.first,
+            next: at.next,
+            durable: at.confirmed,
+            safe: at.safe,
+            bytes: at.bytes,
+            unsent_bytes: at.unsent_bytes,
+            // A clock that jumped back must not show an age from before the record.
+            oldest_unsent_seconds: at
+                .oldest_unsent_ms
+                .map_or(0.0, |oldest| now_ms.saturating_sub(oldest).max(0) as f64 / 1000.0),
+            parked: at.parked,
+            gap: at.gap,
+        }
+    };
+    StoreStatus {
+        streams: state.streams.iter().map(stream).collect(),
+        commit_seconds: state.counters.commit_seconds.clone(),
+        commit_messages: state.counters.commit_messages.clone(),
+        written_bytes_total: bound.written(),
+        syncs_total: bound.syncs(),
+        disk_budget_bytes: state.budget.bytes_max,
+        disk_used_bytes: bound.used(),
+        disk_budget_ratio: state.live() as f64 / state.budget.ceiling().max(1) as f64,
+        full: state.is_full(),
+        held_acks: state.pending.messages + state.in_flight_messages,
+        trouble: state.trouble.clone(),
+        failed: state.ended,
+        set_aside: state.set_aside.iter().map(|path| path.display().to_string()).collect(),
+    }
+}

@@ -1,0 +1,415 @@
+//! The store's promises, on a real file and on doubles.
+
+use std::path::Path;
+
+use mqtt::store::{PublishProperties, StoredSubscription};
+use shared::config::{ByteSize, Span};
+use shared::log::conformance::block_on;
+
+use super::*;
+use crate::streams::StreamSettings;
+
+mod power;
+
+const CLOCK_MS: TimestampMs = 1_700_000_000_000;
+
+fn clock() -> TimestampMs {
+    CLOCK_MS
+}
+
+fn settings(dir: &Path) -> StoreSettings {
+    let edge = EdgeId::parse("gw-1").unwrap();
+    StoreSettings { disk_budget: Some(64 << 20), clock, ..StoreSettings::new(edge, dir) }
+}
+
+fn stream(name: &str, filter: &str) -> StreamSettings {
+    StreamSettings { name: name.into(), filters: vec![filter.into()], ..StreamSettings::default() }
+}
+
+fn name(text: &str) -> StreamName {
+    StreamName::parse(text).unwrap()
+}
+
+fn publish<'a>(topic: &'a str, payload: &'a [u8]) -> Publish<'a> {
+    let properties = PublishProperties::default();
+    Publish { topic, payload, qos: 1, retain: false, packet_id: Some(1), now_ms: CLOCK_MS, properties }
+}
+
+const KEPT: SessionRef<'_> = SessionRef { client_id: "dev", kept: true };
+
+fn offer(store: &EdgeStore, publishes: &[Publish<'_>]) -> Vec<Admission> {
+    let mut admissions = Vec::new();
+    store.publish(&KEPT, publishes, &mut admissions);
+    admissions
+}
+
+/// Publishes and waits until it is durable.
+fn put(store: &EdgeStore, topic: &str, payload: &[u8]) {
+    match offer(store, &[publish(topic, payload)])[..] {
+        [Admission::Stored(ticket)] => block_on(store.wait(ticket)).unwrap(),
+        ref other => panic!("{topic}: {other:?}"),
+    }
+}
+
+fn values(store: &EdgeStore, stream: &str) -> Vec<Vec<u8>> {
+    let first = store.position(&name(stream)).unwrap().first;
+    let mut all = Vec::new();
+    let mut next = first;
+    loop {
+        let batches = store.read(&name(stream), next, 100_000).unwrap();
+        let Some(last) = batches.last() else { return all };
+        next = last.next();
+        for stored in &batches {
+            all.extend(stored.batch.records(1 << 24).unwrap().map(|r| r.unwrap().value.unwrap().to_vec()));
+        }
+    }
+}
+
+#[test]
+fn what_was_acknowledged_is_there_after_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let streams = vec![stream("a", "a/#"), stream("b", "b/#")];
+    let store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+    let mut expected = Vec::new();
+    for n in 0..50u32 {
+        put(&store, "a/1", &n.to_be_bytes());
+        expected.push(n.to_be_bytes().to_vec());
+        if n % 10 == 0 {
+            put(&store, "b/1", &vec![n as u8; 30_000]);
+        }
+    }
+    assert_eq!(offer(&store, &[publish("c", b"")]), [Admission::NotStored]);
+    assert_eq!(values(&store, "a"), expected);
+    let before = store.position(&name("a")).unwrap();
+    assert_eq!((before.first, before.next, before.confirmed), (0, 50, 0));
+    assert_eq!(before.oldest_unsent_ms, Some(CLOCK_MS));
+    let chain = store.chain_at(&name("a"), 50);
+    store.set_confirmed(&name("a"), 20);
+    drop(store);
+
+    let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
+    assert_eq!(values(&store, "a"), expected);
+    assert_eq!(values(&store, "b").len(), 5);
+    let after = store.position(&name("a")).unwrap();
+    assert_eq!((after.next, after.confirmed, after.incarnation), (50, 20, before.incarnation));
+    assert_eq!(after.bytes, before.bytes);
+    assert!(after.unsent_bytes > 0 && after.unsent_bytes < after.bytes);
+    assert_eq!(store.chain_at(&name("a"), 50), chain);
+    put(&store, "a/1", b"more");
+    assert_eq!(store.read(&name("a"), 50, 1).unwrap()[0].batch.base_offset(), 50);
+}
+
+#[test]
+fn the_chain_runs_through_every_row_and_is_known_at_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let streams = vec![stream("a", "a/#"), stream("b", "b/#")];
+    let store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+    // Small ones go through the tail, large ones directly; together they fill rows.
+    for n in 0..60usize {
+        put(&store, "a/1", &vec![n as u8; if n % 7 == 0 { 20_000 } else { 900 }]);
+        put(&store, "b/1", &[n as u8; 100]);
+    }
+    let check = |store: &EdgeStore| {
+        for stream in ["a", "b"] {
+            let (mut next, mut chain) = (0, Chain(0));
+            loop {
+                let batches = store.read(&name(stream), next, 50_000).unwrap();
+                if batches.is_empty() {
+                    break;
+                }
+                for stored in batches {
+                    assert_eq!(stored.batch.base_offset(), next);
+                    assert_eq!(store.chain_at(&name(stream), next), Some(chain));
+                    chain = crate::redb_log::chain_after(chain, &stored.batch);
+                    assert_eq!(chain, stored.chain);
+                    next = stored.next();
+                }
+            }
+            assert_eq!(next, 60);
+            assert_eq!(store.chain_at(&name(stream), 60), Some(chain));
+            assert_eq!(store.chain_at(&name(stream), 61), None);
+        }
+    };
+    check(&store);
+    drop(store);
+    check(&EdgeStore::open(settings(dir.path()), streams).unwrap());
+}
+
+#[test]
+fn sessions_retained_messages_and_packet_ids_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let streams = vec![stream("a", "a/#")];
+    let store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+    let subscription = StoredSubscription { filter: "x/#".into(), options: 1, identifier: Some(3) };
+    let mut session = StoredSession {
+        client_id: "dev".into(),
+        expiry_secs: 60,
+        disconnected_ms: None,
+        subscriptions: vec![subscription],
+        inbound_packet_ids: vec![],
+    };
+    store.save_session(&session);
+    let mut exact = publish("a/1", b"x");
+    (exact.qos, exact.packet_id) = (2, Some(7));
+    let mut second = exact.clone();
+    second.packet_id = Some(8);
+    offer(&store, &[exact, second]);
+    let mut kept = publish("a/r", b"21");
+    kept.retain = true;
+    kept.properties.content_type = Some("t");
+    let mut gone = publish("a/gone", b"1");
+    gone.retain = true;
+    let mut unrouted = publish("z", b"5");
+    unrouted.retain = true;
+    let admissions = offer(&store, &[kept, gone.clone(), unrouted]);
+    assert!(admissions.iter().all(|one| matches!(one, Admission::Stored(_))), "{admissions:?}");
+    gone.payload = b"";
+    offer(&store, &[gone]);
+    let ticket = store.release("dev", 7);
+    block_on(store.wait(ticket)).unwrap();
+    drop(store);
+
+    let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
+    session.inbound_packet_ids = vec![8];
+    assert_eq!(store.load_sessions().unwrap(), [session]);
+    let retained = store.load_retained().unwrap();
+    assert_eq!(retained.iter().map(|one| one.topic.as_str()).collect::<Vec<_>>(), ["a/r", "z"]);
+    assert_eq!(retained[0].properties_and_payload, b"\x04\x03\x00\x01t21");
+    block_on(store.wait(store.delete_session("dev"))).unwrap();
+    assert!(store.load_sessions().unwrap().is_empty());
+    assert_eq!(values(&store, "a").len(), 5, "an empty retained payload is a record too");
+}
+
+#[test]
+fn timestamps_never_fall_whatever_the_clock_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let streams = vec![stream("a", "#")];
+    let mut last = i64::MIN;
+    for round in [[CLOCK_MS, 0, 4_070_908_800_000], [CLOCK_MS, CLOCK_MS - 31_536_000_000, 5]] {
+        let store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+        for now_ms in round {
+            let mut one = publish("t", b"x");
+            one.now_ms = now_ms;
+            let Admission::Stored(ticket) = offer(&store, &[one])[0] else { panic!("refused") };
+            block_on(store.wait(ticket)).unwrap();
+        }
+    }
+    let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
+    for stored in store.read(&name("a"), 0, usize::MAX).unwrap() {
+        assert!(stored.batch.base_timestamp() >= last);
+        last = stored.batch.max_timestamp();
+    }
+    assert_eq!(last, 4_070_908_800_000);
+}
+
+#[test]
+fn a_second_process_is_told_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(settings(dir.path()), vec![]).unwrap();
+    let error = EdgeStore::open(settings(dir.path()), vec![]).unwrap_err();
+    assert!(matches!(error, OpenError::InUse(_)));
+    assert!(error.to_string().contains("data_dir of its own"), "{error}");
+    store.close();
+    EdgeStore::open(settings(dir.path()), vec![]).unwrap();
+}
+
+#[test]
+fn a_record_the_cloud_can_never_take_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
+    store.set_limits(10_000);
+    let large = vec![0; 10_000];
+    let admissions = offer(&store, &[publish("t", b"1"), publish("t", &large), publish("t", b"3")]);
+    assert!(matches!(
+        admissions[..],
+        [Admission::Stored(_), Admission::Refused(Refusal::TooLarge), Admission::Stored(_)]
+    ));
+}
+
+#[test]
+fn a_new_incarnation_sends_again_what_is_not_safe() {
+    let dir = tempfile::tempdir().unwrap();
+    let streams = vec![stream("a", "#")];
+    let store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+    for _ in 0..4 {
+        put(&store, "t", b"x");
+    }
+    store.set_confirmed(&name("a"), 3);
+    store.set_safe(&name("a"), 2);
+    let before = store.position(&name("a")).unwrap();
+    let renewed = block_on(store.renew_incarnation(&name("a"))).unwrap();
+    assert_ne!(renewed, before.incarnation);
+    let after = store.position(&name("a")).unwrap();
+    assert_eq!((after.confirmed, after.safe, after.next), (2, 2, 4));
+    drop(store);
+    let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
+    let after = store.position(&name("a")).unwrap();
+    assert_eq!((after.incarnation, after.confirmed), (renewed, 2));
+    block_on(store.wait_records(&name("a"), 3));
+}
+
+#[test]
+fn a_stream_without_a_rule_is_still_forwarded() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
+    put(&store, "t", b"x");
+    drop(store);
+    let store = EdgeStore::open(settings(dir.path()), vec![stream("b", "#")]).unwrap();
+    assert_eq!(store.streams(), [name("b"), name("a")]);
+    put(&store, "t", b"y");
+    assert_eq!((values(&store, "a"), values(&store, "b")), (vec![b"x".to_vec()], vec![b"y".to_vec()]));
+}
+
+/// Fills a store of the smallest budget until it says something else than `Stored`.
+fn fill(store: &EdgeStore) -> Admission {
+    let payload = vec![7u8; 10_000];
+    for n in 0..3000u32 {
+        let admissions = offer(store, &[publish("t", &payload), publish("t", &n.to_be_bytes())]);
+        match admissions[..] {
+            [.., Admission::Stored(ticket)] => block_on(store.wait(ticket)).unwrap(),
+            [.., other] => return other,
+            // Held: by what waits, or by the disk.
+            [] if store.status().full => return Admission::NotStored,
+            [] => block_on(store.room()),
+        }
+    }
+    panic!("never full");
+}
+
+fn small(dir: &Path) -> StoreSettings {
+    StoreSettings { disk_budget: Some(crate::retention::BUDGET_BYTES_MIN), ..settings(dir) }
+}
+
+#[test]
+fn a_full_store_holds_and_goes_on_when_something_is_safe() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(small(dir.path()), vec![stream("a", "#")]).unwrap();
+    assert_eq!(fill(&store), Admission::NotStored);
+    let at = store.position(&name("a")).unwrap();
+    assert_eq!(at.first, 0, "nothing unsafe is deleted");
+    // Sessions use the reserve.
+    block_on(store.wait(store.delete_session("dev"))).unwrap();
+    store.set_safe(&name("a"), at.next);
+    block_on(store.room());
+    assert!(store.position(&name("a")).unwrap().first > 0);
+    put(&store, "t", b"again");
+    let used = store.status().disk_used_bytes;
+    assert!(used <= crate::retention::BUDGET_BYTES_MIN, "{used}");
+    // Many times its size through it: freed pages are used again.
+    for _ in 0..5 {
+        fill(&store);
+        store.set_safe(&name("a"), store.position(&name("a")).unwrap().next);
+        block_on(store.room());
+    }
+    assert!(store.status().disk_used_bytes <= crate::retention::BUDGET_BYTES_MIN);
+    assert_eq!(store.status().trouble, None);
+}
+
+#[test]
+fn a_full_store_rejects_where_the_rule_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rule = stream("a", "#");
+    rule.on_full = OnFull::Reject;
+    let store = EdgeStore::open(small(dir.path()), vec![rule]).unwrap();
+    assert_eq!(fill(&store), Admission::Refused(Refusal::QuotaExceeded));
+    let large = vec![1; 50_000];
+    let mut retained = publish("$x", &large);
+    retained.retain = true;
+    assert_eq!(offer(&store, &[retained]), [Admission::Refused(Refusal::QuotaExceeded)], "not retained either");
+    assert_eq!(store.position(&name("a")).unwrap().first, 0);
+}
+
+#[test]
+fn drop_oldest_drops_and_leaves_a_gap_to_declare() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rule = stream("a", "#");
+    rule.on_full = OnFull::DropOldest;
+    let store = EdgeStore::open(small(dir.path()), vec![rule.clone()]).unwrap();
+    store.set_confirmed(&name("a"), 0);
+    let payload = vec![7u8; 10_000];
+    for _ in 0..2000 {
+        match offer(&store, &[publish("t", &payload)])[..] {
+            [Admission::Stored(ticket)] => block_on(store.wait(ticket)).unwrap(),
+            [] => block_on(store.room()),
+            ref other => panic!("{other:?}"),
+        }
+    }
+    let at = store.position(&name("a")).unwrap();
+    assert!(at.first > 1000, "{at:?}");
+    assert_eq!(at.gap, Some((0, at.first)));
+    drop(store);
+    let store = EdgeStore::open(small(dir.path()), vec![rule]).unwrap();
+    assert_eq!(store.position(&name("a")).unwrap().gap, Some((0, at.first)), "the gap is durable");
+    assert_eq!(store.read(&name("a"), at.first, 1).unwrap()[0].batch.base_offset(), at.first);
+    store.gap_declared(&name("a"), at.first);
+    assert_eq!(store.position(&name("a")).unwrap().gap, None);
+}
+
+#[test]
+fn retention_deletes_what_is_safe_and_only_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut by_bytes = stream("b", "b");
+    by_bytes.retention_bytes = Some(ByteSize(200_000));
+    let mut by_age = stream("a", "a");
+    by_age.retention_age = Some(Span::secs(60));
+    let store = EdgeStore::open(settings(dir.path()), vec![by_bytes, by_age]).unwrap();
+    let payload = vec![1u8; 50_000];
+    for n in 0..20 {
+        put(&store, "b", &payload);
+        let mut old = publish("a", &payload);
+        old.now_ms = CLOCK_MS - 120_000 + n * 6_000;
+        let Admission::Stored(ticket) = offer(&store, &[old])[0] else { panic!("refused") };
+        block_on(store.wait(ticket)).unwrap();
+    }
+    for stream in ["a", "b"] {
+        assert_eq!(store.position(&name(stream)).unwrap().first, 0);
+        store.set_safe(&name(stream), 15);
+    }
+    for _ in 0..3 {
+        put(&store, "b", b"x");
+    }
+    let b = store.position(&name("b")).unwrap();
+    assert_eq!(b.first, 15, "{b:?}");
+    let a = store.position(&name("a")).unwrap();
+    assert_eq!(a.first, 10, "records 0 to 9 are older than a minute");
+}
+
+#[test]
+fn a_newer_database_ends_the_start_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
+    {
+        let database = redb::Database::create(dir.path().join("edge.redb")).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
+        transaction.open_table(meta).unwrap().insert("format", &99u32.to_le_bytes()[..]).unwrap();
+        transaction.commit().unwrap();
+    }
+    let error = EdgeStore::open(settings(dir.path()), vec![]).unwrap_err().to_string();
+    assert!(error.contains("format 99") && error.contains("install the version"), "{error}");
+    assert!(dir.path().join("edge.redb").exists());
+}
+
+#[test]
+fn only_proven_damage_sets_a_database_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("edge.redb");
+    let bad = || {
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().contains(".bad-")).count()
+    };
+    let mut incarnations = Vec::new();
+    for _ in 0..4 {
+        let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
+        put(&store, "t", &vec![1; 100_000]);
+        incarnations.push(store.position(&name("a")).unwrap().incarnation);
+        assert_eq!(store.status().set_aside.len(), bad());
+        drop(store);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.iter_mut().skip(4096).for_each(|byte| *byte = !*byte);
+        std::fs::write(&path, bytes).unwrap();
+    }
+    assert_eq!(bad(), 2, "at most two are kept");
+    incarnations.dedup();
+    assert_eq!(incarnations.len(), 4, "a new life each time");
+}
