@@ -2,6 +2,8 @@
 
 use bytes::Bytes;
 
+mod any_bytes;
+mod golden;
 mod oracle;
 
 /// Makes values for tests out of a seed.
