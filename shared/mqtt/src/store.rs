@@ -2,6 +2,8 @@
 //!
 //! All calls are made from connection tasks and must not block; durability is told by [`Ticket`]s.
 
+pub mod memory;
+
 use shared::log::BoxFuture;
 
 /// A place in the order of commits. Once [`Store::durable`] has reached it, what it stands for survives a power cut.
@@ -94,7 +96,7 @@ pub struct PublishProperties<'a> {
 pub enum Admission {
     /// On no stream and nothing to keep: deliver and acknowledge at once.
     NotStored,
-    /// Taken: deliver now (to clean sessions), acknowledge once the ticket is durable.
+    /// Taken: deliver now, acknowledge once the ticket is durable.
     Stored(Ticket),
     /// Not taken.
     Refused(Refusal),
@@ -105,9 +107,9 @@ pub enum Admission {
 pub enum Refusal {
     /// The stream is full and rejects: v5 reason 0x97, 3.1.1 close.
     QuotaExceeded,
-    /// It could never be forwarded (limits learnt from the cloud): v5 reason 0x95 or 0x99, 3.1.1 close.
+    /// It could never be forwarded (limits learnt from the cloud): v5 reason 0x83 (PUBACK cannot carry 0x95), 3.1.1 close.
     TooLarge,
-    /// Storage failed: v5 reason 0x88 and close, 3.1.1 close.
+    /// Storage failed: the connection ends (v5 0x83; neither PUBACK nor DISCONNECT can carry 0x88).
     Unavailable,
 }
 

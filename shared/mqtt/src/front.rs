@@ -1,0 +1,250 @@
+//! The front both brokers run: listeners, connections, and what they share.
+//!
+//! Work goes by the buffer, not by the message: a connection reads a buffer, offers all its PUBLISHes to the
+//! [`Store`] in one call, appends them to each subscriber's bytes in one go, and writes once. Sessions live here, above the
+//! store; the store keeps what must survive. One rule for locks: a session's state may be held while the topic tree is
+//! changed; never the other way round, and never two sessions at a time.
+//!
+//! Limits: messages queued for an offline session live in memory and go with the process. Credentials of a CONNECT
+//! are not checked. Shared subscriptions and enhanced authentication are refused.
+
+mod connection;
+mod fanout;
+mod lifecycle;
+mod packets;
+pub(crate) mod session;
+mod settings;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+pub use settings::{ListenerSettings, Settings};
+pub use stats::Stats;
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tracing::{debug, info, warn};
+
+use crate::codec::Reason;
+use crate::retained::Retained;
+use crate::store::{Publish, PublishProperties, Store, StoreFailed};
+use crate::tree::Tree;
+use session::{Handle, Pool, Session};
+
+/// A running MQTT front.
+pub struct Front {
+    pub(crate) settings: Settings,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) tree: RwLock<Tree<Arc<Session>>>,
+    /// Counts changes of the tree: what connections remember of it is good for one value.
+    pub(crate) generation: AtomicU64,
+    pub(crate) sessions: Mutex<HashMap<Arc<str>, Arc<Session>>>,
+    pub(crate) retained: Mutex<Retained>,
+    /// Delayed wills and session ends, by time.
+    pub(crate) timers: Mutex<BTreeSet<(i64, Arc<str>)>>,
+    pub(crate) pool: Pool,
+    pub(crate) counters: stats::Counters,
+    connections: Mutex<HashMap<u64, Arc<Handle>>>,
+    next_number: AtomicU64,
+    started: Instant,
+    closing: AtomicBool,
+    changed: Notify,
+    housekeeping: AtomicBool,
+    weak: Weak<Front>,
+}
+
+/// The time, told twice: one that never jumps, one that people read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Now {
+    pub instant: Instant,
+    /// Milliseconds since the front started.
+    pub ms: i64,
+    /// Milliseconds since 1970.
+    pub wall_ms: i64,
+}
+
+/// Why a listener does not run (any more).
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// It can be reached from elsewhere, and nobody would be asked who they are.
+    #[error(
+        "listener {name} on {address} can be reached from other machines and checks nobody: listen on 127.0.0.1, or set \
+         allow_anonymous = true for this listener"
+    )]
+    OpenToAll {
+        /// The listener's name.
+        name: String,
+        /// Where it is bound.
+        address: SocketAddr,
+    },
+    /// The listening socket failed.
+    #[error("listener {name}: {error}")]
+    Listen {
+        /// The listener's name.
+        name: String,
+        /// What the system said.
+        error: io::Error,
+    },
+}
+
+impl Front {
+    /// Loads kept sessions and retained messages.
+    pub fn new(settings: Settings, store: Arc<dyn Store>) -> Result<Arc<Self>, StoreFailed> {
+        let front = Arc::new_cyclic(|weak| Self {
+            settings,
+            store,
+            tree: RwLock::default(),
+            generation: AtomicU64::new(1),
+            sessions: Mutex::default(),
+            retained: Mutex::default(),
+            timers: Mutex::default(),
+            pool: Pool::default(),
+            counters: stats::Counters::default(),
+            connections: Mutex::default(),
+            next_number: AtomicU64::new(1),
+            started: Instant::now(),
+            closing: AtomicBool::new(false),
+            changed: Notify::new(),
+            housekeeping: AtomicBool::new(false),
+            weak: weak.clone(),
+        });
+        front.load()?;
+        Ok(front)
+    }
+
+    /// Accepts connections until [`Self::shutdown`]. `tls` makes it a TLS listener.
+    pub async fn serve(
+        self: Arc<Self>,
+        listener: TcpListener,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        settings: ListenerSettings,
+    ) -> Result<(), ServeError> {
+        let name = settings.name;
+        let address = listener.local_addr().map_err(|error| ServeError::Listen { name: name.clone(), error })?;
+        if !address.ip().is_loopback() && !settings.allow_anonymous {
+            return Err(ServeError::OpenToAll { name, address });
+        }
+        self.keep_house();
+        info!(listener = %name, %address, tls = tls.is_some(), "listening for MQTT");
+        loop {
+            let closing = self.changed.notified();
+            tokio::pin!(closing);
+            closing.as_mut().enable();
+            if self.closing.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = closing => continue,
+            };
+            match accepted {
+                Ok((stream, peer)) => {
+                    if self.connections.lock().len() >= self.settings.connections_max {
+                        stats::add(&self.counters.connections_refused_total, 1);
+                        debug!(%peer, "connection refused: there are as many as allowed");
+                        continue;
+                    }
+                    stats::add(&self.counters.connections_total, 1);
+                    if let Err(error) = stream.set_nodelay(true) {
+                        debug!(%peer, %error, "TCP_NODELAY");
+                    }
+                    tokio::spawn(connection::run(self.clone(), stream, peer, tls.clone()));
+                }
+                Err(error) => {
+                    // Out of file descriptors, most likely: some will be free soon, and the others must be served.
+                    warn!(listener = %name, %error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    /// Stops listening, waits until acknowledgements that wait for durability have left, says goodbye (0x8B) and closes;
+    /// what is not done by `deadline` is cut.
+    pub async fn shutdown(&self, deadline: Duration) {
+        let until = tokio::time::Instant::now() + deadline;
+        self.closing.store(true, Ordering::Release);
+        self.changed.notify_waiters();
+        let handles: Vec<_> = self.connections.lock().values().cloned().collect();
+        handles.iter().for_each(|handle| handle.kick(Reason::SERVER_SHUTTING_DOWN));
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if self.connections.lock().is_empty() {
+                return;
+            }
+            if tokio::time::timeout_at(until, changed).await.is_err() {
+                let handles: Vec<_> = self.connections.lock().values().cloned().collect();
+                warn!(connections = handles.len(), "closing connections whose acknowledgements still wait");
+                handles.iter().for_each(|handle| handle.kick(Reason::UNSPECIFIED_ERROR));
+                return;
+            }
+        }
+    }
+
+    /// Counters and sizes.
+    pub fn stats(&self) -> Stats {
+        let mut stats = self.counters.read();
+        stats.connections = self.connections.lock().len() as u64;
+        stats.sessions = self.sessions.lock().len() as u64;
+        stats.subscriptions = self.tree.read().len() as u64;
+        let retained = self.retained.lock();
+        stats.retained_messages = retained.len() as u64;
+        stats.retained_bytes = retained.bytes() as u64;
+        stats
+    }
+
+    /// Delivers a message of the broker's own (alarms, `$SYS`) to who subscribes to it. It is not offered to the store; a
+    /// retained one lasts until the process ends.
+    pub fn publish(&self, topic: &str, payload: &[u8], retain: bool) {
+        let now = self.now();
+        let publish = Publish {
+            topic,
+            payload,
+            qos: 1,
+            retain,
+            packet_id: None,
+            now_ms: now.wall_ms,
+            properties: PublishProperties::default(),
+        };
+        self.deliver_one(&publish, now);
+    }
+
+    pub(crate) fn now(&self) -> Now {
+        let instant = Instant::now();
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Now {
+            instant,
+            ms: instant.duration_since(self.started).as_millis() as i64,
+            wall_ms: i64::try_from(wall.as_millis()).unwrap_or(i64::MAX),
+        }
+    }
+
+    pub(crate) fn next_number(&self) -> u64 {
+        self.next_number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    fn enter(&self, number: u64, handle: Arc<Handle>) {
+        self.connections.lock().insert(number, handle);
+    }
+
+    fn leave(&self, number: u64) {
+        self.connections.lock().remove(&number);
+        if self.closing() {
+            self.changed.notify_waiters();
+        }
+    }
+}

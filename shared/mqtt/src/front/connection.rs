@@ -1,0 +1,756 @@
+//! One connection: its socket, its clock, and when to read, wait and write. What packets mean is in `packets`.
+//!
+//! It is one hand-written poll: whoever changes something that concerns the connection wakes it, and it looks at everything in
+//! a fixed order. It reads only while it may take more, into a buffer of the thread, so that an idle connection
+//! holds none.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use shared::log::BoxFuture;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::Sleep;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tracing::{debug, info, warn};
+
+use super::fanout::Target;
+use super::session::{Handle, Session, Will};
+use super::stats::{add, sub};
+use super::{Front, Now};
+use crate::codec::{CodecError, Disconnect, Packet, Properties, Reason, Split, Version, split};
+use crate::message::Message;
+use crate::session::connect::{self, Terms};
+use crate::session::inbound::{Answer, Answers, put_ack};
+use crate::store::{StoreFailed, Ticket};
+
+/// Bytes of one read. Each thread has one such buffer.
+const READ_BYTES: usize = 128 << 10;
+/// Reads in a row before other tasks get their turn.
+const READS_PER_POLL: usize = 4;
+/// How long a last goodbye may take.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+pub(super) enum Io {
+    /// The writing half is shared with whoever has bytes for it.
+    Plain(OwnedReadHalf, Arc<OwnedWriteHalf>),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Why a connection ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Close {
+    /// The client said goodbye; with or without its will.
+    Client { will: bool },
+    /// The socket is gone.
+    Lost,
+    /// No CONNECT in time, or one refused: the answer, if any, is written already.
+    Refused,
+    /// We end it, for this reason.
+    Ours { reason: Reason, why: String },
+}
+
+impl Close {
+    pub fn ours(reason: Reason, why: impl Into<String>) -> Self {
+        Self::Ours { reason, why: why.into() }
+    }
+}
+
+impl From<CodecError> for Close {
+    fn from(error: CodecError) -> Self {
+        Self::ours(error.reason(), error.to_string())
+    }
+}
+
+impl From<StoreFailed> for Close {
+    fn from(failed: StoreFailed) -> Self {
+        Self::ours(Reason::IMPLEMENTATION_SPECIFIC_ERROR, failed.to_string())
+    }
+}
+
+pub(super) enum Stage {
+    AwaitConnect,
+    /// Waiting for whoever has the session to let go of it.
+    Claiming(BoxFuture<'static, Result<Arc<Session>, Reason>>),
+    /// Waiting until CONNACK may go out.
+    Opening,
+    Live,
+}
+
+/// Answers of which the connection itself knows what they are.
+pub(super) enum Reply {
+    ConnAck {
+        present: bool,
+    },
+    /// SUBACK, UNSUBACK; then the retained messages of the new subscriptions.
+    Bytes(Vec<u8>, Vec<RetainedDelivery>),
+}
+
+pub(super) struct RetainedDelivery {
+    pub message: Arc<Message>,
+    pub qos: crate::codec::QoS,
+    pub subscription_id: Option<u32>,
+}
+
+/// A PUBLISH there is no room for.
+pub(super) struct Held {
+    pub frame: Box<[u8]>,
+    /// Its topic, where the frame has an alias.
+    pub topic: Option<Arc<str>>,
+}
+
+pub(super) struct Connection {
+    pub front: Arc<Front>,
+    pub handle: Arc<Handle>,
+    pub io: Io,
+    pub peer: SocketAddr,
+    pub stage: Stage,
+    pub version: Option<Version>,
+    pub terms: Option<Terms>,
+    pub will: Option<Will>,
+    pub session: Option<Arc<Session>>,
+    /// Bytes read and not yet processed.
+    pub partial: Vec<u8>,
+    /// The packet at the front of `partial` has so many bytes.
+    need: usize,
+    /// `partial` may hold whole packets.
+    pub backlog: bool,
+    /// Answers on their way to the session's bytes.
+    pub reply: Vec<u8>,
+    pub answers: Answers<Reply>,
+    commit: Option<(Ticket, BoxFuture<'static, Result<(), StoreFailed>>)>,
+    pub held: VecDeque<Held>,
+    pub held_bytes: usize,
+    pub held_since: Instant,
+    pub room: Option<BoxFuture<'static, ()>>,
+    /// PUBLISHes with QoS 1 and 2 that count against the receive maximum.
+    pub unacked: usize,
+    pub aliases: Vec<Option<Arc<str>>>,
+    /// Recent topics and their subscribers.
+    pub targets: Vec<(Box<str>, u64, Arc<[Target]>)>,
+    /// Subscribers this publisher waits for, and until when.
+    pub congested: Vec<Arc<Session>>,
+    pub congested_until: Instant,
+    timer: Pin<Box<Sleep>>,
+    last_bytes: Instant,
+    stalled: bool,
+    counted_acks: usize,
+    counted_held: usize,
+}
+
+/// Serves one accepted socket until it ends.
+pub(super) async fn run(
+    front: Arc<Front>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    tls: Option<Arc<rustls::ServerConfig>>,
+) {
+    let number = front.next_number();
+    let placeholder = Arc::new(Handle::new(None));
+    front.enter(number, placeholder.clone());
+    let io = match tls {
+        None => {
+            let (read, write) = stream.into_split();
+            Some(Io::Plain(read, Arc::new(write)))
+        }
+        Some(config) => {
+            let accept = TlsAcceptor::from(config).accept(stream);
+            match tokio::time::timeout(front.settings.connect_timeout, accept).await {
+                Ok(Ok(stream)) => Some(Io::Tls(Box::new(stream))),
+                Ok(Err(error)) => {
+                    debug!(%peer, %error, "TLS handshake failed");
+                    None
+                }
+                Err(_) => {
+                    debug!(%peer, "TLS handshake took too long");
+                    None
+                }
+            }
+        }
+    };
+    if let Some(io) = io {
+        let handle = match &io {
+            Io::Plain(_, socket) => Arc::new(Handle::new(Some(socket.clone()))),
+            Io::Tls(_) => Arc::new(Handle::new(None)),
+        };
+        front.enter(number, handle.clone());
+        // A shutdown may have come while the handshake went on.
+        if front.closing() {
+            handle.kick(Reason::SERVER_SHUTTING_DOWN);
+        }
+        let mut connection = Connection::new(front.clone(), handle, io, peer);
+        let close = std::future::poll_fn(|cx| connection.poll(cx)).await;
+        connection.finish(close).await;
+    }
+    front.leave(number);
+}
+
+impl Connection {
+    fn new(front: Arc<Front>, handle: Arc<Handle>, io: Io, peer: SocketAddr) -> Self {
+        let now = Instant::now();
+        let timer = Box::pin(tokio::time::sleep(front.settings.connect_timeout));
+        Self {
+            front,
+            handle,
+            io,
+            peer,
+            stage: Stage::AwaitConnect,
+            version: None,
+            terms: None,
+            will: None,
+            session: None,
+            partial: Vec::new(),
+            need: 0,
+            backlog: false,
+            reply: Vec::new(),
+            answers: Answers::default(),
+            commit: None,
+            held: VecDeque::new(),
+            held_bytes: 0,
+            held_since: now,
+            room: None,
+            unacked: 0,
+            aliases: Vec::new(),
+            targets: Vec::new(),
+            congested: Vec::new(),
+            congested_until: now,
+            timer,
+            last_bytes: now,
+            stalled: false,
+            counted_acks: 0,
+            counted_held: 0,
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Close> {
+        match self.advance(cx) {
+            Ok(()) => {
+                self.count_waiting();
+                Poll::Pending
+            }
+            Err(close) => Poll::Ready(close),
+        }
+    }
+
+    /// Does all that can be done now. Everything it waits for has our waker when it returns.
+    fn advance(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
+        self.handle.register(cx.waker());
+        for _ in 0..READS_PER_POLL {
+            let now = self.front.now();
+            let draining = self.poll_kick()?;
+            self.poll_claim(cx)?;
+            self.poll_room(cx, now)?;
+            self.poll_commits(cx, now)?;
+            self.poll_congestion(cx, now);
+            self.poll_write(cx)?;
+            let may_read = !draining && self.may_read();
+            self.poll_timers(cx, now, may_read)?;
+            if draining && self.answers.is_empty() {
+                continue;
+            }
+            if !may_read {
+                return Ok(());
+            }
+            if self.backlog {
+                let bytes = std::mem::take(&mut self.partial);
+                self.backlog = false;
+                let consumed = self.process(&bytes, now);
+                self.keep_rest(bytes, consumed)?;
+            } else if !self.poll_read(cx, now)? {
+                // Processing nothing changed nothing; all wakers are set.
+                return Ok(());
+            }
+        }
+        // Still something to do: let others have their turn first.
+        cx.waker().wake_by_ref();
+        Ok(())
+    }
+
+    /// Whether to go on until acknowledgements have left, without reading.
+    fn poll_kick(&mut self) -> Result<bool, Close> {
+        match self.handle.kicked() {
+            None => Ok(false),
+            Some(Reason::SERVER_SHUTTING_DOWN) if !self.answers.is_empty() && self.held.is_empty() => Ok(true),
+            Some(reason) => Err(Close::ours(reason, "")),
+        }
+    }
+
+    fn poll_claim(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
+        let Stage::Claiming(claim) = &mut self.stage else { return Ok(()) };
+        let Poll::Ready(claimed) = claim.as_mut().poll(cx) else { return Ok(()) };
+        let Some(terms) = &self.terms else { return Ok(()) };
+        match claimed {
+            Err(reason) => {
+                self.refuse_connect(reason);
+                Err(Close::Refused)
+            }
+            Ok(session) => {
+                let (ticket, present) = self.front.open(&session, terms, self.will.take());
+                self.session = Some(session);
+                self.stage = Stage::Opening;
+                self.answers.push(ticket, Answer::Other(Reply::ConnAck { present }));
+                Ok(())
+            }
+        }
+    }
+
+    /// Offers held PUBLISHes again when there may be room.
+    fn poll_room(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
+        let Some(room) = &mut self.room else { return Ok(()) };
+        if room.as_mut().poll(cx).is_ready() {
+            self.room = None;
+            self.offer_held(now)?;
+            // Still held, perhaps: the new wait must be polled, but others have their turn first.
+            cx.waker().wake_by_ref();
+        }
+        Ok(())
+    }
+
+    /// Lets go the answers whose tickets are durable; asks to be woken for the first that is not.
+    fn poll_commits(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
+        while let Some(ticket) = self.answers.waits_for() {
+            let durable = if ticket == Ticket::default() { ticket } else { self.front.store.durable() };
+            if ticket <= durable {
+                while let Some(answer) = self.answers.pop(durable) {
+                    self.answer(answer, now);
+                }
+                continue;
+            }
+            let wait = match &mut self.commit {
+                Some((waiting, wait)) if *waiting == ticket => wait,
+                commit => &mut commit.insert((ticket, self.front.store.wait(ticket))).1,
+            };
+            match wait.as_mut().poll(cx) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(result) => {
+                    self.commit = None;
+                    result?;
+                    // It said so for this ticket, whatever `durable` says a moment later.
+                    while let Some(answer) = self.answers.pop(ticket) {
+                        self.answer(answer, now);
+                    }
+                }
+            }
+        }
+        self.commit = None;
+        Ok(())
+    }
+
+    fn answer(&mut self, answer: Answer<Reply>, now: Now) {
+        let version = self.version.unwrap_or(Version::V4);
+        match answer {
+            Answer::PubAck(id, reason) => {
+                self.unacked = self.unacked.saturating_sub(1);
+                put_ack(0x40, id, reason, None, version, &mut self.reply);
+            }
+            Answer::PubRec(id, reason) => {
+                if reason.is_error() {
+                    self.unacked = self.unacked.saturating_sub(1);
+                }
+                put_ack(0x50, id, reason, None, version, &mut self.reply);
+            }
+            Answer::PubComp(id, reason) => put_ack(0x70, id, reason, None, version, &mut self.reply),
+            Answer::Other(Reply::ConnAck { present }) => self.go_live(present),
+            Answer::Other(Reply::Bytes(bytes, retained)) => {
+                self.reply.extend_from_slice(&bytes);
+                self.send_retained(retained, now);
+            }
+        }
+    }
+
+    /// CONNACK, then what the session has for the client.
+    fn go_live(&mut self, present: bool) {
+        let (Some(session), Some(terms)) = (&self.session, &self.terms) else { return };
+        let mut state = session.state.lock();
+        let back = state.back(&self.front);
+        terms.accept(present, &self.front.settings, back);
+        state.live = true;
+        self.stage = Stage::Live;
+        debug!(client = %session.client_id, peer = %self.peer, version = ?terms.version, present, "connected");
+    }
+
+    /// Waits a moment for subscribers that cannot keep up with what this connection publishes.
+    fn poll_congestion(&mut self, cx: &mut Context<'_>, now: Now) {
+        if self.congested.is_empty() {
+            return;
+        }
+        let over = now.instant >= self.congested_until;
+        let front = &self.front;
+        self.congested.retain(|session| {
+            let mut state = session.state.lock();
+            if !state.congested(front) {
+                return false;
+            }
+            if over {
+                state.out.slow = true;
+                return false;
+            }
+            state.wait_until_drained(cx.waker());
+            true
+        });
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
+        let Some(session) = &self.session else { return Ok(()) };
+        if !self.reply.is_empty() {
+            session.state.lock().back(&self.front).extend_from_slice(&self.reply);
+            self.reply.clear();
+            self.reply.shrink_to(1024);
+        }
+        match &mut self.io {
+            Io::Plain(_, socket) => loop {
+                session.flush(&self.front);
+                let mut state = session.state.lock();
+                if state.out.failed {
+                    return Err(Close::Lost);
+                }
+                if !state.out.blocked {
+                    return Ok(());
+                }
+                match (**socket).as_ref().poll_write_ready(cx) {
+                    Poll::Pending => return Ok(()),
+                    Poll::Ready(Err(_)) => return Err(Close::Lost),
+                    Poll::Ready(Ok(())) => state.out.blocked = false,
+                }
+            },
+            Io::Tls(stream) => loop {
+                let mut state = session.state.lock();
+                state.out.dirty = false;
+                let Some((chunk, mut at)) = state.take_chunk(&self.front) else { break };
+                drop(state);
+                let start = at;
+                let result = write_some(stream, cx, &chunk, &mut at);
+                add(&self.front.counters.written_bytes_total, at - start);
+                session.state.lock().give_back(chunk, at, &self.front);
+                match result {
+                    Poll::Pending => break,
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(_)) => return Err(Close::Lost),
+                }
+            },
+        }
+        if let Io::Tls(stream) = &mut self.io
+            && let Poll::Ready(Err(_)) = Pin::new(stream).poll_flush(cx)
+        {
+            return Err(Close::Lost);
+        }
+        Ok(())
+    }
+
+    /// Whether more may be taken from the client now.
+    pub(super) fn may_read(&self) -> bool {
+        let receive_maximum = usize::from(self.front.settings.receive_maximum);
+        match self.stage {
+            Stage::Claiming(_) | Stage::Opening => false,
+            Stage::AwaitConnect => true,
+            Stage::Live => {
+                // An MQTT 5 client that goes beyond the receive maximum is told so where its PUBLISH is counted; a 3.1.1
+                // client cannot know it, and is not read from until answers have left.
+                self.congested.is_empty()
+                    && self.held_bytes < self.front.settings.held_bytes_max
+                    && self.answers.len() + self.held.len() <= receive_maximum
+            }
+        }
+    }
+
+    fn poll_timers(&mut self, cx: &mut Context<'_>, now: Now, may_read: bool) -> Result<(), Close> {
+        // While we do not read we cannot see its PINGREQ: the clock starts again when we do.
+        if self.stalled && may_read {
+            self.last_bytes = now.instant;
+        }
+        self.stalled = !may_read;
+        loop {
+            let now = Instant::now();
+            let mut next = now + Duration::from_secs(3600);
+            match &self.stage {
+                Stage::AwaitConnect => {
+                    let at = self.last_bytes + self.front.settings.connect_timeout;
+                    if now >= at {
+                        debug!(peer = %self.peer, "no CONNECT in time");
+                        return Err(Close::Refused);
+                    }
+                    next = next.min(at);
+                }
+                Stage::Live if may_read => {
+                    let keep_alive = self.terms.as_ref().map_or(0, |terms| terms.keep_alive_secs);
+                    if keep_alive > 0 {
+                        // §3.1.2.10: one and a half times the keep alive.
+                        let at = self.last_bytes + Duration::from_millis(u64::from(keep_alive) * 1500);
+                        if now >= at {
+                            add(&self.front.counters.keep_alive_timeouts_total, 1);
+                            return Err(Close::ours(
+                                Reason::KEEP_ALIVE_TIMEOUT,
+                                "nothing came for 1.5 times the keep alive",
+                            ));
+                        }
+                        next = next.min(at);
+                    }
+                }
+                _ => {}
+            }
+            if !self.held.is_empty() {
+                let at = self.held_since + self.front.settings.hold_timeout;
+                if now >= at {
+                    add(&self.front.counters.hold_timeouts_total, 1);
+                    return Err(Close::ours(Reason::QUOTA_EXCEEDED, "there was no room for a PUBLISH in time"));
+                }
+                next = next.min(at);
+            }
+            if !self.congested.is_empty() {
+                next = next.min(self.congested_until.max(now + Duration::from_millis(1)));
+            }
+            let next = tokio::time::Instant::from_std(next);
+            // A timer that fires early is asked again; moving it for every packet would cost more than that.
+            if next < self.timer.deadline() || self.timer.is_elapsed() {
+                self.timer.as_mut().reset(next);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Ok(());
+            }
+            if !self.congested.is_empty() {
+                // `poll_congestion` comes before us: have it look again.
+                cx.waker().wake_by_ref();
+                return Ok(());
+            }
+        }
+    }
+
+    /// Reads and processes one buffer. False: there is nothing to read now.
+    fn poll_read(&mut self, cx: &mut Context<'_>, now: Now) -> Result<bool, Close> {
+        if self.need > READ_BYTES {
+            return self.poll_read_large(cx, now);
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            if scratch.is_empty() {
+                scratch.resize(READ_BYTES, 0);
+            }
+            let kept = self.partial.len();
+            let (Some(front), true) = (scratch.get_mut(..kept), kept < READ_BYTES) else {
+                // Cannot be: a packet that does not fit is read elsewhere, and a backlog is processed first.
+                return self.poll_read_large(cx, now);
+            };
+            front.copy_from_slice(&self.partial);
+            let Some(space) = scratch.get_mut(kept..) else { return Ok(false) };
+            let n = match self.io.poll_read(cx, space) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
+                Poll::Ready(Ok(n)) => n,
+            };
+            self.last_bytes = if matches!(self.stage, Stage::AwaitConnect) { self.last_bytes } else { now.instant };
+            self.partial.clear();
+            let bytes = scratch.get(..kept + n).unwrap_or_default();
+            let consumed = self.process(bytes, now)?;
+            let rest = bytes.get(consumed..).unwrap_or_default();
+            if self.partial.capacity() > 4096 && rest.len() < 1024 {
+                self.partial = Vec::new();
+            }
+            self.partial.extend_from_slice(rest);
+            self.look_ahead()?;
+            Ok(true)
+        })
+    }
+
+    /// A packet larger than the thread's buffer is gathered in a buffer of its own, which grows as its bytes come.
+    fn poll_read_large(&mut self, cx: &mut Context<'_>, now: Now) -> Result<bool, Close> {
+        let have = self.partial.len();
+        let more = self.need.saturating_sub(have).clamp(1, have.max(READ_BYTES));
+        self.partial.resize(have + more, 0);
+        let read = match self.partial.get_mut(have..) {
+            Some(space) => self.io.poll_read(cx, space),
+            None => Poll::Pending,
+        };
+        let n = match &read {
+            Poll::Ready(Ok(n)) => *n,
+            _ => 0,
+        };
+        self.partial.truncate(have + n);
+        match read {
+            Poll::Pending => return Ok(false),
+            Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
+            Poll::Ready(Ok(_)) => self.last_bytes = now.instant,
+        }
+        if self.partial.len() >= self.need {
+            let bytes = std::mem::take(&mut self.partial);
+            let consumed = self.process(&bytes, now);
+            self.keep_rest(bytes, consumed)?;
+        }
+        Ok(true)
+    }
+
+    fn keep_rest(&mut self, mut bytes: Vec<u8>, consumed: Result<usize, Close>) -> Result<(), Close> {
+        bytes.drain(..consumed?.min(bytes.len()));
+        self.partial = if bytes.is_empty() { Vec::new() } else { bytes };
+        self.look_ahead()
+    }
+
+    /// Finds out how long the packet at the front of `partial` is.
+    fn look_ahead(&mut self) -> Result<(), Close> {
+        self.need = 0;
+        if self.backlog {
+            return Ok(());
+        }
+        match split(&self.partial, self.version, self.front.settings.packet_bytes_max)? {
+            Split::More { need } => self.need = need,
+            Split::Frame(_) => self.backlog = true,
+        }
+        Ok(())
+    }
+
+    /// Keeps the gauges of what waits in step.
+    fn count_waiting(&mut self) {
+        let counters = &self.front.counters;
+        for (gauge, counted, now) in [
+            (&counters.held_acks, &mut self.counted_acks, self.answers.len() + self.held.len()),
+            (&counters.held_messages, &mut self.counted_held, self.held.len()),
+        ] {
+            if now > *counted {
+                add(gauge, now - *counted);
+            } else {
+                sub(gauge, *counted - now);
+            }
+            *counted = now;
+        }
+    }
+
+    /// Writes the CONNACK that refuses, as far as the socket takes it at once.
+    pub fn refuse_connect(&mut self, reason: Reason) {
+        add(&self.front.counters.connects_refused_total, 1);
+        debug!(peer = %self.peer, %reason, "CONNECT refused");
+        connect::refuse(reason, self.version.unwrap_or(Version::V4), &mut self.reply);
+    }
+
+    /// Gives the session back, says goodbye if there is something to say, and closes.
+    async fn finish(mut self, close: Close) {
+        let now = self.front.now();
+        self.answers = Answers::default();
+        self.held.clear();
+        self.count_waiting();
+        let client = self.session.as_ref().map_or("", |session| &*session.client_id).to_owned();
+        let peer = self.peer;
+        let mut goodbye = None;
+        match &close {
+            Close::Client { .. } | Close::Lost | Close::Refused => debug!(%client, %peer, ?close, "connection ended"),
+            Close::Ours { reason, why } => {
+                goodbye = Some(*reason);
+                match *reason {
+                    Reason::SERVER_SHUTTING_DOWN | Reason::SESSION_TAKEN_OVER | Reason::KEEP_ALIVE_TIMEOUT => {
+                        info!(%client, %peer, %reason, why, "connection ended");
+                    }
+                    Reason::QUOTA_EXCEEDED | Reason::IMPLEMENTATION_SPECIFIC_ERROR => {
+                        warn!(%client, %peer, %reason, why, "connection ended");
+                    }
+                    _ => {
+                        add(&self.front.counters.protocol_errors_total, 1);
+                        info!(%client, %peer, %reason, why, "connection ended");
+                    }
+                }
+            }
+        }
+        let mut rest = Some(std::mem::take(&mut self.reply));
+        let connected = matches!(self.stage, Stage::Live);
+        if let Some(session) = self.session.take() {
+            let will = !matches!(close, Close::Client { will: false });
+            let own = rest.take().unwrap_or_default();
+            rest = self.front.detach(&session, &self.handle, will, now).map(|mut bytes| {
+                bytes.extend_from_slice(&own);
+                bytes
+            });
+        } else if let (Stage::AwaitConnect, Some(reason)) = (&self.stage, goodbye) {
+            // Before CONNECT only a CONNACK can say why; for what is no CONNECT at all there is nothing to say.
+            if reason == Reason::UNSUPPORTED_PROTOCOL_VERSION || self.version.is_some() {
+                self.refuse_connect(reason);
+                rest = Some(std::mem::take(&mut self.reply));
+            }
+        }
+        self.handle.take_kick();
+        let Some(mut rest) = rest else { return };
+        if let (Some(reason), true, Some(Version::V5)) = (goodbye, connected, self.version) {
+            let why = match &close {
+                Close::Ours { why, .. } if !why.is_empty() => Some(why.as_str()),
+                _ => None,
+            };
+            let properties = why.map(|why| Box::new(Properties { reason_string: Some(why), ..Properties::default() }));
+            let packet = Packet::Disconnect(Disconnect { reason, properties });
+            let encoded = packet.encode(Version::V5, &mut rest);
+            debug_assert_eq!(encoded, Ok(()), "a reason string is short");
+        }
+        if matches!(close, Close::Lost) {
+            return;
+        }
+        let linger = !rest.is_empty();
+        drop(self.front);
+        let _ = tokio::time::timeout(GOODBYE, say_goodbye(self.io, &rest, linger)).await;
+    }
+}
+
+/// Writes the last bytes and closes. A socket that is closed while bytes of the peer are unread is reset, and a
+/// reset may overtake our last words; so those bytes are read away for a moment.
+async fn say_goodbye(io: Io, mut rest: &[u8], linger: bool) -> io::Result<()> {
+    match io {
+        Io::Plain(mut read, socket) => {
+            while !rest.is_empty() {
+                socket.writable().await?;
+                match socket.try_write(rest) {
+                    Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            socket2::SockRef::from((*socket).as_ref()).shutdown(std::net::Shutdown::Write)?;
+            let mut sink = vec![0u8; if linger { 16 << 10 } else { 0 }];
+            while linger && read.read(&mut sink).await? > 0 {}
+        }
+        Io::Tls(mut stream) => {
+            stream.write_all(rest).await?;
+            stream.shutdown().await?;
+            let mut sink = vec![0u8; if linger { 16 << 10 } else { 0 }];
+            while linger && stream.read(&mut sink).await? > 0 {}
+        }
+    }
+    Ok(())
+}
+
+impl Io {
+    fn poll_read(&mut self, cx: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
+        match self {
+            Self::Plain(socket, _) => {
+                let mut buffer = ReadBuf::new(space);
+                std::task::ready!(Pin::new(socket).poll_read(cx, &mut buffer))?;
+                Poll::Ready(Ok(buffer.filled().len()))
+            }
+            Self::Tls(stream) => {
+                let mut buffer = ReadBuf::new(space);
+                std::task::ready!(Pin::new(stream).poll_read(cx, &mut buffer))?;
+                Poll::Ready(Ok(buffer.filled().len()))
+            }
+        }
+    }
+}
+
+fn write_some(
+    stream: &mut TlsStream<TcpStream>,
+    cx: &mut Context<'_>,
+    chunk: &[u8],
+    at: &mut usize,
+) -> Poll<io::Result<()>> {
+    while let Some(rest) = chunk.get(*at..).filter(|rest| !rest.is_empty()) {
+        match std::task::ready!(Pin::new(&mut *stream).poll_write(cx, rest))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            n => *at += n,
+        }
+    }
+    Poll::Ready(Ok(()))
+}

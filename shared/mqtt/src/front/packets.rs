@@ -1,0 +1,732 @@
+//! What the packets of a client mean.
+
+use std::cell::OnceCell;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
+
+use super::connection::{Close, Connection, Held, Reply, RetainedDelivery, Stage};
+use super::fanout::{Live, Run, Target};
+use super::session::Will;
+use super::stats::add;
+use super::{Front, Now};
+use crate::codec::{
+    self, Connect, Disconnect, Frame, Packet, QoS, Reason, RetainHandling, Split, SubAck, Subscribe, Unsubscribe,
+    Version, encode_properties_and_payload, split,
+};
+use crate::message::{Content, Envelope, Message, encode_properties};
+use crate::session::connect::{granted, is_reserved, negotiate};
+use crate::session::inbound::Answer;
+use crate::session::outbound::Delivered;
+use crate::store::{Admission, Publish, Refusal, SessionRef, Ticket};
+use crate::topic::TopicFilter;
+use crate::tree::Subscription;
+
+/// A PUBLISH of the buffer that passed the checks of the protocol.
+struct Incoming<'a> {
+    bytes: &'a [u8],
+    /// What was read, and where in it this PUBLISH begins.
+    buffer: &'a [u8],
+    start: usize,
+    publish: codec::Publish<'a>,
+    /// Its topic, if it came as an alias.
+    alias: Option<Arc<str>>,
+}
+
+impl Incoming<'_> {
+    fn topic(&self) -> &str {
+        self.alias.as_deref().unwrap_or(self.publish.topic)
+    }
+}
+
+impl Connection {
+    /// Processes the packets at the front of `bytes` and returns how many bytes they had. PUBLISHes are gathered
+    /// and go to the store together; whatever has to come after them in order makes them go first.
+    pub(super) fn process(&mut self, bytes: &[u8], now: Now) -> Result<usize, Close> {
+        let mut batch = Vec::new();
+        let mut at = 0;
+        let end = loop {
+            let rest = bytes.get(at..).unwrap_or_default();
+            if !self.may_read() {
+                self.backlog = !rest.is_empty();
+                break Ok(());
+            }
+            let frame = match split(rest, self.version, self.front.settings.packet_bytes_max) {
+                Ok(Split::Frame(frame)) => frame,
+                Ok(Split::More { .. }) => break Ok(()),
+                Err(error) => break Err(error.into()),
+            };
+            at += frame.bytes.len();
+            if let Err(close) = self.packet(&frame, bytes, at - frame.bytes.len(), &mut batch, now) {
+                break Err(close);
+            }
+        };
+        // What came before the end counts, however it ended.
+        let offered = self.offer_batch(&mut batch, now);
+        end.and(offered).map(|()| at)
+    }
+
+    fn packet<'a>(
+        &mut self,
+        frame: &Frame<'a>,
+        buffer: &'a [u8],
+        start: usize,
+        batch: &mut Vec<Incoming<'a>>,
+        now: Now,
+    ) -> Result<(), Close> {
+        let Some(version) = self.version else { return self.first_packet(frame) };
+        if frame.first >> 4 == 3 {
+            let publish = codec::Publish::decode(frame, version)?;
+            let incoming = Incoming { bytes: frame.bytes, buffer, start, publish, alias: None };
+            return self.publish(incoming, batch, now);
+        }
+        match Packet::decode(frame, version)? {
+            Packet::PubAck(ack) => self.outbound(|outbound, _| outbound.puback(ack.packet_id)),
+            Packet::PubRec(ack) => self.outbound(|outbound, out| outbound.pubrec(ack.packet_id, ack.reason, out)),
+            Packet::PubComp(ack) => self.outbound(|outbound, _| outbound.pubcomp(ack.packet_id)),
+            Packet::PingReq => {
+                self.reply.extend_from_slice(&[0xD0, 0]);
+                Ok(())
+            }
+            Packet::PubRel(ack) => {
+                self.offer_batch(batch, now)?;
+                self.pubrel(ack.packet_id);
+                Ok(())
+            }
+            Packet::Subscribe(subscribe) => {
+                self.offer_batch(batch, now)?;
+                self.subscribe(&subscribe, version, now)
+            }
+            Packet::Unsubscribe(unsubscribe) => {
+                self.offer_batch(batch, now)?;
+                self.unsubscribe(&unsubscribe, version);
+                Ok(())
+            }
+            Packet::Disconnect(disconnect) => {
+                self.offer_batch(batch, now)?;
+                Err(self.disconnect(&disconnect))
+            }
+            Packet::Auth(_) => Err(Close::ours(Reason::PROTOCOL_ERROR, "AUTH without an authentication method")),
+            Packet::Connect(_) => Err(Close::ours(Reason::PROTOCOL_ERROR, "a second CONNECT")),
+            Packet::ConnAck(_) | Packet::SubAck(_) | Packet::UnsubAck(_) | Packet::PingResp | Packet::Publish(_) => {
+                Err(Close::ours(Reason::PROTOCOL_ERROR, "a packet that only a server sends"))
+            }
+        }
+    }
+
+    fn first_packet(&mut self, frame: &Frame<'_>) -> Result<(), Close> {
+        let Packet::Connect(connect) = Packet::decode(frame, Version::V5)? else {
+            return Err(Close::ours(Reason::PROTOCOL_ERROR, "the first packet is not CONNECT"));
+        };
+        self.version = Some(connect.version);
+        // Two hash keys of the system's randomness: a kept session's id must not be guessed, nor given out again after a
+        // restart.
+        let random = || RandomState::new().build_hasher().finish();
+        let assign = || format!("tributary-{:016x}{:016x}", random(), random());
+        match negotiate(&connect, &self.front.settings, assign) {
+            Err(reason) => {
+                self.refuse_connect(reason);
+                Err(Close::Refused)
+            }
+            Ok(terms) => {
+                self.will = will(&connect)?;
+                let claim = self.front.clone().claim(terms.client_id.clone(), self.handle.clone());
+                self.terms = Some(terms);
+                self.stage = Stage::Claiming(Box::pin(claim));
+                Ok(())
+            }
+        }
+    }
+
+    fn outbound(
+        &mut self,
+        act: impl FnOnce(&mut crate::session::outbound::Outbound, &mut Vec<u8>) -> Result<(), codec::CodecError>,
+    ) -> Result<(), Close> {
+        let Some(session) = &self.session else { return Ok(()) };
+        act(&mut session.state.lock().outbound, &mut self.reply)?;
+        Ok(())
+    }
+
+    /// Checks a PUBLISH against the state of the connection and adds it to the batch.
+    fn publish<'a>(
+        &mut self,
+        mut incoming: Incoming<'a>,
+        batch: &mut Vec<Incoming<'a>>,
+        now: Now,
+    ) -> Result<(), Close> {
+        if !incoming.publish.subscription_ids.is_empty() {
+            return Err(Close::ours(Reason::PROTOCOL_ERROR, "a subscription identifier from a client"));
+        }
+        if let Some(alias) = incoming.publish.topic_alias {
+            incoming.alias = self.resolve(alias, incoming.publish.topic)?;
+        }
+        let Some(id) = incoming.publish.packet_id else {
+            if is_reserved(incoming.topic()) {
+                return self.refuse(&incoming, Reason::TOPIC_NAME_INVALID);
+            }
+            batch.push(incoming);
+            return Ok(());
+        };
+        if incoming.publish.qos == QoS::ExactlyOnce {
+            let same =
+                |other: &Incoming<'_>| other.publish.qos == QoS::ExactlyOnce && other.publish.packet_id == Some(id);
+            if batch.iter().any(same) {
+                self.offer_batch(batch, now)?;
+            }
+            let known = self.session.as_ref().and_then(|session| session.state.lock().received.repeated(id));
+            if let Some((ticket, first)) = known {
+                // Known: the message went its way already. PUBREC again, once that is durable (§4.3.3).
+                self.offer_batch(batch, now)?;
+                if first {
+                    self.count_unacked()?;
+                }
+                self.answers.push(ticket, Answer::PubRec(id, Reason::SUCCESS));
+                return Ok(());
+            }
+        }
+        self.count_unacked()?;
+        if is_reserved(incoming.topic()) {
+            self.offer_batch(batch, now)?;
+            return self.refuse(&incoming, Reason::TOPIC_NAME_INVALID);
+        }
+        batch.push(incoming);
+        Ok(())
+    }
+
+    fn count_unacked(&mut self) -> Result<(), Close> {
+        self.unacked += 1;
+        let max = self.front.settings.receive_maximum;
+        if self.unacked > usize::from(max) && self.version == Some(Version::V5) {
+            return Err(Close::ours(Reason::RECEIVE_MAXIMUM_EXCEEDED, "more PUBLISHes open than the receive maximum"));
+        }
+        Ok(())
+    }
+
+    /// Sets up or looks up a topic alias (§3.3.2.3.4).
+    fn resolve(&mut self, alias: u16, topic: &str) -> Result<Option<Arc<str>>, Close> {
+        let invalid = || Close::ours(Reason::TOPIC_ALIAS_INVALID, "a topic alias beyond the maximum, or not set up");
+        if alias > self.front.settings.topic_alias_max {
+            return Err(invalid());
+        }
+        let at = usize::from(alias) - 1;
+        if topic.is_empty() {
+            return self.aliases.get(at).cloned().flatten().map(Some).ok_or_else(invalid);
+        }
+        if self.aliases.len() <= at {
+            self.aliases.resize(at + 1, None);
+        }
+        if let Some(slot) = self.aliases.get_mut(at)
+            && slot.as_deref() != Some(topic)
+        {
+            *slot = Some(topic.into());
+        }
+        Ok(None)
+    }
+
+    /// Answers a PUBLISH that is not taken: neither stored nor retained nor delivered.
+    fn refuse(&mut self, incoming: &Incoming<'_>, reason: Reason) -> Result<(), Close> {
+        add(&self.front.counters.refused_total, 1);
+        match (incoming.publish.packet_id, self.version) {
+            // QoS 0 has no answer to say it with.
+            (None, _) => {}
+            (Some(_), Some(Version::V4)) => {
+                return Err(Close::ours(reason, "a PUBLISH was refused, which MQTT 3.1.1 cannot say otherwise"));
+            }
+            (Some(id), _) if incoming.publish.qos == QoS::ExactlyOnce => {
+                self.answers.push(Ticket::default(), Answer::PubRec(id, reason));
+            }
+            (Some(id), _) => self.answers.push(Ticket::default(), Answer::PubAck(id, reason)),
+        }
+        Ok(())
+    }
+
+    /// Offers the batch to the store and does what it decides.
+    fn offer_batch(&mut self, batch: &mut Vec<Incoming<'_>>, now: Now) -> Result<(), Close> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let batch = std::mem::take(batch);
+        add(&self.front.counters.received_messages_total, batch.len());
+        add(&self.front.counters.received_bytes_total, batch.iter().map(|incoming| incoming.bytes.len()).sum());
+        if !self.held.is_empty() {
+            self.hold(&batch, now);
+            return Ok(());
+        }
+        self.offer(&batch, now)
+    }
+
+    /// Offers held PUBLISHes again.
+    pub(super) fn offer_held(&mut self, now: Now) -> Result<(), Close> {
+        let Some(version) = self.version else { return Ok(()) };
+        let held = std::mem::take(&mut self.held);
+        self.held_bytes = 0;
+        let mut batch = Vec::with_capacity(held.len());
+        for item in &held {
+            // The bytes were read once already: they are a PUBLISH.
+            if let Ok(Split::Frame(frame)) = split(&item.frame, Some(version), usize::MAX) {
+                let publish = codec::Publish::decode(&frame, version)?;
+                let alias = item.topic.clone();
+                batch.push(Incoming { bytes: frame.bytes, buffer: frame.bytes, start: 0, publish, alias });
+            }
+        }
+        let since = self.held_since;
+        let offered = self.offer(&batch, now);
+        if self.held.len() == batch.len() {
+            self.held_since = since; // Nothing went in: the clock goes on.
+        }
+        offered
+    }
+
+    fn hold(&mut self, batch: &[Incoming<'_>], now: Now) {
+        if self.held.is_empty() {
+            self.held_since = now.instant;
+        }
+        for incoming in batch {
+            self.held_bytes += incoming.bytes.len();
+            let topic = incoming.publish.topic_alias.map(|_| Arc::from(incoming.topic()));
+            self.held.push_back(Held { frame: incoming.bytes.into(), topic });
+        }
+        if self.room.is_none() {
+            self.room = Some(self.front.store.room());
+        }
+    }
+
+    fn offer(&mut self, batch: &[Incoming<'_>], now: Now) -> Result<(), Close> {
+        let mut rest = batch;
+        while !rest.is_empty() {
+            let retains = rest.iter().any(|incoming| incoming.publish.retain);
+            let fit = if retains { self.fit_retained(rest) } else { rest.len() };
+            let (now_rest, later) = rest.split_at(fit);
+            let taken = self.offer_fitting(now_rest, retains, now)?;
+            if taken < now_rest.len() {
+                self.hold(rest.get(taken..).unwrap_or_default(), now);
+                return Ok(());
+            }
+            let Some((first, later)) = later.split_first() else { return Ok(()) };
+            self.refuse(first, Reason::QUOTA_EXCEEDED)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// How many PUBLISHes come before one whose message there is no room to retain.
+    fn fit_retained(&self, batch: &[Incoming<'_>]) -> usize {
+        let settings = &self.front.settings;
+        let retained = self.front.retained.lock();
+        let too_much = |incoming: &Incoming<'_>| {
+            incoming.publish.retain
+                && !incoming.publish.payload.is_empty()
+                && !retained.has_room(
+                    incoming.topic(),
+                    incoming.bytes.len(),
+                    settings.retained_messages_max,
+                    settings.retained_bytes_max,
+                )
+        };
+        batch.iter().position(too_much).unwrap_or(batch.len())
+    }
+
+    /// One call of the store, then answers and delivery. Returns how many were taken or refused; the next one is held.
+    fn offer_fitting(&mut self, batch: &[Incoming<'_>], retains: bool, now: Now) -> Result<usize, Close> {
+        let (Some(session), Some(version)) = (self.session.clone(), self.version) else { return Ok(batch.len()) };
+        if batch.is_empty() {
+            return Ok(0);
+        }
+        let publishes: Vec<Publish<'_>> = batch
+            .iter()
+            .map(|incoming| Publish {
+                topic: incoming.topic(),
+                payload: incoming.publish.payload,
+                qos: incoming.publish.qos as u8,
+                retain: incoming.publish.retain,
+                packet_id: incoming.publish.packet_id,
+                now_ms: now.wall_ms,
+                properties: incoming.publish.properties.clone(),
+            })
+            .collect();
+        let kept = self.terms.as_ref().is_some_and(|terms| terms.session_expiry_secs > 0);
+        let session_ref = SessionRef { client_id: &session.client_id, kept };
+        let mut admissions = Vec::with_capacity(batch.len());
+        let front = self.front.clone();
+        let mut delivery = Delivery::new(&front, version, now);
+        {
+            // Held over both, so that what is retained here and in the store is in the same order.
+            let mut retained = retains.then(|| front.retained.lock());
+            front.store.publish(&session_ref, &publishes, &mut admissions);
+            admissions.truncate(batch.len());
+            for (incoming, admission) in batch.iter().zip(&admissions) {
+                if let (Some(retained), false) = (&mut retained, matches!(admission, Admission::Refused(_)))
+                    && incoming.publish.retain
+                {
+                    if incoming.publish.payload.is_empty() {
+                        retained.remove(incoming.topic());
+                    } else if let Some(message) = remember(incoming, now) {
+                        retained.set(incoming.topic(), message);
+                    }
+                }
+            }
+        }
+        if batch.iter().any(|incoming| incoming.publish.qos == QoS::ExactlyOnce) {
+            let mut state = session.state.lock();
+            for (incoming, admission) in batch.iter().zip(&admissions) {
+                let ticket = match admission {
+                    Admission::Stored(ticket) => *ticket,
+                    Admission::NotStored => Ticket::default(),
+                    Admission::Refused(_) => continue,
+                };
+                if let (QoS::ExactlyOnce, Some(id)) = (incoming.publish.qos, incoming.publish.packet_id) {
+                    state.received.insert(id, ticket);
+                }
+            }
+        }
+        let mut result = Ok(admissions.len());
+        for (incoming, admission) in batch.iter().zip(&admissions) {
+            let ticket = match admission {
+                Admission::Stored(ticket) => *ticket,
+                Admission::NotStored => Ticket::default(),
+                Admission::Refused(refusal) => {
+                    delivery.skip();
+                    let reason = match refusal {
+                        Refusal::QuotaExceeded => Reason::QUOTA_EXCEEDED,
+                        Refusal::TooLarge => Reason::IMPLEMENTATION_SPECIFIC_ERROR,
+                        Refusal::Unavailable => {
+                            result = Err(Close::ours(Reason::IMPLEMENTATION_SPECIFIC_ERROR, "storage failed"));
+                            break;
+                        }
+                    };
+                    if let Err(close) = self.refuse(incoming, reason) {
+                        result = Err(close);
+                        break;
+                    }
+                    continue;
+                }
+            };
+            match (incoming.publish.qos, incoming.publish.packet_id) {
+                (QoS::AtLeastOnce, Some(id)) => self.answers.push(ticket, Answer::PubAck(id, Reason::SUCCESS)),
+                (QoS::ExactlyOnce, Some(id)) => self.answers.push(ticket, Answer::PubRec(id, Reason::SUCCESS)),
+                _ => {}
+            }
+            delivery.add(incoming);
+        }
+        delivery.go(self);
+        result
+    }
+
+    /// The subscribers of a topic, remembered for the next messages.
+    fn targets_of(&mut self, topic: &str) -> Arc<[Target]> {
+        let generation = self.front.generation.load(std::sync::atomic::Ordering::Acquire);
+        if let Some(at) = self.targets.iter().position(|(name, ..)| **name == *topic)
+            && let Some((_, known, targets)) = self.targets.get_mut(at)
+        {
+            if *known != generation {
+                (*targets, *known) = self.front.targets(topic);
+            }
+            return targets.clone();
+        }
+        let (targets, generation) = self.front.targets(topic);
+        if self.targets.len() >= TARGETS_REMEMBERED {
+            self.targets.remove(0);
+        }
+        self.targets.push((topic.into(), generation, targets.clone()));
+        targets
+    }
+
+    fn pubrel(&mut self, id: u16) {
+        let Some(session) = self.session.clone() else { return };
+        let mut state = session.state.lock();
+        let (ticket, reason) = match state.received.release(id) {
+            None => (Ticket::default(), Reason::PACKET_IDENTIFIER_NOT_FOUND),
+            Some(counted) => {
+                self.unacked = self.unacked.saturating_sub(usize::from(counted));
+                let ticket =
+                    if state.stored { self.front.store.release(&session.client_id, id) } else { Ticket::default() };
+                (ticket, Reason::SUCCESS)
+            }
+        };
+        drop(state);
+        self.answers.push(ticket, Answer::PubComp(id, reason));
+    }
+
+    fn subscribe(&mut self, subscribe: &Subscribe<'_>, version: Version, now: Now) -> Result<(), Close> {
+        let Some(session) = self.session.clone() else { return Ok(()) };
+        let identifier = subscribe.properties.subscription_id;
+        let front = self.front.clone();
+        let mut reasons = Vec::with_capacity(subscribe.filters.len());
+        let mut retained = Vec::new();
+        let mut state = session.state.lock();
+        for &(text, options) in &subscribe.filters {
+            let filter = match TopicFilter::parse(text) {
+                Ok(filter) if filter.share().is_some() => {
+                    reasons.push(Reason::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED);
+                    continue;
+                }
+                Ok(filter) => filter,
+                Err(_) => {
+                    reasons.push(Reason::TOPIC_FILTER_INVALID);
+                    continue;
+                }
+            };
+            let known = state.subscriptions.contains_key(filter.as_str());
+            if !known && state.subscriptions.len() >= front.settings.subscriptions_max {
+                reasons.push(Reason::QUOTA_EXCEEDED);
+                continue;
+            }
+            front.subscribe(&session, &mut state, &filter, Subscription { options, identifier });
+            reasons.push(Reason(options.qos as u8));
+            let send = match options.retain_handling {
+                RetainHandling::Send => true,
+                RetainHandling::SendIfNew => !known,
+                RetainHandling::DoNotSend => false,
+            };
+            if send {
+                let messages = front.retained.lock().find(&filter, now.ms);
+                retained.extend(messages.into_iter().map(|message| RetainedDelivery {
+                    qos: granted(message.qos, options.qos),
+                    message,
+                    subscription_id: identifier,
+                }));
+            }
+        }
+        if version == Version::V4 {
+            reasons.iter_mut().filter(|reason| reason.is_error()).for_each(|reason| *reason = Reason(0x80));
+        }
+        let ack = Packet::SubAck(SubAck { packet_id: subscribe.packet_id, properties: None, reasons });
+        let ticket = if state.expiry_secs > 0 {
+            front.store.save_session(&state.to_stored(&session.client_id, None))
+        } else {
+            Ticket::default()
+        };
+        if ticket == Ticket::default() && self.answers.is_empty() {
+            // Nothing to wait for: SUBACK goes before anything the new subscription brings. The standard allows either,
+            // simple clients expect this.
+            let mut bytes = std::mem::take(&mut self.reply);
+            encode(&ack, version, &mut bytes);
+            state.back(&front).extend_from_slice(&bytes);
+            drop(state);
+            self.send_retained(retained, now);
+        } else {
+            drop(state);
+            let mut bytes = Vec::new();
+            encode(&ack, version, &mut bytes);
+            self.answers.push(ticket, Answer::Other(Reply::Bytes(bytes, retained)));
+        }
+        Ok(())
+    }
+
+    /// Sends retained messages of a new subscription.
+    pub(super) fn send_retained(&mut self, retained: Vec<RetainedDelivery>, now: Now) {
+        let Some(session) = &self.session else { return };
+        if retained.is_empty() {
+            return;
+        }
+        let front = &self.front;
+        let bounds = front.settings.bounds();
+        let mut guard = session.state.lock();
+        let state = &mut *guard;
+        let reply = std::mem::take(&mut self.reply);
+        state.back(front).extend_from_slice(&reply);
+        let version = state.outbound.version();
+        let (outbound, back) = (&mut state.outbound, &mut state.out.back);
+        let (mut sent, mut dropped) = (0, 0);
+        for RetainedDelivery { message, qos, subscription_id } in retained {
+            let Ok(left) = message.expiry_left(now.ms) else { continue };
+            let ids: &[u32] = subscription_id.as_slice();
+            let content = message.content();
+            if qos > QoS::AtMostOnce {
+                let remember = || message.clone();
+                match outbound.deliver(&content, qos, true, ids, true, remember, &bounds, back) {
+                    Delivered::Sent | Delivered::Queued => sent += 1,
+                    Delivered::QueueFull | Delivered::TooLarge => dropped += 1,
+                }
+                continue;
+            }
+            let envelope = Envelope {
+                version,
+                qos,
+                dup: false,
+                retain: true,
+                packet_id: 0,
+                subscription_ids: ids,
+                expiry_secs: left,
+            };
+            let fits = content.packet_bytes(&envelope) <= outbound.packet_bytes_max();
+            if fits && back.len() < front.settings.retained_bytes_max.max(bounds.out_bytes_max) {
+                content.append(&envelope, back);
+                sent += 1;
+            } else {
+                dropped += 1;
+            }
+        }
+        add(&front.counters.sent_messages_total, sent);
+        add(&front.counters.dropped_too_large_total, dropped);
+    }
+
+    fn unsubscribe(&mut self, unsubscribe: &Unsubscribe<'_>, version: Version) {
+        let Some(session) = self.session.clone() else { return };
+        let mut state = session.state.lock();
+        let mut reasons: Vec<Reason> = unsubscribe
+            .filters
+            .iter()
+            .map(|text| match TopicFilter::parse(text) {
+                Err(_) => Reason::TOPIC_FILTER_INVALID,
+                Ok(filter) if filter.share().is_some() => Reason::NO_SUBSCRIPTION_EXISTED,
+                Ok(filter) if self.front.unsubscribe(&session, &mut state, &filter) => Reason::SUCCESS,
+                Ok(_) => Reason::NO_SUBSCRIPTION_EXISTED,
+            })
+            .collect();
+        if version == Version::V4 {
+            reasons.clear();
+        }
+        let ticket = if state.expiry_secs > 0 {
+            self.front.store.save_session(&state.to_stored(&session.client_id, None))
+        } else {
+            Ticket::default()
+        };
+        drop(state);
+        let mut bytes = Vec::new();
+        let ack = SubAck { packet_id: unsubscribe.packet_id, properties: None, reasons };
+        encode(&Packet::UnsubAck(ack), version, &mut bytes);
+        self.answers.push(ticket, Answer::Other(Reply::Bytes(bytes, Vec::new())));
+    }
+
+    fn disconnect(&mut self, disconnect: &Disconnect<'_>) -> Close {
+        let asked = disconnect.properties.as_ref().and_then(|properties| properties.session_expiry_secs);
+        if let (Some(asked), Some(session)) = (asked, &self.session) {
+            let mut state = session.state.lock();
+            if state.expiry_secs == 0 && asked > 0 {
+                // §3.14.2.2.2
+                return Close::ours(Reason::PROTOCOL_ERROR, "DISCONNECT extends a session that was to end with it");
+            }
+            state.expiry_secs = asked.min(self.front.settings.session_expiry_secs_max);
+        }
+        Close::Client { will: disconnect.reason != Reason::SUCCESS }
+    }
+}
+
+/// Topics whose subscribers a connection remembers.
+const TARGETS_REMEMBERED: usize = 8;
+
+fn encode(packet: &Packet<'_>, version: Version, out: &mut Vec<u8>) {
+    let encoded = packet.encode(version, out);
+    debug_assert_eq!(encoded, Ok(()), "an acknowledgement is as long as the packet it answers, at most");
+}
+
+fn will(connect: &Connect<'_>) -> Result<Option<Will>, Close> {
+    let Some(will) = &connect.will else { return Ok(None) };
+    let mut properties_and_payload = Vec::new();
+    encode_properties_and_payload(&will.properties, will.payload, &mut properties_and_payload)
+        .map_err(|error| Close::ours(Reason::PROTOCOL_ERROR, error.to_string()))?;
+    Ok(Some(Will {
+        topic: will.topic.to_owned(),
+        properties_and_payload,
+        qos: will.qos as u8,
+        retain: will.retain,
+        delay_secs: will.delay_secs,
+    }))
+}
+
+fn remember(incoming: &Incoming<'_>, now: Now) -> Option<Arc<Message>> {
+    let mut properties = Vec::new();
+    let expiry_at = encode_properties(&incoming.publish.properties, &mut properties).ok()?;
+    let content = Content {
+        topic: incoming.topic().as_bytes(),
+        properties: &properties,
+        expiry_at,
+        payload: incoming.publish.payload,
+    };
+    let expiry_secs = incoming.publish.properties.expiry_secs;
+    Some(Arc::new(Message::new(&content, expiry_secs, incoming.publish.qos, now.ms)))
+}
+
+/// What of a batch goes to subscribers.
+struct Delivery<'a, 'b> {
+    front: &'a Arc<Front>,
+    version: Version,
+    now: Now,
+    items: Vec<Option<&'b Incoming<'b>>>,
+}
+
+impl<'a, 'b> Delivery<'a, 'b> {
+    fn new(front: &'a Arc<Front>, version: Version, now: Now) -> Self {
+        Self { front, version, now, items: Vec::new() }
+    }
+
+    fn add(&mut self, incoming: &'b Incoming<'b>) {
+        self.items.push(Some(incoming));
+    }
+
+    /// A refused one ends a run: its bytes stand between its neighbours'.
+    fn skip(&mut self) {
+        self.items.push(None);
+    }
+
+    fn go(self, connection: &mut Connection) {
+        if self.front.tree.read().is_empty() {
+            return;
+        }
+        // Properties of all, encoded, in one piece of memory; most messages have none.
+        let mut arena = Vec::new();
+        let mut properties = Vec::with_capacity(self.items.len());
+        for incoming in self.items.iter().flatten() {
+            let start = arena.len();
+            let own = &incoming.publish.properties;
+            let expiry_at = if own.is_empty() { None } else { encode_properties(own, &mut arena).unwrap_or_default() };
+            properties.push((start, arena.len(), expiry_at));
+        }
+        let mut properties = properties.into_iter();
+        let from = connection.session.clone();
+        let mut touched = Vec::new();
+        let mut lives = Vec::with_capacity(self.items.len());
+        for run in self.items.chunk_by(|a, b| match (a, b) {
+            (Some(a), Some(b)) => a.topic() == b.topic(),
+            _ => false,
+        }) {
+            let Some(Some(first)) = run.first() else { continue };
+            let targets = connection.targets_of(first.topic());
+            lives.clear();
+            for incoming in run.iter().flatten() {
+                let (start, end, expiry_at) = properties.next().unwrap_or_default();
+                lives.push(Live {
+                    content: Content {
+                        topic: incoming.topic().as_bytes(),
+                        properties: arena.get(start..end).unwrap_or_default(),
+                        expiry_at,
+                        payload: incoming.publish.payload,
+                    },
+                    expiry_secs: incoming.publish.properties.expiry_secs,
+                    qos: incoming.publish.qos,
+                    retain: incoming.publish.retain,
+                    message: OnceCell::new(),
+                });
+            }
+            if targets.is_empty() {
+                continue;
+            }
+            let raw = raw_bytes(run, self.version).map(|bytes| (self.version, bytes));
+            self.front.deliver(from.as_ref(), &targets, &Run::new(&lives, raw), self.now.ms, &mut touched);
+        }
+        let congested = self.front.flush(&mut touched);
+        if !congested.is_empty() {
+            if connection.congested.is_empty() {
+                connection.congested_until = self.now.instant + self.front.settings.slow_subscriber_wait;
+            }
+            connection.congested.extend(congested);
+        }
+    }
+}
+
+/// The run's own bytes, if a subscriber with QoS 0 gets exactly these and they stand side by side.
+fn raw_bytes<'a>(run: &[Option<&Incoming<'a>>], version: Version) -> Option<&'a [u8]> {
+    let mut end = None;
+    for incoming in run.iter().flatten() {
+        let publish = &incoming.publish;
+        let plain = publish.qos == QoS::AtMostOnce
+            && !publish.retain
+            && (version == Version::V4 || (publish.topic_alias.is_none() && publish.properties.is_empty()));
+        if !plain || end.is_some_and(|end| end != incoming.start) {
+            return None;
+        }
+        end = Some(incoming.start + incoming.bytes.len());
+    }
+    let first = run.first().copied().flatten()?;
+    first.buffer.get(first.start..end?)
+}

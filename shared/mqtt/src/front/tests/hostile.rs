@@ -1,0 +1,151 @@
+use super::*;
+use proptest::prelude::*;
+
+#[tokio::test]
+async fn more_than_the_receive_maximum_ends_the_connection() {
+    let store = MemoryStore::manual(|_| Verdict::Store);
+    let settings = Settings { receive_maximum: 3, ..Settings::default() };
+    let server = Server::with(settings, &store).await;
+    let mut device = server.connect(V5, "d").await;
+    for id in 1..=4 {
+        device.publish("t", b"x", AtLeastOnce, id).await;
+    }
+    device.expect_end(Reason::RECEIVE_MAXIMUM_EXCEEDED).await;
+    assert_eq!(store.published().len(), 3);
+    // A 3.1.1 client does not know the limit: the rest waits in its socket.
+    let mut old = server.connect(V4, "old").await;
+    for id in 1..=10 {
+        old.publish("t", b"x", AtLeastOnce, id).await;
+    }
+    server.stats(|stats| stats.held_acks >= 3).await;
+    store.commit_always();
+    for id in 1..=10 {
+        old.expect_puback(id).await;
+    }
+}
+
+#[tokio::test]
+async fn what_breaks_the_protocol_is_told_why() {
+    let server = Server::start(&nothing_stored()).await;
+    let cases: &[(&[u8], Reason)] = &[
+        (&[0x00, 0x00], Reason::MALFORMED_PACKET),
+        (&[0xC1, 0x00], Reason::MALFORMED_PACKET),
+        (&[0x36, 0x00], Reason::MALFORMED_PACKET),
+        (&[0x30, 0xFF, 0xFF, 0xFF, 0x7F], Reason::PACKET_TOO_LARGE),
+        (&[0x30, 0x80, 0x80, 0x80, 0x80, 0x01], Reason::MALFORMED_PACKET),
+        (b"\x30\x04\x00\x01+\x00", Reason::TOPIC_NAME_INVALID),
+        (b"\x30\x07\x00\x01a\x03\x23\x00\x63", Reason::TOPIC_ALIAS_INVALID),
+        (b"\x30\x06\x00\x01a\x02\x0b\x05", Reason::PROTOCOL_ERROR),
+        (b"\x10\x0d\x00\x04MQTT\x05\x02\x00\x00\x00\x00\x00", Reason::PROTOCOL_ERROR),
+        (&[0x20, 3, 0, 0, 0], Reason::PROTOCOL_ERROR),
+        (&[0xD0, 0], Reason::PROTOCOL_ERROR),
+        (&[0xF0, 0], Reason::PROTOCOL_ERROR),
+        (&[0x82, 3, 0, 1, 0], Reason::PROTOCOL_ERROR),
+        (&[0x40, 2, 0, 0], Reason::PROTOCOL_ERROR),
+        (b"\xe0\x07\x00\x05\x11\x00\x00\x00\x05", Reason::PROTOCOL_ERROR),
+    ];
+    for (bytes, reason) in cases {
+        let mut client = server.connect(V5, "c").await;
+        // What stood before the bad packet in the same buffer still counts.
+        let mut all = b"\x32\x06\x00\x01t\x00\x07\x00".to_vec();
+        all.extend_from_slice(bytes);
+        client.send_bytes(&all).await;
+        let frame = client.recv().await;
+        let disconnect = if frame[0] == 0x40 { client.recv().await } else { frame };
+        let Packet::Disconnect(disconnect) = client.read(&disconnect) else { panic!("{bytes:?}") };
+        assert_eq!(disconnect.reason, *reason, "{bytes:02x?} {disconnect:?}");
+        assert_eq!(client.try_recv().await, None);
+    }
+    let stats = server.stats(|stats| stats.connections == 0).await;
+    assert_eq!((stats.protocol_errors_total, stats.sessions), (cases.len() as u64, 0));
+    assert_eq!(stats.received_messages_total, cases.len() as u64);
+}
+
+#[tokio::test]
+async fn before_connect_nothing_else_is_heard() {
+    let settings = Settings { connect_timeout: Duration::from_millis(50), connections_max: 3, ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    for bytes in [&[0xC0, 0][..], &[0xFF; 8], b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00"] {
+        let mut client = server.raw().await;
+        client.send_bytes(bytes).await;
+        assert_eq!(client.try_recv().await, None);
+    }
+    for (bytes, answer) in [
+        (&b"\x10\x0e\x00\x06MQIsdp\x03\x02\x00\x0a\x00\x00"[..], [0x20, 2, 0, 1]),
+        (b"\x10\x0c\x00\x04MQTT\x09\x02\x00\x0a\x00\x00", [0x20, 2, 0, 1]),
+    ] {
+        let mut client = server.raw().await;
+        client.version = V4;
+        client.send_bytes(bytes).await;
+        assert_eq!(client.recv().await, answer);
+        assert_eq!(client.try_recv().await, None);
+    }
+    let mut auth = connect(V5, "a");
+    auth.properties.authentication_method = Some("SCRAM-SHA-256");
+    let mut client = server.raw().await;
+    client.send(&Packet::Connect(Box::new(auth))).await;
+    let frame = client.recv().await;
+    assert!(matches!(client.read(&frame), Packet::ConnAck(ack) if ack.reason == Reason::BAD_AUTHENTICATION_METHOD));
+    // Nothing at all, and a packet that never ends.
+    let mut silent = server.raw().await;
+    assert_eq!(silent.try_recv().await, None);
+    let mut endless = server.raw().await;
+    endless.send_bytes(b"\x10\xff\x7f\x00\x04MQTT").await;
+    assert_eq!(endless.try_recv().await, None);
+    // One too many is closed at once.
+    server.stats(|stats| stats.connections == 0).await;
+    let mut all = vec![];
+    for i in 0..3 {
+        all.push(server.connect(V4, &i.to_string()).await);
+    }
+    assert_eq!(server.raw().await.try_recv().await, None);
+    assert_eq!(server.front.stats().connections_refused_total, 1);
+}
+
+#[tokio::test]
+async fn an_open_listener_must_say_so() {
+    let front = Front::new(Settings::default(), Arc::new(nothing_stored())).unwrap();
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let error = front.serve(listener, None, ListenerSettings::default()).await.unwrap_err().to_string();
+    assert!(error.contains("127.0.0.1") && error.contains("allow_anonymous"), "{error}");
+}
+
+#[tokio::test]
+async fn a_packet_in_single_bytes_is_a_packet() {
+    let server = Server::start(&nothing_stored()).await;
+    let mut client = server.raw().await;
+    let mut bytes = Vec::new();
+    Packet::Connect(Box::new(connect(V5, "slow"))).encode(V5, &mut bytes).unwrap();
+    Packet::Publish(publish("t", b"x", AtLeastOnce, 3)).encode(V5, &mut bytes).unwrap();
+    for byte in bytes {
+        client.send_bytes(&[byte]).await;
+    }
+    client.recv().await;
+    client.expect_puback(3).await;
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Whatever comes, the front lives on and serves the next client.
+    #[test]
+    fn any_bytes_leave_the_front_alive(
+        bytes in prop::collection::vec(any::<u8>(), 0..600),
+        first in prop::sample::select(vec![0x30u8, 0x32, 0x34, 0x62, 0x82, 0xA2, 0xE0, 0x50]),
+        v5 in any::<bool>(),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let server = Server::start(&nothing_stored()).await;
+            let mut client = server.connect(if v5 { V5 } else { V4 }, "c").await;
+            let mut all = vec![first, bytes.len().min(100) as u8];
+            all.extend_from_slice(&bytes);
+            client.send_bytes(&all).await;
+            client.stream.shutdown().await.unwrap();
+            while let Some(_frame) = client.try_recv().await {}
+            server.stats(|stats| stats.connections == 0).await;
+            let mut next = server.connect(V5, "next").await;
+            next.ping().await;
+        });
+    }
+}
