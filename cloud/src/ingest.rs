@@ -6,6 +6,7 @@
 
 mod auth;
 mod http;
+pub mod memory;
 mod place;
 mod safety;
 mod serve;

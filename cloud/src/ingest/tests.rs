@@ -9,117 +9,31 @@ use shared::link::frame::{
     SessionState, path,
 };
 use shared::link::{GAPS_TOPIC, Position};
-use shared::log::memory::MemoryLog;
-use shared::log::{self, AppendError, Appended, Bounds, BoxFuture, Chain, EpochEnd, Log, Read, ReadError, ReadLimits};
-use shared::log::{Source, TimePoint, TrimError};
-use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TimestampMs, TopicId, TopicName};
+use shared::log::{AppendError, Chain, Log, ReadLimits};
+use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TopicName};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use super::memory::MemoryShard;
 use super::*;
-use crate::state::memory::MemoryStateLog;
-use crate::state::{Change, State};
 
-/// A shard in little: a log and a state that move together, in memory.
-struct MemoryShard {
-    log: MemoryLog,
-    state: Arc<MemoryStateLog>,
-    full: parking_lot::Mutex<Option<AppendError>>,
-}
-
-impl MemoryShard {
-    fn new() -> Arc<Self> {
-        let (log, state) = (MemoryLog::new(64 << 20), Arc::new(MemoryStateLog::new()));
-        Arc::new(Self { log, state, full: parking_lot::Mutex::new(None) })
-    }
-
-    fn topic(&self, name: &str) -> Option<(TopicId, u32)> {
-        let mut found = None;
-        let name = TopicName::parse(name).unwrap();
-        self.with_state(&mut |state| found = state.topic_named(&name).map(|topic| (topic.id, topic.partitions)));
-        found
-    }
-
-    /// Every record of a topic: partition, value, headers.
-    fn records(&self, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
-        let Some((topic, partitions)) = self.topic(topic) else { return Vec::new() };
-        let mut out = Vec::new();
-        for index in 0..partitions {
-            let read = self.log.read(Partition { topic, index }, 0, ReadLimits { bytes_max: usize::MAX });
-            let read = futures_util::FutureExt::now_or_never(read).unwrap().unwrap();
-            for mut bytes in read.batches {
-                while let Some(batch) = Batch::split_first(&mut bytes).unwrap() {
-                    for record in batch.records(1 << 20).unwrap().map(Result::unwrap) {
-                        let name = |header: &(Bytes, Option<Bytes>)| String::from_utf8(header.0.to_vec()).unwrap();
-                        out.push((index, record.value.unwrap(), record.headers.iter().map(name).collect()));
-                    }
+/// Every record of a topic: partition, value, headers.
+fn records(shard: &MemoryShard, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
+    let Some((topic, partitions)) = shard.topic(&TopicName::parse(topic).unwrap()) else { return Vec::new() };
+    let mut out = Vec::new();
+    for index in 0..partitions {
+        let read = shard.read(Partition { topic, index }, 0, ReadLimits { bytes_max: usize::MAX });
+        let read = futures_util::FutureExt::now_or_never(read).unwrap().unwrap();
+        for mut bytes in read.batches {
+            while let Some(batch) = Batch::split_first(&mut bytes).unwrap() {
+                for record in batch.records(1 << 20).unwrap().map(Result::unwrap) {
+                    let name = |header: &(Bytes, Option<Bytes>)| String::from_utf8(header.0.to_vec()).unwrap();
+                    out.push((index, record.value.unwrap(), record.headers.iter().map(name).collect()));
                 }
             }
         }
-        out
     }
-}
-
-impl Log for MemoryShard {
-    fn append(&self, append: log::Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
-        if let Some(error) = self.full.lock().clone() {
-            return Box::pin(std::future::ready(Err(error)));
-        }
-        let (partition, source) = (append.partition, append.source.clone());
-        let stored = self.log.append(append);
-        let state = self.state.clone();
-        Box::pin(async move {
-            let appended = stored.await?;
-            if let Source::Edge(edge) = source {
-                let (key, next, chain) = (edge.stream, edge.next, edge.chain);
-                state.commit(vec![Change::StreamPosition { key, partition, next, chain }]).await?;
-            }
-            Ok(appended)
-        })
-    }
-
-    fn read(&self, partition: Partition, from: Offset, limits: ReadLimits) -> BoxFuture<'_, Result<Read, ReadError>> {
-        self.log.read(partition, from, limits)
-    }
-
-    fn bounds(&self, partition: Partition) -> Result<Bounds, ReadError> {
-        self.log.bounds(partition)
-    }
-
-    fn wait(&self, partition: Partition, beyond: Offset) -> BoxFuture<'static, Result<(), ReadError>> {
-        self.log.wait(partition, beyond)
-    }
-
-    fn trim(&self, partition: Partition, before: Offset) -> BoxFuture<'static, Result<Offset, TrimError>> {
-        self.log.trim(partition, before)
-    }
-
-    fn find_time(&self, partition: Partition, at: TimestampMs) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
-        self.log.find_time(partition, at)
-    }
-
-    fn max_time(&self, partition: Partition) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
-        self.log.max_time(partition)
-    }
-
-    fn epoch_end(&self, partition: Partition, epoch: i32) -> Result<Option<EpochEnd>, ReadError> {
-        self.log.epoch_end(partition, epoch)
-    }
-}
-
-impl StateLog for MemoryShard {
-    fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
-        for change in &changes {
-            if let Change::TopicCreated(topic) = change {
-                (0..topic.partitions).for_each(|index| self.log.create(Partition { topic: topic.id, index }));
-            }
-        }
-        self.state.commit(changes)
-    }
-
-    fn with_state(&self, read: &mut dyn FnMut(&State)) {
-        self.state.with_state(read);
-    }
+    out
 }
 
 /// A link on a port of its own.
@@ -135,7 +49,7 @@ struct Link {
 impl Link {
     async fn start(settings: IngestSettings) -> Self {
         daemon::tls::install_provider();
-        let shard = MemoryShard::new();
+        let shard = Arc::new(MemoryShard::new(64 << 20));
         let topics = Arc::new(StateTopics::new(shard.clone(), || 7));
         let safety = Arc::new(DurableIsSafe(shard.clone()));
         let ingest = Ingest::new(settings, shard.clone(), shard.clone(), topics, safety, || 7);
@@ -238,9 +152,9 @@ async fn what_is_sent_is_stored_once() {
     let again = link.append(entries, session(1, 1)).await;
     assert!(again.streams.iter().all(|stream| stream.outcome == Outcome::Have));
 
-    assert_eq!(values(&link.shard.records("s-topic")), ["s0", "s1", "s2", "s3"]);
-    assert_eq!(values(&link.shard.records("t-topic")), ["t0"]);
-    assert_eq!(link.shard.topic("s-topic").unwrap().1, 16);
+    assert_eq!(values(&records(&link.shard, "s-topic")), ["s0", "s1", "s2", "s3"]);
+    assert_eq!(values(&records(&link.shard, "t-topic")), ["t0"]);
+    assert_eq!(link.shard.topic(&TopicName::parse("s-topic").unwrap()).unwrap().1, 16);
     let status = link.ingest.status();
     assert_eq!((status.records, status.batches, status.duplicates), (5, 3, 2));
 }
@@ -274,7 +188,7 @@ async fn a_newer_hello_ends_the_older_session() {
     link.hello(&hello(session(2, 1), &["s"])).await;
     let reply = link.append(vec![entry("s", None, 0, 2)], session(1, 1)).await;
     assert_eq!((reply.session, reply.streams.len()), (SessionState::Superseded, 0));
-    assert!(link.shard.records("s-topic").is_empty());
+    assert!(records(&link.shard, "s-topic").is_empty());
     link.hello(&hello(session(1, 2), &["s"])).await;
     assert_eq!(link.ingest.status().edges[0].alternations, 1);
     let (status, _) = link.send(path::HELLO, None, frame::encode(&hello(session(1, 2), &["s"]))).await;
@@ -304,7 +218,7 @@ async fn a_declared_gap_is_stored_and_listed() {
     after_gap.gap = Some((2, 10));
     let reply = link.append(vec![(after_gap, bytes)], session(1, 1)).await;
     assert_eq!(reply.streams[0].outcome, Outcome::Stored);
-    let listed = values(&link.shard.records(GAPS_TOPIC));
+    let listed = values(&records(&link.shard, GAPS_TOPIC));
     let listed: serde_json::Value = serde_json::from_str(&listed[0]).unwrap();
     assert_eq!((&listed["edge"], &listed["first"], &listed["last"]), (&"gw".into(), &2.into(), &9.into()));
     assert_eq!(GAP_HEADER, "tributary-gap");
@@ -320,8 +234,8 @@ async fn a_record_set_aside_goes_to_the_rejected_topic_and_the_position_moves_on
     aside.rejected = true;
     let reply = link.append(vec![(aside, bytes), entry("s", Some(1), 1, 3)], session(1, 1)).await;
     assert_eq!((&reply.streams[0].outcome, reply.streams[0].position), (&Outcome::Stored, Some(at(3))));
-    assert_eq!(values(&link.shard.records("s-topic.rejected")), ["s0"]);
-    assert_eq!(values(&link.shard.records("s-topic")), ["s1", "s2"]);
+    assert_eq!(values(&records(&link.shard, "s-topic.rejected")), ["s0"]);
+    assert_eq!(values(&records(&link.shard, "s-topic")), ["s1", "s2"]);
 }
 
 #[tokio::test]
@@ -334,18 +248,18 @@ async fn a_damaged_batch_is_not_stored() {
     let reply = link.append(vec![(entry_s, bytes.into()), entry("t", None, 0, 1)], session(1, 1)).await;
     assert!(matches!(reply.streams[0].outcome, Outcome::Rejected { .. }));
     assert_eq!(reply.streams[1].outcome, Outcome::Stored, "the other stream goes on");
-    assert!(link.shard.records("s-topic").is_empty());
+    assert!(records(&link.shard, "s-topic").is_empty());
 }
 
 #[tokio::test]
 async fn a_full_log_says_later_and_keeps_the_order() {
     let link = Link::start(IngestSettings::default()).await;
     link.hello(&hello(session(1, 1), &["s"])).await;
-    *link.shard.full.lock() = Some(AppendError::Full("the disk".into()));
+    link.shard.refuse(Some(AppendError::Full("the disk".into())));
     let reply = link.append(vec![entry("s", None, 0, 2), entry("s", Some(2), 2, 3)], session(1, 1)).await;
     assert!(matches!(&reply.streams[0].outcome, Outcome::Later { reason } if reason.contains("the disk")));
     assert_eq!(reply.streams[0].position, None);
-    *link.shard.full.lock() = None;
+    link.shard.refuse(None);
     let reply = link.append(vec![entry("s", None, 0, 3)], session(1, 1)).await;
     assert_eq!(reply.streams[0].outcome, Outcome::Stored);
 }
@@ -372,7 +286,7 @@ async fn a_token_opens_its_own_edge_and_topics_only() {
     let reply: HelloReply = frame::decode(&bytes).unwrap();
     assert_eq!(reply.streams[0].parked, None);
     assert!(reply.streams[1].parked.as_ref().unwrap().contains("t-topic"));
-    assert_eq!(link.shard.topic("t-topic"), None, "what is not allowed is not made");
+    assert_eq!(link.shard.topic(&TopicName::parse("t-topic").unwrap()), None, "what is not allowed is not made");
 }
 
 #[tokio::test]
