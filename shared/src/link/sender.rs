@@ -768,6 +768,13 @@ impl Sender {
         }
     }
 
+    /// What was under way is lost: begin again with a hello.
+    pub fn restart(&mut self, now: Millis, error: String) {
+        self.sealing = false;
+        self.flight = None;
+        self.down(now, error, 0);
+    }
+
     /// Goes on from where the cloud says the stream stands, or asks for a new incarnation if that cannot be. True if
     /// the position is one of ours.
     fn adopt(&mut self, info: &StreamInfo, position: Option<Position>, greeting: bool, rows: &dyn Rows) -> bool {
