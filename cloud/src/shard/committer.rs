@@ -14,9 +14,20 @@ use crate::block::{Block, BlockError, BlockHeader};
 use crate::state::Change;
 use crate::wal::WalError;
 
+/// However the committer ends, nobody waits for it afterwards.
+struct StopOnEnd<'a>(&'a Core);
+
+impl Drop for StopOnEnd<'_> {
+    fn drop(&mut self) {
+        self.0.inner.lock().stop(AppendError::Storage("the committer has ended".into()));
+        self.0.committed.notify_waiters();
+    }
+}
+
 impl Core {
     /// Runs until the shard is closed or its WAL fails.
     pub fn commit_blocks(&self) {
+        let _guard = StopOnEnd(self);
         while let Some((seq, mut open)) = self.take_open() {
             for (key, (partition, next, chain)) in open.streams.drain() {
                 open.builder.change(Change::StreamPosition { key, partition, next, chain });

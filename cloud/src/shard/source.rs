@@ -1,12 +1,13 @@
-//! The shard as the archiver sees it.
+//! The shard as the archiver sees it, and what it can tell the link about safety.
 
 use bytes::Bytes;
-use shared::log::{AppendError, BoxFuture};
-use shared::name::Partition;
+use shared::log::{AppendError, BoxFuture, StreamKey};
+use shared::name::{Offset, Partition};
 use tracing::{error, warn};
 
 use super::{Core, Shard, retention};
 use crate::archive::{Durable, Retained, Snapshot, Source, SourceError, StoredBlock};
+use crate::ingest::Safety;
 use crate::wal::WalError;
 
 /// A WAL's error in the archiver's words.
@@ -26,6 +27,20 @@ impl Core {
 
     fn is_closed(&self) -> bool {
         self.inner.lock().stopped == Some(AppendError::Closed)
+    }
+}
+
+impl Safety for Shard {
+    fn safe(&self, key: &StreamKey) -> Option<Offset> {
+        Shard::safe(self, key)
+    }
+
+    fn appended(&self, _: &StreamKey, _: Offset) {
+        // The shard wrote the position itself.
+    }
+
+    fn changed(&self) -> BoxFuture<'static, ()> {
+        self.safety_changed()
     }
 }
 
