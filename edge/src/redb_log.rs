@@ -52,6 +52,10 @@ impl From<StorageError> for LogError {
     fn from(error: StorageError) -> Self {
         match error {
             StorageError::Corrupted(what) => Self::Damaged(what),
+            // How redb says that the magic number is another.
+            StorageError::Io(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                Self::Damaged(error.to_string())
+            }
             StorageError::Io(error) => {
                 let full = matches!(
                     error.kind(),

@@ -137,6 +137,7 @@ impl EdgeStore {
         let budget = Budget::new(budget);
         let bound = DiskBound::new(budget.bytes_max, budget.reserve);
         let storage = CappedFile::opener(path.clone(), bound.clone());
+        make(&dir, &path, &settings, &bound)?;
         let opened = match open_log(&storage, &settings, &bound) {
             Err(LogError::Damaged(what)) => {
                 prove_damage(&path, &storage, &settings, &what)?;
@@ -152,6 +153,7 @@ impl EdgeStore {
                     let oldest = aside.remove(0);
                     fs::remove_file(&oldest).map_err(|error| io(&oldest, error, writable))?;
                 }
+                make(&dir, &path, &settings, &bound)?;
                 open_log(&storage, &settings, &bound)
             }
             other => other,
@@ -248,6 +250,27 @@ fn open_log(
         }
         other => other,
     }
+}
+
+/// Makes the database where there is none: under another name, because a power cut in the middle leaves a file that is
+/// no database, and such a file under the real name would pass for damage.
+fn make(dir: &Path, path: &Path, settings: &StoreSettings, bound: &Arc<DiskBound>) -> Result<(), OpenError> {
+    if path.exists() {
+        return Ok(());
+    }
+    let new = dir.join(format!("{DATABASE}.new"));
+    let remedy = "free some space on that disk, or make the directory writable for this user";
+    let io = |error| OpenError::Io { path: new.clone(), error, remedy };
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),
+        _ => {}
+    }
+    let storage = CappedFile::opener(new.clone(), bound.clone());
+    let made = open_log(&storage, settings, bound);
+    let (log, _) = made.map_err(|error| OpenError::Database { path: new.clone(), error, remedy })?;
+    log.close();
+    fs::rename(&new, path).map_err(io)?;
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
 }
 
 fn lock(dir: &Path) -> Result<File, OpenError> {
