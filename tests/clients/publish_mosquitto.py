@@ -5,10 +5,11 @@ shell script on a gateway would do it. QoS 0 is tried once.
 Usage: publish_mosquitto.py HOST PORT CLIENT_ID
 """
 import base64
-import itertools
 import json
+import queue
 import subprocess
 import sys
+import threading
 import time
 
 host, port, client_id = sys.argv[1:4]
@@ -27,19 +28,29 @@ def publish(topic, qos, payloads):
         time.sleep(0.05)
 
 
-def batches():
-    """Groups of at most 20 neighbouring messages of one topic and QoS, never waiting for more than has come."""
+def read(into):
     for line in sys.stdin:
-        message = json.loads(line)
-        yield message
+        into.put(json.loads(line))
+    into.put(None)
 
 
-for (topic, qos), group in itertools.groupby(batches(), key=lambda m: (m["topic"], m["qos"])):
+messages = queue.Queue()
+threading.Thread(target=read, args=(messages,), daemon=True).start()
+following = messages.get()
+while following is not None:
+    # What has come by now of one topic and QoS, at most 20; never waits for more.
+    topic, qos = following["topic"], following["qos"]
     payloads = []
-    for message in group:
-        payloads.append(base64.b64decode(message["payload"]))
-        if len(payloads) == 20:
-            publish(topic, qos, payloads)
-            payloads = []
-    if payloads:
-        publish(topic, qos, payloads)
+    while following is not None and (following["topic"], following["qos"]) == (topic, qos) and len(payloads) < 20:
+        payloads.append(base64.b64decode(following["payload"]))
+        following = None
+        try:
+            following = messages.get_nowait()
+        except queue.Empty:
+            break
+        if following is None:
+            messages.put(None)
+            break
+    publish(topic, qos, payloads)
+    if following is None:
+        following = messages.get()
