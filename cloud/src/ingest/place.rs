@@ -9,6 +9,7 @@ use shared::name::{Partition, TimestampMs, TopicId, TopicName};
 use tracing::warn;
 
 use super::{Ingest, IngestError, count};
+use crate::catalogue::{Catalogue, CatalogueError};
 use crate::state::{Change, StateLog, Topic};
 
 /// Makes topics.
@@ -145,5 +146,18 @@ impl Ingest {
             found = (index.unwrap_or(0), true);
         });
         found
+    }
+}
+
+impl Topics for Catalogue {
+    fn ensure_topic(&self, name: &TopicName, partitions: u32) -> BoxFuture<'_, Result<(TopicId, u32), TopicError>> {
+        let name = name.clone();
+        Box::pin(async move {
+            match self.find_or_create(name.as_str(), Some(partitions)).await {
+                Ok(topic) => Ok((topic.id, topic.partitions)),
+                Err(error @ CatalogueError::NotStored(_)) => Err(TopicError::Unavailable(error.to_string())),
+                Err(error) => Err(TopicError::Refused(error.to_string())),
+            }
+        })
     }
 }

@@ -16,8 +16,6 @@ use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
 use crate::wal::memory::MemoryWal;
 
-mod powercut;
-
 const WAL_BYTES: u64 = 2 << 20;
 
 fn topic(n: u8, partitions: u32) -> Topic {
