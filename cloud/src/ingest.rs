@@ -6,14 +6,13 @@
 
 mod auth;
 mod http;
-pub mod memory;
 mod place;
 mod safety;
 mod serve;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -34,8 +33,8 @@ use tracing::{info, warn};
 
 pub use auth::{AuthError, Caller, EdgeGrant, Grants};
 pub use http::router;
-pub use place::{StateTopics, TopicError, Topics};
-pub use safety::{DurableIsSafe, Safety, ShippedIsSafe, Shipping};
+pub use place::{TopicError, Topics};
+pub use safety::Safety;
 pub use serve::serve;
 
 use crate::state::StateLog;
@@ -342,6 +341,7 @@ impl Ingest {
         type Pending = BoxFuture<'static, Result<Appended, AppendError>>;
         let mut results = Vec::with_capacity(plans.len());
         let mut pending: Vec<(usize, StoreTold, Pending)> = Vec::with_capacity(plans.len());
+        let mut stopped: BTreeSet<StreamName> = BTreeSet::new();
         for plan in plans {
             let (plan, rejected) = match plan {
                 Plan::Store(plan) => (plan, false),
@@ -354,27 +354,56 @@ impl Ingest {
                     continue;
                 }
             };
+            if stopped.contains(&plan.stream) {
+                continue;
+            }
+            let told = StoreTold::of(&plan, rejected);
             match self.begin(edge, &plan, rejected).await {
+                // The log would take the second batch of a stream it does not know as its first, if this one fails.
+                Ok(future) if plan.begins => {
+                    let outcome = self.finish(edge, &plan.stream, &told, future.await);
+                    if outcome != Outcome::Stored {
+                        stopped.insert(plan.stream.clone());
+                    }
+                    results.push((plan.stream, outcome));
+                }
                 Ok(future) => {
-                    pending.push((results.len(), StoreTold::of(&plan, rejected), future));
+                    pending.push((results.len(), told, future));
                     results.push((plan.stream, Outcome::Stored));
                 }
-                // Later batches of the stream then begin beyond its position, and are refused by the log for that.
-                Err(outcome) => results.push((plan.stream, outcome)),
+                Err(outcome) => {
+                    stopped.insert(plan.stream.clone());
+                    results.push((plan.stream, outcome));
+                }
             }
         }
         for (index, told, future) in pending {
-            match future.await {
-                Ok(_) => self.count_stored(&told),
-                Err(error) => {
-                    if !matches!(error, AppendError::WrongPosition { .. }) {
-                        warn!(%edge, stream = %results[index].0, %error, "append failed");
-                    }
-                    results[index].1 = outcome_of(error);
-                }
-            }
+            let stored = future.await;
+            let (stream, outcome) = &mut results[index];
+            *outcome = self.finish(edge, stream, &told, stored);
         }
         results
+    }
+
+    fn finish(
+        &self,
+        edge: &EdgeId,
+        stream: &StreamName,
+        told: &StoreTold,
+        stored: Result<Appended, AppendError>,
+    ) -> Outcome {
+        match stored {
+            Ok(_) => {
+                self.count_stored(told);
+                Outcome::Stored
+            }
+            Err(error) => {
+                if !matches!(error, AppendError::WrongPosition { .. }) {
+                    warn!(%edge, %stream, %error, "append failed");
+                }
+                outcome_of(error)
+            }
+        }
     }
 
     /// Takes a batch's place in the log.
@@ -432,7 +461,6 @@ impl Ingest {
     }
 
     fn count_stored(&self, told: &StoreTold) {
-        self.safety.appended(&told.key, told.next);
         count(&self.counters.batches, 1);
         count(&self.counters.records, told.records);
         count(&self.counters.bytes, told.bytes);
@@ -532,8 +560,6 @@ impl Ingest {
 
 /// What is remembered of a batch while it becomes durable.
 struct StoreTold {
-    key: StreamKey,
-    next: Offset,
     records: u64,
     bytes: u64,
     rejected: bool,
@@ -543,8 +569,6 @@ struct StoreTold {
 impl StoreTold {
     fn of(plan: &StorePlan, rejected: bool) -> Self {
         Self {
-            key: plan.source.stream.clone(),
-            next: plan.source.next,
             records: plan.batch.record_count().unsigned_abs().into(),
             bytes: plan.batch.len() as u64,
             rejected,

@@ -4,6 +4,7 @@
 //! cloud or the network does: it reports, waits and tries again.
 
 mod client;
+mod source;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -40,7 +41,7 @@ pub trait StreamSource: Rows + Send + Sync + 'static {
     /// The cloud knows of everything that was dropped below `upto`.
     fn gap_declared(&self, stream: &StreamName, upto: Offset);
 
-    /// Resolves when the stream has durable rows at or beyond `beyond`.
+    /// Resolves when the stream has durable rows at or beyond `beyond`, or will never have any more.
     fn wait(&self, stream: &StreamName, beyond: Offset) -> BoxFuture<'static, ()>;
 
     /// What the cloud takes at most: what can never be sent is better refused before it is acknowledged.
@@ -196,7 +197,7 @@ enum Done {
     Poll(u32, Result<PollReply, Failure>),
     Sealed(Body),
     Renewed(StreamName, Result<(), String>),
-    Rows(StreamName),
+    Rows(StreamName, Offset),
 }
 
 impl Runner {
@@ -275,8 +276,17 @@ impl Runner {
             }
             Ok(Done::Sealed(body)) => self.sender.sealed(now, body),
             Ok(Done::Renewed(stream, result)) => self.sender.renewed(now, &stream, result),
-            Ok(Done::Rows(stream)) => {
-                self.watched.remove(&stream);
+            Ok(Done::Rows(stream, beyond)) => {
+                let more = self.source.streams().iter().any(|info| info.name == stream && info.next > beyond);
+                if more {
+                    self.watched.remove(&stream);
+                } else {
+                    // The store has ended: there will be no more, and asking again at once would not change that.
+                    self.work.spawn(async move {
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        Done::Rows(stream, Offset::MIN)
+                    });
+                }
             }
             Err(error) => {
                 // A task of ours panicked: what it was to tell is lost, so begin again from the cloud's positions.
@@ -301,7 +311,7 @@ impl Runner {
                 let more = self.source.wait(&info.name, info.next);
                 self.work.spawn(async move {
                     more.await;
-                    Done::Rows(info.name)
+                    Done::Rows(info.name, info.next)
                 });
             }
         }

@@ -2,7 +2,6 @@
 
 pub mod batch;
 pub mod config;
-pub mod histogram;
 pub mod limits;
 pub mod link;
 pub mod log;

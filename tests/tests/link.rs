@@ -1,4 +1,5 @@
-//! The link end to end in one process: uplink, a wire that is cut, ingest, log. Real sockets, doubles for both stores.
+//! The link end to end in one process: uplink, a wire that is cut, ingest, shard. Real sockets; the edge's store is a
+//! double that can be copied and looked into, and the real one where that is the point.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -8,9 +9,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use cloud::ingest::memory::MemoryShard;
-use cloud::ingest::{DurableIsSafe, EdgeGrant, Grants, Ingest, IngestSettings, StateTopics};
+use cloud::archive::Recovered;
+use cloud::catalogue::{Catalogue, CatalogueSettings};
+use cloud::ingest::{EdgeGrant, Grants, Ingest, IngestSettings};
+use cloud::shard::{Shard, ShardSettings};
+use cloud::wal::memory::MemoryWal;
+use edge::store::{EdgeStore, StoreSettings};
+use edge::streams::StreamSettings;
 use edge::uplink::{StreamSource, Uplink, UplinkSettings, UplinkStatus};
+use mqtt::store::{Admission, Publish, PublishProperties, SessionRef, Store};
 use parking_lot::Mutex;
 use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::link::frame::Limits;
@@ -166,9 +173,10 @@ fn stream(name: &str) -> StreamName {
     StreamName::parse(name).expect("a name")
 }
 
-/// The cloud: shard double, ingest, listener.
+/// The cloud: a shard whose WAL is in memory, ingest, listener.
 struct Cloud {
-    shard: Arc<MemoryShard>,
+    shard: Arc<Shard>,
+    topics: Arc<Catalogue>,
     ingest: Arc<Ingest>,
     address: std::net::SocketAddr,
     stop: watch::Sender<bool>,
@@ -176,36 +184,43 @@ struct Cloud {
 
 impl Cloud {
     async fn start(settings: IngestSettings, tls: bool) -> Self {
-        Self::on(Arc::new(MemoryShard::new(256 << 20)), settings, tls).await
+        let unarchived = ShardSettings { archived: false, ..ShardSettings::default() };
+        let wal = Box::new(MemoryWal::new(256 << 20));
+        let shard = Shard::open(unarchived, wal, Recovered::default(), None, Arc::new(|| 7)).expect("a shard");
+        Self::on(shard, settings, tls).await
     }
 
-    async fn on(shard: Arc<MemoryShard>, settings: IngestSettings, tls: bool) -> Self {
+    async fn on(shard: Arc<Shard>, settings: IngestSettings, tls: bool) -> Self {
         daemon::tls::install_provider();
-        let topics = Arc::new(StateTopics::new(shard.clone(), || 7));
-        let safety = Arc::new(DurableIsSafe(shard.clone()));
-        let ingest = Ingest::new(settings, shard.clone(), shard.clone(), topics, safety, || 7);
+        let topics = Arc::new(Catalogue::new(shard.clone(), CatalogueSettings::default()));
+        let ingest = Ingest::new(settings, shard.clone(), shard.clone(), topics.clone(), shard.clone(), || 7);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let tls = tls.then(|| daemon::tls::server_config(&data("cert.pem"), &data("key.pem")).expect("a certificate"));
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(cloud::ingest::serve(ingest.clone(), listener, tls, stopped));
-        Self { shard, ingest, address, stop }
+        Self { shard, topics, ingest, address, stop }
     }
 
     /// Every value of a topic, partition by partition, in order.
     async fn values(&self, topic: &str) -> Vec<String> {
-        let Some((topic, partitions)) = self.shard.topic(&TopicName::parse(topic).expect("a name")) else {
-            return Vec::new();
-        };
+        let Some(topic) = self.topics.topic(topic) else { return Vec::new() };
         let mut out = Vec::new();
-        for index in 0..partitions {
-            let partition = Partition { topic, index };
-            let read = self.shard.read(partition, 0, ReadLimits { bytes_max: usize::MAX }).await.expect("readable");
-            for mut bytes in read.batches {
-                while let Some(batch) = Batch::split_first(&mut bytes).expect("whole batches") {
-                    let records = batch.records(1 << 24).expect("records");
-                    let text = |value: Bytes| String::from_utf8(value.to_vec()).expect("text");
-                    out.extend(records.map(|record| text(record.expect("a record").value.expect("a value"))));
+        for index in 0..topic.partitions {
+            let partition = Partition { topic: topic.id, index };
+            let mut from = 0;
+            loop {
+                let read = self.shard.read(partition, from, ReadLimits { bytes_max: 1 << 20 }).await.expect("readable");
+                if read.batches.is_empty() {
+                    break;
+                }
+                from = read.next;
+                for mut bytes in read.batches {
+                    while let Some(batch) = Batch::split_first(&mut bytes).expect("whole batches") {
+                        let records = batch.records(1 << 24).expect("records");
+                        let text = |value: Bytes| String::from_utf8(value.to_vec()).expect("text");
+                        out.extend(records.map(|record| text(record.expect("a record").value.expect("a value"))));
+                    }
                 }
             }
         }
@@ -292,7 +307,7 @@ struct Running {
     stop: watch::Sender<bool>,
 }
 
-fn run(settings: UplinkSettings, source: &Arc<MemoryStreams>) -> Running {
+fn run<S: StreamSource>(settings: UplinkSettings, source: &Arc<S>) -> Running {
     let (stop, stopped) = watch::channel(false);
     let uplink = Uplink::start(settings, source.clone(), stopped).expect("an uplink");
     Running { uplink, stop }
@@ -396,6 +411,60 @@ async fn tls_and_a_token_open_the_link_and_nothing_else_does() {
     right.until(|status| status.behind_records == 0).await;
     assert!(cloud.values("a").await == values);
     right.stop().await;
+}
+
+/// Publishes, and waits until all of it is durable at the edge.
+async fn publish(store: &EdgeStore, values: &[String]) {
+    let session = SessionRef { client_id: "device", kept: false };
+    let publish = |payload| Publish {
+        topic: "plant/1/temperature",
+        payload,
+        qos: 1,
+        retain: false,
+        packet_id: Some(1),
+        now_ms: 1_700_000_000_000,
+        properties: PublishProperties::default(),
+    };
+    let publishes: Vec<_> = values.iter().map(|value| publish(value.as_bytes())).collect();
+    let mut admissions = Vec::new();
+    store.publish(&session, &publishes, &mut admissions);
+    assert_eq!(admissions.len(), values.len());
+    for admission in admissions {
+        let Admission::Stored(ticket) = admission else { panic!("{admission:?}") };
+        Store::wait(store, ticket).await.expect("durable");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_devices_publish_arrives_once_although_the_gateway_starts_again() {
+    let cloud = Cloud::start(IngestSettings::default(), false).await;
+    let wire = Wire::start(cloud.address).await;
+    wire.rough.store(true, Ordering::Relaxed);
+    let directory = tempfile::tempdir().expect("a directory");
+    let all = expected("plant", 1000);
+    let edge = EdgeId::parse("gw-1").expect("a name");
+    for begin in (0..1000).step_by(200) {
+        let (name, filters) = ("plant".to_owned(), vec!["plant/#".to_owned()]);
+        let rules = vec![StreamSettings { name, filters, ..StreamSettings::default() }];
+        let settings_store = StoreSettings::new(edge.clone(), directory.path());
+        let store = EdgeStore::open(settings_store, rules).expect("a store");
+        let running = run(settings(format!("http://{}", wire.address)), &store);
+        for chunk in all[begin..begin + 200].chunks(50) {
+            publish(&store, chunk).await;
+        }
+        if begin == 800 {
+            wire.rough.store(false, Ordering::Relaxed);
+            running.until(|status| status.behind_records == 0).await;
+            let name = stream("plant");
+            until(|| async { store.position(&name).filter(|at| at.safe == 1000) }).await;
+        }
+        running.stop().await;
+        let closing = store.clone();
+        tokio::task::spawn_blocking(move || closing.close()).await.expect("closes");
+        until(|| async { (Arc::strong_count(&store) == 1).then_some(()) }).await;
+        drop(store);
+    }
+    assert!(cloud.values("plant").await == all, "not there once and in order");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

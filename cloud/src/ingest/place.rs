@@ -1,16 +1,15 @@
 //! Where a stream's records go: its topic, which is made if need be, and the partition it keeps for ever.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use shared::link::frame::Hello;
-use shared::log::{AppendError, BoxFuture, StreamKey};
+use shared::log::{BoxFuture, StreamKey};
 use shared::name::{Partition, TimestampMs, TopicId, TopicName};
 use tracing::warn;
 
 use super::{Ingest, IngestError, count};
 use crate::catalogue::{Catalogue, CatalogueError};
-use crate::state::{Change, StateLog, Topic};
+use crate::state::Change;
 
 /// Makes topics.
 pub trait Topics: Send + Sync + 'static {
@@ -29,42 +28,15 @@ pub enum TopicError {
     Unavailable(String),
 }
 
-/// Topics straight from the state log, without a catalogue's rules.
-pub struct StateTopics {
-    state: Arc<dyn StateLog>,
-    clock: fn() -> TimestampMs,
-}
-
-impl StateTopics {
-    /// Over this state; `clock` is the wall clock.
-    pub fn new(state: Arc<dyn StateLog>, clock: fn() -> TimestampMs) -> Self {
-        Self { state, clock }
-    }
-
-    fn find(&self, name: &TopicName) -> Option<(TopicId, u32)> {
-        let mut found = None;
-        self.state.with_state(&mut |state| {
-            found = state.topic_named(name).map(|topic| (topic.id, topic.partitions));
-        });
-        found
-    }
-}
-
-impl Topics for StateTopics {
+impl Topics for Catalogue {
     fn ensure_topic(&self, name: &TopicName, partitions: u32) -> BoxFuture<'_, Result<(TopicId, u32), TopicError>> {
         let name = name.clone();
         Box::pin(async move {
-            if let Some(found) = self.find(&name) {
-                return Ok(found);
+            match self.find_or_create(name.as_str(), Some(partitions)).await {
+                Ok(topic) => Ok((topic.id, topic.partitions)),
+                Err(error @ CatalogueError::NotStored(_)) => Err(TopicError::Unavailable(error.to_string())),
+                Err(error) => Err(TopicError::Refused(error.to_string())),
             }
-            let mut id = [0; 16];
-            getrandom::fill(&mut id).map_err(|error| TopicError::Unavailable(error.to_string()))?;
-            let (configs, created_ms) = (BTreeMap::new(), (self.clock)());
-            let topic = Topic { id: TopicId(id), name: name.clone(), partitions, configs, created_ms };
-            let committed = self.state.commit(vec![Change::TopicCreated(topic)]).await;
-            committed.map_err(|error: AppendError| TopicError::Unavailable(error.to_string()))?;
-            // Of two that make it at once, the first counts.
-            self.find(&name).ok_or_else(|| TopicError::Unavailable(format!("topic {name} was deleted meanwhile")))
         })
     }
 }
@@ -146,18 +118,5 @@ impl Ingest {
             found = (index.unwrap_or(0), true);
         });
         found
-    }
-}
-
-impl Topics for Catalogue {
-    fn ensure_topic(&self, name: &TopicName, partitions: u32) -> BoxFuture<'_, Result<(TopicId, u32), TopicError>> {
-        let name = name.clone();
-        Box::pin(async move {
-            match self.find_or_create(name.as_str(), Some(partitions)).await {
-                Ok(topic) => Ok((topic.id, topic.partitions)),
-                Err(error @ CatalogueError::NotStored(_)) => Err(TopicError::Unavailable(error.to_string())),
-                Err(error) => Err(TopicError::Refused(error.to_string())),
-            }
-        })
     }
 }

@@ -9,21 +9,25 @@ use shared::link::frame::{
     SessionState, path,
 };
 use shared::link::{GAPS_TOPIC, Position};
+use shared::log::faulty::{Fault, FaultyLog};
 use shared::log::{AppendError, Chain, Log, ReadLimits};
-use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TopicName};
+use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TopicId, TopicName};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::memory::MemoryShard;
 use super::*;
+use crate::archive::Recovered;
+use crate::catalogue::{Catalogue, CatalogueSettings};
+use crate::shard::{Shard, ShardSettings};
+use crate::wal::memory::MemoryWal;
 
 /// Every record of a topic: partition, value, headers.
-fn records(shard: &MemoryShard, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
-    let Some((topic, partitions)) = shard.topic(&TopicName::parse(topic).unwrap()) else { return Vec::new() };
+async fn records(link: &Link, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
+    let Some((topic, partitions)) = link.topic(topic) else { return Vec::new() };
     let mut out = Vec::new();
     for index in 0..partitions {
-        let read = shard.read(Partition { topic, index }, 0, ReadLimits { bytes_max: usize::MAX });
-        let read = futures_util::FutureExt::now_or_never(read).unwrap().unwrap();
+        let partition = Partition { topic, index };
+        let read = link.shard.read(partition, 0, ReadLimits { bytes_max: 1 << 24 }).await.unwrap();
         for mut bytes in read.batches {
             while let Some(batch) = Batch::split_first(&mut bytes).unwrap() {
                 for record in batch.records(1 << 20).unwrap().map(Result::unwrap) {
@@ -38,7 +42,9 @@ fn records(shard: &MemoryShard, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
 
 /// A link on a port of its own.
 struct Link {
-    shard: Arc<MemoryShard>,
+    shard: Arc<Shard>,
+    faults: Arc<FaultyLog>,
+    topics: Arc<Catalogue>,
     ingest: Arc<Ingest>,
     url: String,
     client: reqwest::Client,
@@ -49,16 +55,22 @@ struct Link {
 impl Link {
     async fn start(settings: IngestSettings) -> Self {
         daemon::tls::install_provider();
-        let shard = Arc::new(MemoryShard::new(64 << 20));
-        let topics = Arc::new(StateTopics::new(shard.clone(), || 7));
-        let safety = Arc::new(DurableIsSafe(shard.clone()));
-        let ingest = Ingest::new(settings, shard.clone(), shard.clone(), topics, safety, || 7);
+        let (wal, recovered) = (Box::new(MemoryWal::new(64 << 20)), Recovered::default());
+        let unarchived = ShardSettings { archived: false, ..ShardSettings::default() };
+        let shard = Shard::open(unarchived, wal, recovered, None, Arc::new(|| 7)).unwrap();
+        let topics = Arc::new(Catalogue::new(shard.clone(), CatalogueSettings::default()));
+        let faults = Arc::new(FaultyLog::new(shard.clone()));
+        let ingest = Ingest::new(settings, faults.clone(), shard.clone(), topics.clone(), shard.clone(), || 7);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (stop, stopped) = watch::channel(false);
         let served = tokio::spawn(serve(ingest.clone(), listener, None, stopped));
         let client = reqwest::Client::builder().no_proxy().tls_certs_only([]).build().unwrap();
-        Self { shard, ingest, url, client, stop, served }
+        Self { shard, faults, topics, ingest, url, client, stop, served }
+    }
+
+    fn topic(&self, name: &str) -> Option<(TopicId, u32)> {
+        self.topics.topic(name).map(|topic| (topic.id, topic.partitions))
     }
 
     async fn send(&self, path: &str, token: Option<&str>, body: Bytes) -> (StatusCode, Bytes) {
@@ -152,9 +164,9 @@ async fn what_is_sent_is_stored_once() {
     let again = link.append(entries, session(1, 1)).await;
     assert!(again.streams.iter().all(|stream| stream.outcome == Outcome::Have));
 
-    assert_eq!(values(&records(&link.shard, "s-topic")), ["s0", "s1", "s2", "s3"]);
-    assert_eq!(values(&records(&link.shard, "t-topic")), ["t0"]);
-    assert_eq!(link.shard.topic(&TopicName::parse("s-topic").unwrap()).unwrap().1, 16);
+    assert_eq!(values(&records(&link, "s-topic").await), ["s0", "s1", "s2", "s3"]);
+    assert_eq!(values(&records(&link, "t-topic").await), ["t0"]);
+    assert_eq!(link.topic("s-topic").unwrap().1, 16);
     let status = link.ingest.status();
     assert_eq!((status.records, status.batches, status.duplicates), (5, 3, 2));
 }
@@ -188,7 +200,7 @@ async fn a_newer_hello_ends_the_older_session() {
     link.hello(&hello(session(2, 1), &["s"])).await;
     let reply = link.append(vec![entry("s", None, 0, 2)], session(1, 1)).await;
     assert_eq!((reply.session, reply.streams.len()), (SessionState::Superseded, 0));
-    assert!(records(&link.shard, "s-topic").is_empty());
+    assert!(records(&link, "s-topic").await.is_empty());
     link.hello(&hello(session(1, 2), &["s"])).await;
     assert_eq!(link.ingest.status().edges[0].alternations, 1);
     let (status, _) = link.send(path::HELLO, None, frame::encode(&hello(session(1, 2), &["s"]))).await;
@@ -218,7 +230,7 @@ async fn a_declared_gap_is_stored_and_listed() {
     after_gap.gap = Some((2, 10));
     let reply = link.append(vec![(after_gap, bytes)], session(1, 1)).await;
     assert_eq!(reply.streams[0].outcome, Outcome::Stored);
-    let listed = values(&records(&link.shard, GAPS_TOPIC));
+    let listed = values(&records(&link, GAPS_TOPIC).await);
     let listed: serde_json::Value = serde_json::from_str(&listed[0]).unwrap();
     assert_eq!((&listed["edge"], &listed["first"], &listed["last"]), (&"gw".into(), &2.into(), &9.into()));
     assert_eq!(GAP_HEADER, "tributary-gap");
@@ -234,8 +246,8 @@ async fn a_record_set_aside_goes_to_the_rejected_topic_and_the_position_moves_on
     aside.rejected = true;
     let reply = link.append(vec![(aside, bytes), entry("s", Some(1), 1, 3)], session(1, 1)).await;
     assert_eq!((&reply.streams[0].outcome, reply.streams[0].position), (&Outcome::Stored, Some(at(3))));
-    assert_eq!(values(&records(&link.shard, "s-topic.rejected")), ["s0"]);
-    assert_eq!(values(&records(&link.shard, "s-topic")), ["s1", "s2"]);
+    assert_eq!(values(&records(&link, "s-topic.rejected").await), ["s0"]);
+    assert_eq!(values(&records(&link, "s-topic").await), ["s1", "s2"]);
 }
 
 #[tokio::test]
@@ -248,20 +260,55 @@ async fn a_damaged_batch_is_not_stored() {
     let reply = link.append(vec![(entry_s, bytes.into()), entry("t", None, 0, 1)], session(1, 1)).await;
     assert!(matches!(reply.streams[0].outcome, Outcome::Rejected { .. }));
     assert_eq!(reply.streams[1].outcome, Outcome::Stored, "the other stream goes on");
-    assert!(records(&link.shard, "s-topic").is_empty());
+    assert!(records(&link, "s-topic").await.is_empty());
 }
 
 #[tokio::test]
 async fn a_full_log_says_later_and_keeps_the_order() {
     let link = Link::start(IngestSettings::default()).await;
     link.hello(&hello(session(1, 1), &["s"])).await;
-    link.shard.refuse(Some(AppendError::Full("the disk".into())));
+    link.faults.script([Fault::Refuse(AppendError::Full("the disk".into()))]);
     let reply = link.append(vec![entry("s", None, 0, 2), entry("s", Some(2), 2, 3)], session(1, 1)).await;
     assert!(matches!(&reply.streams[0].outcome, Outcome::Later { reason } if reason.contains("the disk")));
     assert_eq!(reply.streams[0].position, None);
-    link.shard.refuse(None);
     let reply = link.append(vec![entry("s", None, 0, 3)], session(1, 1)).await;
     assert_eq!(reply.streams[0].outcome, Outcome::Stored);
+}
+
+#[tokio::test]
+async fn an_append_that_failed_after_it_was_stored_is_not_stored_again() {
+    let link = Link::start(IngestSettings::default()).await;
+    link.hello(&hello(session(1, 1), &["s"])).await;
+    link.faults.script([Fault::StoreThenFail(AppendError::Storage("no answer".into()))]);
+    let reply = link.append(vec![entry("s", None, 0, 2), entry("s", Some(2), 2, 3)], session(1, 1)).await;
+    assert!(matches!(&reply.streams[0].outcome, Outcome::Later { .. }));
+    assert_eq!(reply.streams[0].position, Some(at(2)), "the reply speaks of what is durable");
+    let reply = link.append(vec![entry("s", None, 0, 2)], session(1, 1)).await;
+    assert_eq!(reply.streams[0].outcome, Outcome::Have);
+    let reply = link.append(vec![entry("s", Some(2), 2, 3)], session(1, 1)).await;
+    assert_eq!(reply.streams[0].outcome, Outcome::Stored);
+    assert_eq!(values(&records(&link, "s-topic").await), ["s0", "s1", "s2"]);
+}
+
+#[tokio::test]
+async fn a_hello_waits_for_an_append_under_way() {
+    let link = Link::start(IngestSettings::default()).await;
+    link.hello(&hello(session(1, 1), &["s"])).await;
+    link.faults.script([Fault::Hold]);
+    let sent = link.append(vec![entry("s", None, 0, 2)], session(1, 1));
+    let newer = hello(session(2, 1), &["s"]);
+    let greeting = async {
+        // The append is under way once nothing is left of its turn.
+        while link.ingest.status().appends == 0 {
+            tokio::task::yield_now().await;
+        }
+        let mut greeting = std::pin::pin!(link.hello(&newer));
+        assert!(futures_util::poll!(&mut greeting).is_pending());
+        link.faults.release();
+        greeting.await
+    };
+    let (_, reply) = tokio::join!(sent, greeting);
+    assert_eq!(reply.streams[0].position, Some(at(2)), "and not the position before it");
 }
 
 #[tokio::test]
@@ -286,7 +333,7 @@ async fn a_token_opens_its_own_edge_and_topics_only() {
     let reply: HelloReply = frame::decode(&bytes).unwrap();
     assert_eq!(reply.streams[0].parked, None);
     assert!(reply.streams[1].parked.as_ref().unwrap().contains("t-topic"));
-    assert_eq!(link.shard.topic(&TopicName::parse("t-topic").unwrap()), None, "what is not allowed is not made");
+    assert_eq!(link.topic("t-topic"), None, "what is not allowed is not made");
 }
 
 #[tokio::test]

@@ -96,7 +96,8 @@ impl Core {
         inner.counters.blocks += 1;
         inner.counters.block_bytes += bytes;
         inner.counters.batches += batches;
-        inner.counters.commit_seconds.add(micros as f64 / 1e6);
+        inner.counters.append_micros += micros;
+        inner.counters.append_micros_max = inner.counters.append_micros_max.max(micros);
         drop(inner);
         committing.outcome.complete(Ok(()));
         self.committed.notify_waiters();

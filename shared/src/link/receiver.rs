@@ -100,6 +100,9 @@ pub struct StorePlan {
     pub topic: TopicName,
     /// The stream's own partition.
     pub partition: Partition,
+    /// Nothing of the stream is stored yet, so that the log takes whatever comes first. What follows in the same request
+    /// must wait until this is stored.
+    pub begins: bool,
     /// The checked batch.
     pub batch: Batch,
     /// Its identity and position.
@@ -308,6 +311,7 @@ impl Head {
             Ok(batch) => batch,
             Err(reason) => return refuse(Outcome::Rejected { reason: bounded_text(reason) }),
         };
+        let begins = self.at.is_none();
         self.at = Some(entry.end);
         let source = EdgeBatch {
             stream: key.clone(),
@@ -316,7 +320,8 @@ impl Head {
             chain: entry.end.chain,
             gap: entry.gap,
         };
-        let plan = StorePlan { stream: entry.stream.clone(), topic: route.topic.clone(), partition, batch, source };
+        let plan =
+            StorePlan { stream: entry.stream.clone(), topic: route.topic.clone(), partition, begins, batch, source };
         if entry.rejected { Plan::Reject(plan) } else { Plan::Store(plan) }
     }
 }

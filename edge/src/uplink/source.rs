@@ -1,18 +1,20 @@
-//! The store as the uplink sees it.
+//! The store as the uplink's source of rows.
 
 use shared::link::frame::Limits;
 use shared::link::sender::{Row, Rows, StreamInfo};
+use shared::log::{BoxFuture, Chain};
+use shared::name::{Incarnation, Offset, StreamName};
 
-use super::*;
-use crate::uplink::StreamSource;
+use super::StreamSource;
+use crate::store::{EdgeStore, StreamError};
 
 impl Rows for EdgeStore {
     fn streams(&self) -> Vec<StreamInfo> {
-        let state = self.core.state.lock();
-        let info = |stream: &state::Stream| {
-            let at = stream.positions();
-            StreamInfo {
-                name: stream.record.name.clone(),
+        let names = EdgeStore::streams(self).into_iter();
+        let info = |name: StreamName| {
+            let at = self.position(&name)?;
+            Some(StreamInfo {
+                name,
                 topic: at.topic,
                 incarnation: at.incarnation,
                 first: at.first,
@@ -20,16 +22,27 @@ impl Rows for EdgeStore {
                 confirmed: at.confirmed,
                 safe: at.safe,
                 dropped: at.gap,
-            }
+            })
         };
-        state.streams.iter().map(info).collect()
+        names.filter_map(info).collect()
     }
 
     fn read(&self, stream: &StreamName, from: Offset, bytes_max: usize) -> Result<Vec<Row>, String> {
-        // What lies below the first row was dropped after the sender looked.
-        let first = self.position(stream).map_or(from, |at| at.first);
-        let batches = EdgeStore::read(self, stream, from.max(first), bytes_max).map_err(|error| error.to_string())?;
-        Ok(batches.into_iter().map(|row| Row { batch: row.batch, chain: row.chain }).collect())
+        let mut from = from;
+        // Rows may be dropped between the question where the stream begins and the reading.
+        for _ in 0..8 {
+            match EdgeStore::read(self, stream, from, bytes_max) {
+                Ok(batches) => {
+                    let row = |stored: crate::store::StoredBatch| Row { batch: stored.batch, chain: stored.chain };
+                    return Ok(batches.into_iter().map(row).collect());
+                }
+                Err(StreamError::OutOfRange { requested, first, .. }) if requested < first => from = first,
+                // Beyond the end there is nothing, which is no error to the sender.
+                Err(StreamError::OutOfRange { .. }) => return Ok(Vec::new()),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Ok(Vec::new())
     }
 
     fn chain_at(&self, stream: &StreamName, next: Offset) -> Option<Chain> {
