@@ -4,6 +4,8 @@ mod admin;
 mod bench;
 mod demo;
 mod device;
+#[cfg(test)]
+mod docs;
 mod judge;
 mod kafka;
 mod lab;

@@ -1,0 +1,29 @@
+//! Documents that must agree with the code.
+
+/// What each file of the code draws, as `docs/formats.md` must draw it.
+const DRAWN: [(&str, &str); 8] = [
+    ("batch", include_str!("../../shared/src/batch.rs")),
+    ("edge database", include_str!("../../edge/src/redb_log/tables.rs")),
+    ("link", include_str!("../../shared/src/link/frame.rs")),
+    ("block", include_str!("../../cloud/src/block.rs")),
+    ("state", include_str!("../../cloud/src/state.rs")),
+    ("local log", include_str!("../../cloud/src/wal/file.rs")),
+    ("archive", include_str!("../../cloud/src/manifest.rs")),
+    ("segment", include_str!("../../cloud/src/segment.rs")),
+];
+
+fn boxes(source: &str) -> String {
+    let inner: Vec<&str> = source.lines().skip_while(|line| *line != "//! ```text").skip(1).collect();
+    let lines = inner.iter().take_while(|line| **line != "//! ```");
+    lines.map(|line| line.trim_start_matches("//!").strip_prefix(' ').unwrap_or("")).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn formats_are_drawn_as_in_the_code() {
+    let guide = include_str!("../../docs/formats.md");
+    for (name, source) in DRAWN {
+        let drawn = boxes(source);
+        assert!(drawn.lines().count() > 3, "{name}: no box found");
+        assert!(guide.contains(&drawn), "docs/formats.md draws {name} differently:\n{drawn}");
+    }
+}
