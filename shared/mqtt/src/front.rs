@@ -35,6 +35,7 @@ use tracing::{debug, info, warn};
 
 use crate::codec::Reason;
 use crate::retained::Retained;
+use crate::session::outbound::Bounds;
 use crate::store::{Publish, PublishProperties, Store, StoreFailed};
 use crate::tree::Tree;
 use session::{Handle, Pool, Session};
@@ -227,6 +228,11 @@ impl Front {
             ms: instant.duration_since(self.started).as_millis() as i64,
             wall_ms: i64::try_from(wall.as_millis()).unwrap_or(i64::MAX),
         }
+    }
+
+    /// What one session may queue at the moment.
+    pub(crate) fn bounds(&self) -> Bounds {
+        self.settings.bounds(self.counters.queued_bytes.load(Ordering::Relaxed))
     }
 
     pub(crate) fn next_number(&self) -> u64 {

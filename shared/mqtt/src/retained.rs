@@ -40,6 +40,12 @@ impl Retained {
         self.bytes -= old.map_or(0, |old| old.cost());
     }
 
+    /// Whether it is still its topic's retained message.
+    pub fn is_current(&self, message: &Arc<Message>) -> bool {
+        std::str::from_utf8(message.content().topic)
+            .is_ok_and(|topic| self.by_topic.get(topic).is_some_and(|current| Arc::ptr_eq(current, message)))
+    }
+
     pub fn remove(&mut self, topic: &str) {
         if let Some(old) = self.by_topic.remove(topic) {
             self.bytes -= old.cost();

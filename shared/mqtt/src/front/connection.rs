@@ -24,11 +24,10 @@ use tokio_rustls::server::TlsStream;
 use tracing::{debug, info, warn};
 
 use super::fanout::Target;
-use super::session::{Handle, Session, Will};
+use super::session::{Handle, RetainedDelivery, Session, Will};
 use super::stats::{add, sub};
 use super::{Front, Now};
 use crate::codec::{CodecError, Disconnect, Packet, Properties, Reason, Split, Version, split};
-use crate::message::Message;
 use crate::session::connect::{self, Terms};
 use crate::session::inbound::{Answer, Answers, put_ack};
 use crate::store::{StoreFailed, Ticket};
@@ -37,6 +36,8 @@ use crate::store::{StoreFailed, Ticket};
 const READ_BYTES: usize = 128 << 10;
 /// Reads in a row before other tasks get their turn.
 const READS_PER_POLL: usize = 4;
+/// Held PUBLISHes are offered again after so long even if the store does not say that there is room.
+const OFFER_AGAIN: Duration = Duration::from_secs(1);
 /// How long a last goodbye may take.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -99,12 +100,6 @@ pub(super) enum Reply {
     Bytes(Vec<u8>, Vec<RetainedDelivery>),
 }
 
-pub(super) struct RetainedDelivery {
-    pub message: Arc<Message>,
-    pub qos: crate::codec::QoS,
-    pub subscription_id: Option<u32>,
-}
-
 /// A PUBLISH there is no room for.
 pub(super) struct Held {
     pub frame: Box<[u8]>,
@@ -147,6 +142,10 @@ pub(super) struct Connection {
     timer: Pin<Box<Sleep>>,
     last_bytes: Instant,
     stalled: bool,
+    /// The client does not read our answers: it is not read from until it does.
+    choked: bool,
+    /// When held PUBLISHes are offered again although the store did not call.
+    offer_again: Instant,
     counted_acks: usize,
     counted_held: usize,
 }
@@ -230,6 +229,8 @@ impl Connection {
             timer,
             last_bytes: now,
             stalled: false,
+            choked: false,
+            offer_again: now,
             counted_acks: 0,
             counted_held: 0,
         }
@@ -253,7 +254,7 @@ impl Connection {
             let draining = self.poll_kick()?;
             self.poll_claim(cx)?;
             self.poll_room(cx, now)?;
-            self.poll_commits(cx, now)?;
+            self.poll_commits(cx)?;
             self.poll_congestion(cx, now);
             self.poll_write(cx)?;
             let may_read = !draining && self.may_read();
@@ -310,7 +311,7 @@ impl Connection {
     /// Offers held PUBLISHes again when there may be room.
     fn poll_room(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
         let Some(room) = &mut self.room else { return Ok(()) };
-        if room.as_mut().poll(cx).is_ready() {
+        if room.as_mut().poll(cx).is_ready() || now.instant >= self.offer_again {
             self.room = None;
             self.offer_held(now)?;
             // Still held, perhaps: the new wait must be polled, but others have their turn first.
@@ -319,13 +320,18 @@ impl Connection {
         Ok(())
     }
 
+    /// The store was just asked: give it time before asking without being called.
+    pub(super) fn again(&mut self, now: Now) {
+        self.offer_again = now.instant + OFFER_AGAIN;
+    }
+
     /// Lets go the answers whose tickets are durable; asks to be woken for the first that is not.
-    fn poll_commits(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
+    fn poll_commits(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
         while let Some(ticket) = self.answers.waits_for() {
             let durable = if ticket == Ticket::default() { ticket } else { self.front.store.durable() };
             if ticket <= durable {
                 while let Some(answer) = self.answers.pop(durable) {
-                    self.answer(answer, now);
+                    self.answer(answer);
                 }
                 continue;
             }
@@ -340,7 +346,7 @@ impl Connection {
                     result?;
                     // It said so for this ticket, whatever `durable` says a moment later.
                     while let Some(answer) = self.answers.pop(ticket) {
-                        self.answer(answer, now);
+                        self.answer(answer);
                     }
                 }
             }
@@ -349,7 +355,7 @@ impl Connection {
         Ok(())
     }
 
-    fn answer(&mut self, answer: Answer<Reply>, now: Now) {
+    fn answer(&mut self, answer: Answer<Reply>) {
         let version = self.version.unwrap_or(Version::V4);
         match answer {
             Answer::PubAck(id, reason) => {
@@ -366,7 +372,13 @@ impl Connection {
             Answer::Other(Reply::ConnAck { present }) => self.go_live(present),
             Answer::Other(Reply::Bytes(bytes, retained)) => {
                 self.reply.extend_from_slice(&bytes);
-                self.send_retained(retained, now);
+                if let (false, Some(session)) = (retained.is_empty(), &self.session) {
+                    let mut state = session.state.lock();
+                    // The answer stands before them.
+                    state.back(&self.front).extend_from_slice(&self.reply);
+                    self.reply.clear();
+                    state.backlog.extend(retained);
+                }
             }
         }
     }
@@ -410,6 +422,20 @@ impl Connection {
             self.reply.clear();
             self.reply.shrink_to(1024);
         }
+        self.write_out(cx)?;
+        // Asked after the writing, so that whoever drains the rest knows whom to wake.
+        if let Some(session) = &self.session {
+            let mut state = session.state.lock();
+            self.choked = state.pending_bytes() > self.front.settings.outbound_bytes_max;
+            if self.choked {
+                state.wait_until_drained(cx.waker());
+            }
+        }
+        Ok(())
+    }
+
+    fn write_out(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
+        let Some(session) = &self.session else { return Ok(()) };
         match &mut self.io {
             Io::Plain(_, socket) => loop {
                 session.flush(&self.front);
@@ -459,7 +485,8 @@ impl Connection {
             Stage::Live => {
                 // An MQTT 5 client that goes beyond the receive maximum is told so where its PUBLISH is counted; a 3.1.1
                 // client cannot know it, and is not read from until answers have left.
-                self.congested.is_empty()
+                !self.choked
+                    && self.congested.is_empty()
                     && self.held_bytes < self.front.settings.held_bytes_max
                     && self.answers.len() + self.held.len() <= receive_maximum
             }
@@ -507,7 +534,7 @@ impl Connection {
                     add(&self.front.counters.hold_timeouts_total, 1);
                     return Err(Close::ours(Reason::QUOTA_EXCEEDED, "there was no room for a PUBLISH in time"));
                 }
-                next = next.min(at);
+                next = next.min(at).min(self.offer_again.max(now + Duration::from_millis(1)));
             }
             if !self.congested.is_empty() {
                 next = next.min(self.congested_until.max(now + Duration::from_millis(1)));
@@ -520,8 +547,8 @@ impl Connection {
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            if !self.congested.is_empty() {
-                // `poll_congestion` comes before us: have it look again.
+            if !self.congested.is_empty() || !self.held.is_empty() {
+                // `poll_congestion` and `poll_room` come before us: have them look again.
                 cx.waker().wake_by_ref();
                 return Ok(());
             }
@@ -682,7 +709,11 @@ impl Connection {
                 Close::Ours { why, .. } if !why.is_empty() => Some(why.as_str()),
                 _ => None,
             };
-            let properties = why.map(|why| Box::new(Properties { reason_string: Some(why), ..Properties::default() }));
+            // §3.14.2.2.3: no reason string that makes the packet larger than the client takes.
+            let room = self.terms.as_ref().map_or(0, |terms| terms.packet_bytes_max);
+            let properties = why
+                .filter(|why| why.len() + 16 < room)
+                .map(|why| Box::new(Properties { reason_string: Some(why), ..Properties::default() }));
             let packet = Packet::Disconnect(Disconnect { reason, properties });
             let encoded = packet.encode(Version::V5, &mut rest);
             debug_assert_eq!(encoded, Ok(()), "a reason string is short");

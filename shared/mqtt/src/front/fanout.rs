@@ -155,7 +155,7 @@ impl Front {
             state.back(self).extend_from_slice(run.at_most_once(version));
             add(&self.counters.sent_messages_total, run.lives.len());
         } else {
-            let bounds = self.settings.bounds();
+            let bounds = self.bounds();
             let (mut sent, mut slow, mut full, mut large) = (0, 0, 0, 0);
             let online = state.live;
             let mut pending = state.pending_bytes();
@@ -188,6 +188,7 @@ impl Front {
                     Delivered::TooLarge => large += 1,
                 }
             }
+            state.count_bytes(self);
             add(&self.counters.sent_messages_total, sent);
             add(&self.counters.dropped_slow_total, slow);
             add(&self.counters.dropped_queue_full_total, full);

@@ -117,8 +117,7 @@ impl Front {
             // §3.1.3.2.2: the session ends here, and a delayed will does not wait longer.
             lost_will = state.will.take().filter(|_| state.will_due_ms.is_some());
             self.unsubscribe_all(session, &mut state);
-            state.outbound.clear();
-            state.received.clear();
+            state.forget(self);
             if std::mem::take(&mut state.stored) {
                 ticket = self.store.delete_session(&session.client_id);
             }
@@ -201,8 +200,7 @@ impl Front {
     fn end(&self, session: &Arc<Session>, mut state: MutexGuard<'_, SessionState>) {
         state.ended = true;
         self.unsubscribe_all(session, &mut state);
-        state.outbound.clear();
-        state.received.clear();
+        state.forget(self);
         if std::mem::take(&mut state.stored) {
             let _ = self.store.delete_session(&session.client_id);
         }

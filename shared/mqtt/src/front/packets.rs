@@ -4,19 +4,18 @@ use std::cell::OnceCell;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
-use super::connection::{Close, Connection, Held, Reply, RetainedDelivery, Stage};
+use super::connection::{Close, Connection, Held, Reply, Stage};
 use super::fanout::{Live, Run, Target};
-use super::session::Will;
+use super::session::{RetainedDelivery, Will};
 use super::stats::add;
 use super::{Front, Now};
 use crate::codec::{
     self, Connect, Disconnect, Frame, Packet, QoS, Reason, RetainHandling, Split, SubAck, Subscribe, Unsubscribe,
     Version, encode_properties_and_payload, split,
 };
-use crate::message::{Content, Envelope, Message, encode_properties};
+use crate::message::{Content, Message, encode_properties};
 use crate::session::connect::{granted, is_reserved, negotiate};
 use crate::session::inbound::Answer;
-use crate::session::outbound::Delivered;
 use crate::store::{Admission, Publish, Refusal, SessionRef, Ticket};
 use crate::topic::TopicFilter;
 use crate::tree::Subscription;
@@ -142,7 +141,9 @@ impl Connection {
         act: impl FnOnce(&mut crate::session::outbound::Outbound, &mut Vec<u8>) -> Result<(), codec::CodecError>,
     ) -> Result<(), Close> {
         let Some(session) = &self.session else { return Ok(()) };
-        act(&mut session.state.lock().outbound, &mut self.reply)?;
+        let mut state = session.state.lock();
+        act(&mut state.outbound, &mut self.reply)?;
+        state.count_bytes(&self.front);
         Ok(())
     }
 
@@ -287,6 +288,7 @@ impl Connection {
         }
         if self.room.is_none() {
             self.room = Some(self.front.store.room());
+            self.again(now);
         }
     }
 
@@ -451,7 +453,7 @@ impl Connection {
         let identifier = subscribe.properties.subscription_id;
         let front = self.front.clone();
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
-        let mut retained = Vec::new();
+        let mut retained: Vec<RetainedDelivery> = Vec::new();
         let mut state = session.state.lock();
         for &(text, options) in &subscribe.filters {
             let filter = match TopicFilter::parse(text) {
@@ -466,7 +468,9 @@ impl Connection {
                 }
             };
             let known = state.subscriptions.contains_key(filter.as_str());
-            if !known && state.subscriptions.len() >= front.settings.subscriptions_max {
+            let full = !known && state.subscriptions.len() >= front.settings.subscriptions_max;
+            // Retained messages of earlier subscriptions are still on their way: enough is enough.
+            if full || state.backlog.len() + retained.len() > front.settings.retained_messages_max {
                 reasons.push(Reason::QUOTA_EXCEEDED);
                 continue;
             }
@@ -501,8 +505,7 @@ impl Connection {
             let mut bytes = std::mem::take(&mut self.reply);
             encode(&ack, version, &mut bytes);
             state.back(&front).extend_from_slice(&bytes);
-            drop(state);
-            self.send_retained(retained, now);
+            state.backlog.extend(retained);
         } else {
             drop(state);
             let mut bytes = Vec::new();
@@ -510,54 +513,6 @@ impl Connection {
             self.answers.push(ticket, Answer::Other(Reply::Bytes(bytes, retained)));
         }
         Ok(())
-    }
-
-    /// Sends retained messages of a new subscription.
-    pub(super) fn send_retained(&mut self, retained: Vec<RetainedDelivery>, now: Now) {
-        let Some(session) = &self.session else { return };
-        if retained.is_empty() {
-            return;
-        }
-        let front = &self.front;
-        let bounds = front.settings.bounds();
-        let mut guard = session.state.lock();
-        let state = &mut *guard;
-        let reply = std::mem::take(&mut self.reply);
-        state.back(front).extend_from_slice(&reply);
-        let version = state.outbound.version();
-        let (outbound, back) = (&mut state.outbound, &mut state.out.back);
-        let (mut sent, mut dropped) = (0, 0);
-        for RetainedDelivery { message, qos, subscription_id } in retained {
-            let Ok(left) = message.expiry_left(now.ms) else { continue };
-            let ids: &[u32] = subscription_id.as_slice();
-            let content = message.content();
-            if qos > QoS::AtMostOnce {
-                let remember = || message.clone();
-                match outbound.deliver(&content, qos, true, ids, true, remember, &bounds, back) {
-                    Delivered::Sent | Delivered::Queued => sent += 1,
-                    Delivered::QueueFull | Delivered::TooLarge => dropped += 1,
-                }
-                continue;
-            }
-            let envelope = Envelope {
-                version,
-                qos,
-                dup: false,
-                retain: true,
-                packet_id: 0,
-                subscription_ids: ids,
-                expiry_secs: left,
-            };
-            let fits = content.packet_bytes(&envelope) <= outbound.packet_bytes_max();
-            if fits && back.len() < front.settings.retained_bytes_max.max(bounds.out_bytes_max) {
-                content.append(&envelope, back);
-                sent += 1;
-            } else {
-                dropped += 1;
-            }
-        }
-        add(&front.counters.sent_messages_total, sent);
-        add(&front.counters.dropped_too_large_total, dropped);
     }
 
     fn unsubscribe(&mut self, unsubscribe: &Unsubscribe<'_>, version: Version) {

@@ -1,7 +1,7 @@
 //! A session as connections share it: its state under one lock, and the bytes on their way to its socket.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::AcqRel, Ordering::Acquire};
 use std::task::Waker;
@@ -11,10 +11,11 @@ use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::Notify;
 
 use super::Front;
-use super::stats::add;
-use crate::codec::Reason;
+use super::stats::{add, sub};
+use crate::codec::{QoS, Reason};
+use crate::message::{Envelope, Message};
 use crate::session::inbound::ReceivedIds;
-use crate::session::outbound::Outbound;
+use crate::session::outbound::{Delivered, Outbound};
 use crate::store::{StoredSession, StoredSubscription};
 use crate::tree::Subscription;
 
@@ -47,12 +48,24 @@ pub(crate) struct SessionState {
     pub subscriptions: BTreeMap<Box<str>, Subscription>,
     pub outbound: Outbound,
     pub received: ReceivedIds,
+    /// Retained messages that new subscriptions are still to get.
+    pub backlog: VecDeque<RetainedDelivery>,
+    /// What of `outbound` is counted in the front's gauge.
+    counted_bytes: usize,
     pub will: Option<Arc<Will>>,
     /// When a delayed will is published.
     pub will_due_ms: Option<i64>,
     pub out: Out,
     /// Counts connections, so that a writer that comes back late finds that its bytes are nobody's any more.
     epoch: u64,
+}
+
+/// A retained message for a new subscription.
+#[derive(Debug)]
+pub(crate) struct RetainedDelivery {
+    pub message: Arc<Message>,
+    pub qos: QoS,
+    pub subscription_id: Option<u32>,
 }
 
 /// What is published when a connection is lost.
@@ -163,6 +176,8 @@ impl Session {
             subscriptions: BTreeMap::new(),
             outbound: Outbound::new(),
             received: ReceivedIds::default(),
+            backlog: VecDeque::new(),
+            counted_bytes: 0,
             will: None,
             will_due_ms: None,
             out: Out::default(),
@@ -232,15 +247,14 @@ impl Session {
 impl SessionState {
     /// Takes the bytes that are to be written next; `None`: nothing, or somebody is at it, or the socket is full.
     pub fn take_chunk(&mut self, front: &Front) -> Option<(Vec<u8>, usize)> {
-        let out = &mut self.out;
-        if out.writing.is_some() || out.blocked || out.failed {
+        if self.out.writing.is_some() || self.out.blocked || self.out.failed {
             return None;
         }
-        if out.front_at >= out.front.len() {
-            if out.back.is_empty() && self.live && self.outbound.has_more() {
-                let expired = self.outbound.fill(front.now().ms, &front.settings.bounds(), &mut out.back);
-                add(&front.counters.expired_total, expired);
+        if self.out.front_at >= self.out.front.len() {
+            if self.out.back.is_empty() && self.live && (self.outbound.has_more() || !self.backlog.is_empty()) {
+                self.fill(front);
             }
+            let out = &mut self.out;
             if out.back.is_empty() {
                 front.pool.give(std::mem::take(&mut out.back));
                 return None;
@@ -248,8 +262,86 @@ impl SessionState {
             out.front = std::mem::take(&mut out.back);
             out.front_at = 0;
         }
+        let out = &mut self.out;
         out.writing = Some(out.front.len() - out.front_at);
         Some((std::mem::take(&mut out.front), out.front_at))
+    }
+
+    /// Writes what waited for its turn: retained messages of new subscriptions, what must be sent again, the queue.
+    fn fill(&mut self, front: &Front) {
+        let now_ms = front.now().ms;
+        let bounds = front.bounds();
+        let back = &mut self.out.back;
+        if back.capacity() == 0 {
+            *back = front.pool.take();
+        }
+        if !self.backlog.is_empty() {
+            let retained = front.retained.lock();
+            let (mut sent, mut dropped) = (0, 0);
+            while let Some(next) = self.backlog.front() {
+                if back.len() >= bounds.out_bytes_max / 4 || self.outbound.queue_len() * 2 > bounds.queue_messages_max {
+                    break;
+                }
+                let content = next.message.content();
+                let ids = next.subscription_id.as_slice();
+                // One that was replaced meanwhile came as a live message already; after it the old one would mislead.
+                let current = retained.is_current(&next.message);
+                let left = next.message.expiry_left(now_ms);
+                if let (true, Ok(left)) = (current, left) {
+                    let envelope = Envelope {
+                        version: self.outbound.version(),
+                        qos: next.qos,
+                        dup: false,
+                        retain: true,
+                        packet_id: 0,
+                        subscription_ids: ids,
+                        expiry_secs: left,
+                    };
+                    if content.packet_bytes(&envelope) > self.outbound.packet_bytes_max() {
+                        dropped += 1;
+                    } else if next.qos == QoS::AtMostOnce {
+                        content.append(&envelope, back);
+                        sent += 1;
+                    } else {
+                        let remember = || next.message.clone();
+                        let outbound = &mut self.outbound;
+                        match outbound.deliver(&content, next.qos, true, ids, true, remember, &bounds, back) {
+                            Delivered::QueueFull => break,
+                            Delivered::TooLarge => dropped += 1,
+                            Delivered::Sent | Delivered::Queued => sent += 1,
+                        }
+                    }
+                }
+                self.backlog.pop_front();
+            }
+            if self.backlog.is_empty() {
+                self.backlog = VecDeque::new();
+            }
+            add(&front.counters.sent_messages_total, sent);
+            add(&front.counters.dropped_too_large_total, dropped);
+        }
+        let expired = self.outbound.fill(now_ms, &bounds, &mut self.out.back);
+        add(&front.counters.expired_total, expired);
+        self.count_bytes(front);
+    }
+
+    /// Keeps the front's gauge of queued bytes in step. Called after whatever may have changed `outbound`.
+    pub fn count_bytes(&mut self, front: &Front) {
+        let (now, counted) = (self.outbound.bytes(), self.counted_bytes);
+        if now > counted {
+            add(&front.counters.queued_bytes, now - counted);
+        } else {
+            sub(&front.counters.queued_bytes, counted - now);
+        }
+        self.counted_bytes = now;
+    }
+
+    /// Forgets all messages and packet ids, in both directions.
+    pub fn forget(&mut self, front: &Front) {
+        self.outbound.clear();
+        self.received.clear();
+        self.backlog = VecDeque::new();
+        self.count_bytes(front);
     }
 
     /// Returns what [`Self::take_chunk`] gave, written up to `at`.
@@ -264,9 +356,8 @@ impl SessionState {
             out.front = chunk;
             out.front_at = at;
         }
-        let low = front.settings.outbound_bytes_max / 4;
-        if self.pending_bytes() <= low && self.outbound.queue_len() <= front.settings.queue_messages_max / 4 {
-            self.out.slow = false;
+        if self.pending_bytes() <= front.settings.outbound_bytes_max / 4 {
+            self.out.slow &= self.outbound.queue_len() > front.settings.queue_messages_max / 4;
             self.wake_waiters();
         }
     }

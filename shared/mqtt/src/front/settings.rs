@@ -31,6 +31,8 @@ pub struct Settings {
     pub queue_messages_max: usize,
     /// Bytes queued for one session; the newest is dropped and counted.
     pub queue_bytes_max: usize,
+    /// Bytes queued for all sessions together, a message for each that has it; the newest is dropped and counted.
+    pub queue_bytes_total_max: usize,
     /// Bytes waiting for one socket. Publishers to it are slowed for a moment at half of it; then QoS 0 is dropped and counted, QoS 1 and 2 queued.
     pub outbound_bytes_max: usize,
     /// How long one subscriber that does not keep up may slow its publishers.
@@ -62,6 +64,7 @@ impl Default for Settings {
             inflight_max: 1024,
             queue_messages_max: 1_000,
             queue_bytes_max: 1 << 20,
+            queue_bytes_total_max: 64 << 20,
             outbound_bytes_max: 1 << 20,
             slow_subscriber_wait: Duration::from_millis(100),
             held_bytes_max: 256 << 10,
@@ -74,10 +77,12 @@ impl Default for Settings {
 }
 
 impl Settings {
-    pub(crate) fn bounds(&self) -> Bounds {
+    /// The bounds of one session while all together have `queued_bytes`.
+    pub(crate) fn bounds(&self, queued_bytes: u64) -> Bounds {
+        let full = queued_bytes >= self.queue_bytes_total_max as u64;
         Bounds {
             queue_messages_max: self.queue_messages_max,
-            queue_bytes_max: self.queue_bytes_max,
+            queue_bytes_max: if full { 0 } else { self.queue_bytes_max },
             out_bytes_max: self.outbound_bytes_max,
         }
     }

@@ -69,6 +69,8 @@ counters! {
     refused_total,
     /// Connections ended because a PUBLISH found no room in time.
     hold_timeouts_total,
+    /// Bytes queued for sessions, or on their way to kept ones, now.
+    queued_bytes,
     /// PUBLISHes held now.
     held_messages,
     /// Acknowledgements that wait for durability or room now.

@@ -110,6 +110,11 @@ impl Outbound {
         self.queue.len()
     }
 
+    /// Bytes that are remembered.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Whether [`Self::fill`] may have something to write.
     pub fn has_more(&self) -> bool {
         !self.queue.is_empty() || self.resend_at < self.slots.len()
@@ -399,7 +404,7 @@ mod tests {
         o.pubcomp(2).unwrap();
         o.puback(4).unwrap();
         o.puback(5).unwrap();
-        assert_eq!((o.bytes, o.slots.len(), o.first_id), (0, 0, 6));
+        assert_eq!((o.bytes(), o.slots.len(), o.first_id), (0, 0, 6));
     }
 
     #[test]

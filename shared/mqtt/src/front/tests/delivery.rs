@@ -335,3 +335,23 @@ async fn the_same_over_tls() {
     front.shutdown(PATIENCE).await;
     a.expect_end(Reason::SERVER_SHUTTING_DOWN).await;
 }
+
+#[tokio::test]
+async fn thousands_of_retained_messages_reach_a_subscriber_whatever_its_window() {
+    let settings = Settings { queue_messages_max: 10, inflight_max: 5, ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    let mut publisher = server.connect(V4, "p").await;
+    for i in 0..3000u16 {
+        publisher.send(&Packet::Publish(retained(&format!("r/{i:04}"), b"x", AtLeastOnce, i + 1))).await;
+        publisher.expect_puback(i + 1).await;
+    }
+    for qos in [AtMostOnce, AtLeastOnce, ExactlyOnce] {
+        let mut late = server.connect(V5, "late").await;
+        late.subscribe("r/#", qos).await;
+        for i in 0..3000 {
+            let got = late.got().await;
+            assert_eq!((got.topic, got.qos, got.retain), (format!("r/{i:04}"), qos.min(AtLeastOnce), true));
+        }
+        late.ping().await;
+    }
+}

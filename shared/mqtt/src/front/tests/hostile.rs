@@ -149,3 +149,26 @@ proptest! {
         });
     }
 }
+
+#[tokio::test]
+async fn a_client_that_only_asks_and_never_reads_is_not_read_from() {
+    let settings = Settings { outbound_bytes_max: 16 << 10, ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    let mut deaf = server.connect(V4, "deaf").await;
+    let pings = [0xC0, 0].repeat(32 << 10);
+    // The sockets' buffers take some megabytes; then the writing must stop.
+    let mut sent = 0;
+    while let Ok(()) = tokio::time::timeout(Duration::from_millis(300), deaf.send_bytes(&pings)).await {
+        sent += pings.len();
+        assert!(sent < 256 << 20, "it is read from for ever");
+    }
+    server.connect(V5, "other").await.ping().await;
+    // It reads at last: every answer is there, and it goes on.
+    let mut rest = sent;
+    let mut chunk = vec![0; 1 << 20];
+    while rest > 0 {
+        let n = tokio::time::timeout(PATIENCE, deaf.stream.read(&mut chunk)).await.unwrap().unwrap();
+        assert!(n > 0);
+        rest = rest.saturating_sub(n);
+    }
+}

@@ -182,3 +182,26 @@ async fn the_server_names_the_nameless_and_tells_its_limits() {
     assert_eq!(old.recv().await, [0x20, 2, 0, 2]);
     assert_eq!(old.try_recv().await, None);
 }
+
+#[tokio::test]
+async fn what_all_sessions_queue_together_is_bounded() {
+    let settings = Settings { queue_bytes_total_max: 10_000, ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    for id in ["a", "b", "c"] {
+        let (mut client, _) = server.connect_with(kept(V5, id)).await;
+        client.subscribe("t", AtLeastOnce).await;
+    }
+    let mut publisher = server.connect(V4, "p").await;
+    server.stats(|stats| stats.connections == 1).await;
+    for id in 1..=20 {
+        publisher.publish("t", &[0; 900], AtLeastOnce, id).await;
+        publisher.expect_puback(id).await;
+    }
+    let stats = server.front.stats();
+    assert!((10_000..12_000).contains(&stats.queued_bytes), "{stats:?}");
+    assert!(stats.dropped_queue_full_total > 40, "{stats:?}");
+    for id in ["a", "b", "c"] {
+        server.connect(V5, id).await;
+    }
+    assert_eq!(server.front.stats().queued_bytes, 0);
+}
