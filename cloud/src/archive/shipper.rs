@@ -15,6 +15,9 @@ use super::{Archive, ArchiveError, Source, SourceError, StoreError, StoredBlock}
 /// How long a stopping node goes on trying to ship what is left.
 const FINISH: Duration = Duration::from_secs(5);
 
+/// Before looking again where a wait ended without a block.
+const IDLE: Duration = Duration::from_millis(100);
+
 /// Ships one shard's blocks.
 pub(super) struct Shipper<'a> {
     archive: &'a Archive,
@@ -45,7 +48,10 @@ impl<'a> Shipper<'a> {
                     tokio::time::sleep(self.archive.settings.max_lag / 2).await;
                 }
             }
+            let before = self.next;
             match self.ship().await {
+                // A shard that has stopped ends all waits and has nothing more: looking again and again would spin.
+                Ok(()) if self.next == before => tokio::time::sleep(IDLE).await,
                 Ok(()) => {
                     failures = 0;
                     self.archive.worked();

@@ -41,7 +41,7 @@ pub(super) struct Splitter<'a> {
     garbage: Vec<(Instant, Path)>,
     /// Since when blocks wait to be split.
     waiting: Option<Instant>,
-    /// What the WAL held after the last trim: it may keep a file that is not full.
+    /// What the WAL kept when everything was split: its newest block at least.
     wal_floor: u64,
     maintained: Instant,
     /// The local copy of the manifest is older than the bucket's.
@@ -374,7 +374,8 @@ impl<'a> Splitter<'a> {
     fn mirrored(&mut self) {
         self.mirror_behind = false;
         self.source.published(self.root.trim);
-        self.wal_floor = self.source.durable().wal_bytes;
+        let durable = self.source.durable();
+        self.wal_floor = if durable.next_seq == self.root.trim { durable.wal_bytes } else { 0 };
     }
 
     fn show(&mut self) {

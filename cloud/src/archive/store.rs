@@ -57,8 +57,10 @@ pub enum StoreError {
 /// How requests are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestSettings {
-    /// How long one attempt may take.
+    /// How long one attempt may take, besides its body.
     pub timeout: Duration,
+    /// The slowest line that is not taken for a dead one: a body gets the time it needs at this rate on top.
+    pub bytes_per_sec_min: u64,
     /// Attempts before an error is reported.
     pub attempts: u32,
     /// The pause before the second attempt, doubled for each further one, with jitter.
@@ -67,7 +69,12 @@ pub struct RequestSettings {
 
 impl Default for RequestSettings {
     fn default() -> Self {
-        Self { timeout: Duration::from_secs(30), attempts: 4, backoff: Duration::from_millis(100) }
+        Self {
+            timeout: Duration::from_secs(30),
+            bytes_per_sec_min: 512 * 1024,
+            attempts: 4,
+            backoff: Duration::from_millis(100),
+        }
     }
 }
 
@@ -132,7 +139,7 @@ impl Store {
             max_retries: 1,
             retry_timeout: settings.timeout.min(Duration::from_secs(20)),
         };
-        let mut client = ClientOptions::new().with_timeout(settings.timeout);
+        let mut client = ClientOptions::new().with_timeout(CLIENT_TIMEOUT).with_connect_timeout(settings.timeout);
         let mut builder = AmazonS3Builder::new();
         for (key, value) in options {
             let Ok(known) = key.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() else { continue };
@@ -179,7 +186,7 @@ impl Store {
             self.pause(attempt).await;
             let payload: PutPayload = chunks.iter().cloned().collect();
             let put = self.inner.put_opts(key, payload, PutMode::Create.into());
-            last = Some(match self.timed("PUT", key, put).await {
+            last = Some(match self.timed_for(self.patience(bytes as u64), "PUT", key, put).await {
                 Ok(_) => {
                     count(&self.requests.puts, 1);
                     count(&self.requests.put_bytes, bytes as u64);
@@ -226,7 +233,8 @@ impl Store {
             }
             Ok((expected, result.bytes().await?))
         };
-        let (expected, bytes) = match self.timed("GET", key, get).await {
+        let patience = if exact { self.patience(bytes_max) } else { self.patience(UNKNOWN_BYTES) };
+        let (expected, bytes) = match self.timed_for(patience, "GET", key, get).await {
             Ok(result) => result,
             Err(Attempt::Failed(error)) => return Err(error),
             Err(Attempt::Exists(reason)) => return Err(failed(&reason)),
@@ -316,13 +324,28 @@ impl Store {
         }
     }
 
+    /// How long a request with a body may take: a slow line is not a dead one.
+    fn patience(&self, bytes: u64) -> Duration {
+        self.settings.timeout + Duration::from_secs(bytes / self.settings.bytes_per_sec_min.max(1))
+    }
+
     async fn timed<T>(
         &self,
         operation: &'static str,
         key: &Path,
         request: impl Future<Output = object_store::Result<T>>,
     ) -> Result<T, Attempt> {
-        let answer = match tokio::time::timeout(self.settings.timeout, request).await {
+        self.timed_for(self.settings.timeout, operation, key, request).await
+    }
+
+    async fn timed_for<T>(
+        &self,
+        patience: Duration,
+        operation: &'static str,
+        key: &Path,
+        request: impl Future<Output = object_store::Result<T>>,
+    ) -> Result<T, Attempt> {
+        let answer = match tokio::time::timeout(patience, request).await {
             Ok(answer) => answer,
             Err(_) => {
                 count(&self.requests.errors, 1);
@@ -346,6 +369,10 @@ impl Store {
     }
 }
 
+/// What an object of unknown size is taken for.
+const UNKNOWN_BYTES: u64 = 8 << 20;
+/// Connections are given up after this, whatever the body.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(600);
 const TOO_LARGE: &str = "it is larger than it can rightly be";
 
 enum Attempt {

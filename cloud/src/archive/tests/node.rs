@@ -260,6 +260,7 @@ pub fn settings(data_dir: PathBuf) -> ArchiveSettings {
         grace: Duration::ZERO,
         requests: RequestSettings {
             timeout: Duration::from_millis(200),
+            bytes_per_sec_min: u64::MAX,
             attempts: 3,
             backoff: Duration::from_millis(1),
         },
