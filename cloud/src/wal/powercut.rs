@@ -118,6 +118,19 @@ impl CutDisk {
         self.0.lock().operations
     }
 
+    /// A copy with one byte of one file changed.
+    pub fn with_flipped(&self, name: &str, position: usize, mask: u8) -> Self {
+        let copy = self.survivor(&mut Random(0));
+        {
+            let mut model = copy.0.lock();
+            let file = model.names.get(name).copied().expect("a name that was listed");
+            if let Some(byte) = model.files[file].now.get_mut(position) {
+                *byte ^= mask;
+            }
+        }
+        copy
+    }
+
     /// What is found when the power is back.
     pub fn survivor(&self, random: &mut Random) -> Self {
         let model = self.0.lock();
@@ -362,4 +375,43 @@ fn a_disk_that_lies_about_sync_is_found_out() {
         judge(&disk.survivor(&mut Random(*seed)), &mut promised).is_err()
     });
     assert!(broken.count() > 20);
+}
+
+/// Whatever byte is damaged: the start is refused, or it serves what was written - all but perhaps the newest block, whose
+/// damage cannot be told from a torn tail.
+#[test]
+fn no_damaged_byte_is_served_or_hides_a_block() {
+    let disk = CutDisk::default();
+    let mut promised = Promised::default();
+    {
+        let wal = FileWal::open(Box::new(disk.clone()), settings(), 1).unwrap();
+        for seq in 0..14 {
+            let block = super::file::tests::block(seq, 1, 900);
+            wal.append(seq, &block).unwrap();
+            promised.acknowledged.insert(seq, block);
+        }
+        wal.trim(7).unwrap();
+    }
+    let (mut refused, mut served) = (0, 0);
+    for name in disk.list().unwrap() {
+        let bytes = disk.open(&name).unwrap().bytes().unwrap() as usize;
+        for position in (0..bytes).step_by(5) {
+            let damaged = disk.with_flipped(&name, position, 1 << (position % 8));
+            let wal = match FileWal::open(Box::new(damaged), settings(), 2) {
+                Ok(wal) => wal,
+                Err(error) => {
+                    assert!(matches!(error, WalError::Corrupt(_)), "{name} {position}: {error}");
+                    refused += 1;
+                    continue;
+                }
+            };
+            let (first, next) = wal.bounds().unwrap();
+            assert!(first <= 7 && next >= 13, "{name} {position}: {first} .. {next}");
+            for seq in 7.max(first)..next {
+                assert_eq!(&wal.read(seq).unwrap(), &promised.acknowledged[&seq], "{name} {position}");
+            }
+            served += 1;
+        }
+    }
+    assert!(refused > 500 && served > 500, "{refused} refused, {served} served");
 }
