@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
@@ -26,6 +27,7 @@ use crate::block::BlockError;
 use crate::state::{Change, State, StateError, StateLog};
 use crate::wal::{BlockLog, Usage, WalError};
 
+mod clock;
 mod committer;
 mod flight;
 mod fold;
@@ -135,6 +137,7 @@ struct Core {
     wal: Box<dyn BlockLog>,
     cold: Arc<dyn ColdTier>,
     clock: Clock,
+    cautious: Mutex<clock::CautiousClock>,
     /// The owner's epoch, in every block's header.
     epoch: u32,
     /// Bytes of the WAL that only changes may use.
@@ -303,6 +306,13 @@ impl Shard {
             self.commit(moves).await?;
         }
         Ok(count)
+    }
+}
+
+impl Core {
+    /// What time it is, for blocks and for retention.
+    fn now(&self) -> clock::Now {
+        self.cautious.lock().judge((self.clock)(), Instant::now())
     }
 }
 

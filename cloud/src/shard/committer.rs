@@ -39,7 +39,7 @@ impl Core {
                 epoch: self.epoch,
                 nonce: settings.nonce,
                 seq,
-                append_ms: (self.clock)(),
+                append_ms: self.now().stamp,
             };
             let block = open.builder.finish(header);
             let begun = Instant::now();

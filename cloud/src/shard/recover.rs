@@ -1,11 +1,14 @@
 //! Bringing a shard back: snapshot, then every block after it, by the same code that a living shard commits with.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
+use shared::name::TimestampMs;
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
+use super::clock::CautiousClock;
 use super::flight::Inner;
 use super::read::ReadCache;
 use super::{Clock, Core, OpenError, ShardSettings};
@@ -32,12 +35,12 @@ pub fn recover(
         None => (State::default(), 0),
         Some(Snapshot { next_seq, state }) => (State::decode(state)?, *next_seq),
     };
-    let mut recovery = Recovery { inner: Inner::new(state, start), settings: &settings, epoch };
+    let mut recovery = Recovery { inner: Inner::new(state, start), settings: &settings, epoch, newest_ms: None };
     match tail {
         Tail::Local => recovery.replay_local(&*wal, start)?,
         Tail::Bucket(blocks) => recovery.restore(&*wal, start, blocks, (clock)())?,
     }
-    let Recovery { mut inner, epoch, .. } = recovery;
+    let Recovery { mut inner, epoch, newest_ms, .. } = recovery;
     let usage = wal.usage();
     inner.wal_free_bytes = usage.free_bytes;
     info!(
@@ -52,6 +55,7 @@ pub fn recover(
         read_cache: Mutex::new(ReadCache::new(settings.read_cache_bytes_max)),
         settings,
         wal,
+        cautious: Mutex::new(CautiousClock::new(newest_ms.unwrap_or_else(|| (clock)()), Instant::now())),
         cold,
         clock,
         epoch,
@@ -67,6 +71,8 @@ struct Recovery<'a> {
     inner: Inner,
     settings: &'a ShardSettings,
     epoch: u32,
+    /// When the newest block was appended.
+    newest_ms: Option<TimestampMs>,
 }
 
 impl Recovery<'_> {
@@ -134,6 +140,7 @@ impl Recovery<'_> {
             return Err(wrong("it belongs to another shard"));
         }
         self.epoch = self.epoch.max(header.epoch);
+        self.newest_ms = Some(header.append_ms);
         Ok(block)
     }
 

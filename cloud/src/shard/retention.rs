@@ -56,7 +56,7 @@ fn new_start(parts: &[Part], kept: Kept, now: TimestampMs) -> Option<Offset> {
 impl Core {
     /// The log starts that retention moves now. Forgets old producers on the way.
     pub fn retention_moves(&self) -> Vec<Change> {
-        let now = (self.clock)();
+        let now = self.now().retention;
         let partitions: Vec<(Partition, Kept)> = {
             let mut inner = self.inner.lock();
             inner.state.expire_producers(now.saturating_sub(self.settings.producer_expiry_ms));

@@ -496,6 +496,29 @@ fn retention_goes_by_append_time_and_size() {
     assert_eq!((bounds.log_start, bounds.high_watermark), (30, 30));
 }
 
+#[test]
+fn a_clock_that_jumps_to_2099_deletes_nothing() {
+    let now = Arc::new(AtomicI64::new(1_700_000_000_000));
+    let clock: Clock = {
+        let now = now.clone();
+        Arc::new(move || now.load(Ordering::SeqCst))
+    };
+    let wal = MemoryWal::new(WAL_BYTES);
+    let open = || {
+        let wal = Box::new(wal.clone());
+        Shard::open(ShardSettings::default(), wal, Recovered::default(), None, clock.clone()).unwrap()
+    };
+    let shard = open();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    append(&shard, batch(10, 1)).unwrap();
+    now.store(4_070_908_800_000, Ordering::SeqCst);
+    assert_eq!(block_on(shard.apply_retention()), Ok(0));
+    shard.close();
+    let shard = open();
+    assert_eq!(block_on(shard.apply_retention()), Ok(0), "nor after a start under that clock");
+    assert_eq!(shard.bounds(partition(1)).unwrap().log_start, 0);
+}
+
 // ---- recovery ----
 
 #[test]
