@@ -19,7 +19,7 @@ pub mod configs;
 pub use configs::TopicConfig;
 
 /// Largest `max.message.bytes`: batches are held whole in memory on their way.
-pub const MESSAGE_BYTES_LIMIT: usize = 64 * 1024 * 1024;
+pub const MESSAGE_BYTES_LIMIT: usize = 32 * 1024 * 1024;
 
 /// Bounds of the catalogue and what a topic gets that says nothing.
 #[derive(Debug, Clone)]
@@ -47,7 +47,7 @@ impl Default for CatalogueSettings {
             stream_partitions: 16,
             topics_max: 10_000,
             partitions_max: 50_000,
-            retention_ms: -1,
+            retention_ms: 7 * 24 * 3600 * 1000,
             retention_bytes: -1,
             max_message_bytes: shared::limits::BATCH_BYTES_MAX,
         }
@@ -357,6 +357,12 @@ mod tests {
         fn with_state(&self, read: &mut dyn FnMut(&State)) {
             self.log.with_state(read);
         }
+    }
+
+    #[test]
+    fn what_is_described_is_what_the_shard_does() {
+        let (catalogue, shard) = (CatalogueSettings::default(), crate::shard::ShardSettings::default());
+        assert_eq!((catalogue.retention_ms, catalogue.retention_bytes), (shard.retention_ms, shard.retention_bytes));
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@
 //! response, by Kafka's codes; it cannot fail otherwise. What `dispatch::SERVED` does not name is not served and not
 //! advertised.
 
+use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -84,12 +85,19 @@ pub struct Broker {
     producer_ids: ProducerIds,
 }
 
-/// Memory that connections share, in units of [`MEMORY_UNIT`]. Two budgets, so that a request which is held can never
-/// keep a response from being built, nor the other way round.
+/// Memory that connections share, in units of [`MEMORY_UNIT`]. Requests and responses have budgets of their own, so that
+/// neither can keep the other from going on. So have large requests: memory is granted on the word of a size field, and
+/// a few that lie must not hold up everybody else's ordinary requests.
 struct Memory {
     requests: Arc<Semaphore>,
+    large_requests: Arc<Semaphore>,
     responses: Arc<Semaphore>,
 }
+
+/// Requests above this are large: more than one batch of the default bound.
+const ORDINARY_REQUEST_BYTES_MAX: usize = 2 * 1024 * 1024;
+/// The slowest a peer may send or take: keeps those who trickle from holding memory for ever.
+const TRANSFER_BYTES_PER_SEC_MIN: usize = 16 * 1024;
 
 /// Bytes per permit: semaphores count to 2^29 only, and a small request should not be free.
 const MEMORY_UNIT: usize = 1024;
@@ -110,7 +118,8 @@ impl Broker {
         settings: FrontSettings,
     ) -> Self {
         // At least one request, and one response, of the largest size must fit, or it would wait for ever.
-        let requests = (settings.memory_bytes_max / 2).max(settings.request_bytes_max);
+        let requests = (settings.memory_bytes_max / 4).max(ORDINARY_REQUEST_BYTES_MAX);
+        let large_requests = (settings.memory_bytes_max / 4).max(settings.request_bytes_max);
         let responses = (settings.memory_bytes_max / 2).max(settings.fetch_bytes_max);
         let budget = |bytes| Arc::new(Semaphore::new(memory_units(bytes) as usize));
         Self {
@@ -121,7 +130,11 @@ impl Broker {
             node_id,
             cluster_id,
             counters: Counters::default(),
-            memory: Memory { requests: budget(requests), responses: budget(responses) },
+            memory: Memory {
+                requests: budget(requests),
+                large_requests: budget(large_requests),
+                responses: budget(responses),
+            },
             connections: Arc::new(Semaphore::new(settings.connections_max)),
             producer_ids: ProducerIds::default(),
             settings,
@@ -175,6 +188,10 @@ impl Broker {
             let close = connection::run(&broker, listener, peer, stream, shutdown).await;
             match close {
                 Close::Gone | Close::Idle | Close::Shutdown => debug!(%close, "connection closed"),
+                // How clients leave who have a Fetch waiting.
+                Close::Failed(ref error) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
+                    debug!(%close, "connection closed");
+                }
                 Close::Failed(_) | Close::Slow => info!(%close, "connection closed"),
                 _ => warn!(%close, "connection closed"),
             }
@@ -299,10 +316,16 @@ pub struct FrontStatus {
 }
 
 impl Broker {
+    /// How long a peer may take to send or take so many bytes.
+    fn transfer_time(&self, bytes: usize) -> Duration {
+        self.settings.transfer_timeout + Duration::from_secs((bytes / TRANSFER_BYTES_PER_SEC_MIN) as u64)
+    }
+
     /// The front at this moment.
     pub fn status(&self) -> FrontStatus {
         let counters = &self.counters;
         let free = |semaphore: &Semaphore| (semaphore.available_permits() * MEMORY_UNIT) as u64;
+        let memory = &self.memory;
         let closed = counters.connections_closed.value();
         FrontStatus {
             connections: counters.connections_opened.value().saturating_sub(closed),
@@ -315,8 +338,8 @@ impl Broker {
             produced_bytes: counters.produced_bytes.value(),
             refused_batches: counters.refused_batches.value(),
             fetched_bytes: counters.fetched_bytes.value(),
-            request_memory_free_bytes: free(&self.memory.requests),
-            response_memory_free_bytes: free(&self.memory.responses),
+            request_memory_free_bytes: free(&memory.requests) + free(&memory.large_requests),
+            response_memory_free_bytes: free(&memory.responses),
         }
     }
 }
@@ -345,13 +368,14 @@ pub struct FrontSettings {
     pub connections_max: usize,
     /// Memory for requests being read and served, and for responses being built; further requests wait unread.
     pub memory_bytes_max: usize,
-    /// Most record bytes in one Fetch response, whatever the client asks (Kafka's `fetch.max.bytes`).
+    /// Most record bytes in one Fetch response, whatever the client asks (Kafka's `fetch.max.bytes`): a slow reader
+    /// holds as much of `memory_bytes_max` until it has taken it. Clients simply ask again.
     pub fetch_bytes_max: usize,
     /// Longest a Fetch is held, whatever the client asks.
     pub fetch_wait_max: Duration,
     /// A connection without a request for so long is closed (Kafka's `connections.max.idle.ms`).
     pub idle_timeout: Duration,
-    /// A request that has begun, a TLS handshake or a response must be through in this time.
+    /// A request that has begun, a TLS handshake or a response must be through in this time, or at 16 KiB a second.
     pub transfer_timeout: Duration,
     /// Metadata for a topic that does not exist makes it, if the client allows.
     pub auto_create_topics: bool,
@@ -364,7 +388,7 @@ impl Default for FrontSettings {
             plain_request_bytes_max: 8 * 1024 * 1024,
             connections_max: 10_000,
             memory_bytes_max: 512 * 1024 * 1024,
-            fetch_bytes_max: 55 * 1024 * 1024,
+            fetch_bytes_max: 8 * 1024 * 1024,
             fetch_wait_max: Duration::from_secs(60),
             idle_timeout: Duration::from_secs(600),
             transfer_timeout: Duration::from_secs(30),

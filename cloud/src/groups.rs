@@ -7,7 +7,7 @@
 //! Offsets live as long as somebody uses them: they go when their group has been empty for `offsets_retention`
 //! (KIP-211), when their topic is deleted, or when they are told to.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -27,8 +27,8 @@ mod tests;
 pub use coordinator::{Coordinator, Effects, Listed};
 pub use group::{Description, Effect, GroupError, JoinRequest, Joined, SyncRequest, Synced, Ticket};
 
-/// Longest group id, bytes.
-pub const GROUP_ID_BYTES_MAX: usize = 1024;
+/// Longest group id, bytes. Each committed offset carries it into the log, so this bounds what one commit can write.
+pub const GROUP_ID_BYTES_MAX: usize = 255;
 /// Offsets removed in one commit when they expire.
 const EXPIRED_PER_COMMIT: usize = 1000;
 
@@ -217,6 +217,8 @@ impl Groups {
         if group.len() > GROUP_ID_BYTES_MAX {
             return Err(GroupError::InvalidGroupId);
         }
+        // Of a partition that is named twice the last position counts, and one is written.
+        let offsets: BTreeMap<Partition, OffsetCommit> = offsets.into_iter().map(|o| (o.partition, o)).collect();
         let (stored, _committing) = {
             // The commit takes its place in the log under the lock: no other generation's can come between check and log.
             let mut inner = self.inner.lock();
@@ -234,7 +236,7 @@ impl Groups {
                 let empty_since_ms = (!has_members).then_some(now_ms);
                 changes.push(Change::GroupTouched { group: group.to_owned(), protocol_type, empty_since_ms });
             }
-            changes.extend(offsets.into_iter().map(|commit| Change::OffsetCommitted {
+            changes.extend(offsets.into_values().map(|commit| Change::OffsetCommitted {
                 group: group.to_owned(),
                 partition: commit.partition,
                 committed: CommittedOffset {
@@ -256,7 +258,7 @@ impl Groups {
         state: &State,
         group: &str,
         has_members: bool,
-        offsets: &[OffsetCommit],
+        offsets: &BTreeMap<Partition, OffsetCommit>,
     ) -> Result<bool, GroupError> {
         let Some(known) = state.group(group) else {
             let groups = state.groups().count();
@@ -265,7 +267,7 @@ impl Groups {
             }
             return Ok(true);
         };
-        let added = offsets.iter().filter(|commit| !known.offsets.contains_key(&commit.partition)).count();
+        let added = offsets.keys().filter(|partition| !known.offsets.contains_key(partition)).count();
         if known.offsets.len() + added > self.settings.group_offsets_max {
             let max = self.settings.group_offsets_max;
             return Err(GroupError::Bound(format!("a group may have offsets of {max} partitions")));
@@ -274,7 +276,7 @@ impl Groups {
     }
 
     /// Removes offsets. Of a group with members none can go: which topics its members read is between them.
-    pub async fn delete_offsets(&self, group: &str, partitions: Vec<Partition>) -> Result<(), GroupError> {
+    pub async fn delete_offsets(&self, group: &str, partitions: BTreeSet<Partition>) -> Result<(), GroupError> {
         let stored = {
             let inner = self.inner.lock();
             let known = inner.coordinator.get(group);

@@ -15,6 +15,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use serde::Serialize;
+use shared::histogram::Histogram;
 use shared::log::{
     Append, AppendError, Appended, Bounds, BoxFuture, EpochEnd, Log, Read, ReadError, ReadLimits, StreamKey, TimePoint,
     TrimError,
@@ -153,7 +154,7 @@ struct Core {
 }
 
 /// Counters and gauges of a shard.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct ShardStatus {
     /// Its number.
     pub shard: u32,
@@ -181,10 +182,8 @@ pub struct ShardStatus {
     pub block_bytes: u64,
     /// Batches made durable since the start.
     pub batches: u64,
-    /// Microseconds spent in appends to the WAL since the start.
-    pub append_micros: u64,
-    /// The longest of them, microseconds.
-    pub append_micros_max: u64,
+    /// Seconds an append to the WAL took.
+    pub commit_seconds: Histogram,
     /// Appends that were refused because something was full.
     pub refused_full: u64,
 }

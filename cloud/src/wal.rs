@@ -10,7 +10,7 @@ pub mod file;
 pub mod memory;
 
 #[cfg(test)]
-mod powercut;
+pub(crate) mod powercut;
 
 /// Numbered blocks, durable when [`BlockLog::append`] returns.
 pub trait BlockLog: Send + Sync + 'static {

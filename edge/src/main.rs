@@ -1,2 +1,222 @@
-//! `tributary-edge`: the command line.
-fn main() {}
+//! `tributary-edge`: the command line, and the one place that names engines and puts the parts together.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use clap::{Parser, Subcommand};
+use daemon::settings::SettingsArgs;
+use daemon::tls;
+use edge::admin::{Gateway, render, routes, tail};
+use edge::config::{EdgeConfig, Transport, UplinkConfig};
+use edge::store::{EdgeStore, StoreSettings};
+use edge::uplink::{Uplink, UplinkSettings};
+use mqtt::front::{Front, ListenerSettings, Settings, User};
+use shared::config::Loaded;
+use shared::name::EdgeId;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
+
+const ENV_PREFIX: &str = "TRIBUTARY_EDGE";
+/// How long clients get to receive what is still owed to them at a stop.
+const GOODBYE: Duration = Duration::from_secs(4);
+
+/// The gateway broker: stores what devices publish over MQTT and forwards it, exactly once.
+#[derive(Parser)]
+#[command(name = "tributary-edge", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the broker until SIGTERM or Ctrl-C.
+    Run(SettingsArgs),
+    /// Checks the settings and prints each effective value with its origin.
+    Check(SettingsArgs),
+    /// Prints streams and link state of a running broker.
+    Status {
+        /// The broker's admin port.
+        #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
+        admin: String,
+    },
+    /// Prints a stream's records as they come.
+    Tail {
+        /// The stream.
+        stream: String,
+        /// The first offset to print.
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        from: i64,
+        /// One JSON object per line, keys and values in base64.
+        #[arg(long)]
+        json: bool,
+        /// The broker's admin port.
+        #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
+        admin: String,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    tls::install_provider();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    match Cli::parse().command {
+        Command::Run(args) => {
+            daemon::init_logging();
+            let loaded = load(&args)?;
+            runtime.block_on(run(loaded.settings))
+        }
+        Command::Check(args) => {
+            print!("{}", load(&args)?.describe()?);
+            Ok(())
+        }
+        Command::Status { admin } => {
+            print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
+            Ok(())
+        }
+        Command::Tail { stream, from, json, admin } => runtime.block_on(tail(&admin, &stream, from, json)),
+    }
+}
+
+fn load(args: &SettingsArgs) -> anyhow::Result<Loaded<EdgeConfig>> {
+    let loaded = args.load::<EdgeConfig>(ENV_PREFIX)?;
+    let config = &loaded.settings;
+    config.check().map_err(|text| anyhow!(text))?;
+    users(config)?;
+    config.uplink.0.iter().try_for_each(|uplink| token(uplink).map(drop))?;
+    edge::streams::Rules::new(&config.stream)?;
+    Ok(loaded)
+}
+
+fn users(config: &EdgeConfig) -> anyhow::Result<Vec<User>> {
+    let user = |user: &edge::config::MqttUserConfig| {
+        let key = "[[mqtt.user]] password";
+        let password = daemon::settings::secret(key, user.password.as_ref(), user.password_file.as_deref())?;
+        let password = password.with_context(|| format!("[[mqtt.user]] name = {:?}: no password", user.name))?;
+        Ok(User { name: user.name.clone(), password })
+    };
+    config.mqtt.user.iter().map(user).collect()
+}
+
+fn token(uplink: &UplinkConfig) -> anyhow::Result<Option<String>> {
+    let token = daemon::settings::secret("[uplink] token", uplink.token.as_ref(), uplink.token_file.as_deref())?;
+    Ok(token.map(|token| token.reveal().to_owned()))
+}
+
+async fn bind(what: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("{what} = \"{address}\" cannot be listened on: is another process using it, or is it not this host's?")
+    })
+}
+
+/// Everything that is opened before anything is served, so that a start either works or says why not.
+struct Started {
+    gateway: Gateway,
+    stop: watch::Sender<bool>,
+    tasks: JoinSet<anyhow::Result<()>>,
+}
+
+async fn run(config: EdgeConfig) -> anyhow::Result<()> {
+    let signal = daemon::stop_signal();
+    tokio::pin!(signal);
+    let mut started = tokio::select! {
+        started = start(&config) => started?,
+        stopped = &mut signal => return stopped,
+    };
+    let gateway = started.gateway.clone();
+    let result = tokio::select! {
+        stopped = signal => stopped,
+        // After this nothing would be acknowledged any more; a new start reads again what is on disk.
+        failed = gateway.store.failed() => Err(anyhow!("storage has failed: {}", failed.0)),
+        Some(ended) = started.tasks.join_next() => ended.context("a task panicked")?.and(Err(anyhow!("a listener ended"))),
+    };
+    if let Err(cause) = &result {
+        error!("{cause:#}");
+    }
+    gateway.front.shutdown(GOODBYE).await;
+    started.stop.send_replace(true);
+    while let Some(ended) = started.tasks.join_next().await {
+        if let Ok(Err(cause)) = ended {
+            warn!("{cause:#}");
+        }
+    }
+    let store = gateway.store.clone();
+    tokio::task::spawn_blocking(move || store.close()).await?;
+    info!("stopped");
+    result
+}
+
+async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
+    let id = config.edge_id().map_err(|text| anyhow!(text))?;
+    let data_dir = std::path::absolute(&config.data_dir)?;
+    let settings = StoreSettings {
+        cache_bytes: config.storage.cache_bytes.0 as usize,
+        commit_interval: config.storage.commit_interval.0,
+        commit_bytes: config.storage.commit_bytes.0 as usize,
+        disk_budget: config.storage.disk_budget.map(|bytes| bytes.0),
+        ..StoreSettings::new(id.clone(), &data_dir)
+    };
+    let streams = config.stream.clone();
+    let store = tokio::task::spawn_blocking(move || EdgeStore::open(settings, streams)).await??;
+    info!(edge = %id, data_dir = %data_dir.display(), "store is open");
+
+    let (stop, stopping) = watch::channel(false);
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let front = mqtt(config, store.clone(), &mut tasks).await?;
+    let uplink = match config.uplink.0.first() {
+        Some(uplink) => Some(Arc::new(Uplink::start(uplink_settings(uplink, &id)?, store.clone(), stopping.clone())?)),
+        None => None,
+    };
+    let gateway = Gateway { id, store, front, uplink };
+    let admin = bind("[admin] listen", config.admin.listen.0).await?;
+    info!(address = %config.admin.listen, "listening for admin");
+    let (observed, collector) = (Arc::new(gateway.clone()), Box::new(gateway.clone()));
+    let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), stopping);
+    tasks.spawn(async move { serving.await.context("[admin] listen") });
+    Ok(Started { gateway, stop, tasks })
+}
+
+fn uplink_settings(uplink: &UplinkConfig, id: &EdgeId) -> anyhow::Result<UplinkSettings> {
+    let ca_pem = uplink
+        .ca_file
+        .as_ref()
+        .map(|path| std::fs::read(path).with_context(|| format!("[uplink] ca_file: cannot read {}", path.display())));
+    Ok(UplinkSettings {
+        name: uplink.name.clone(),
+        url: uplink.url.clone(),
+        token: token(uplink)?,
+        ca_pem: ca_pem.transpose()?,
+        compression: uplink.compression,
+        linger: uplink.linger.0,
+        ..UplinkSettings::new(id.clone())
+    })
+}
+
+async fn mqtt(
+    config: &EdgeConfig,
+    store: Arc<EdgeStore>,
+    tasks: &mut JoinSet<anyhow::Result<()>>,
+) -> anyhow::Result<Arc<Front>> {
+    let settings = Settings {
+        packet_bytes_max: config.mqtt.packet_bytes_max.0 as usize,
+        receive_maximum: config.mqtt.receive_maximum,
+        connections_max: config.mqtt.connections_max,
+        hold_timeout: config.mqtt.hold_timeout.0,
+        users: users(config)?,
+        ..Settings::default()
+    };
+    let front = Front::new(settings, store)?;
+    for listener in config.mqtt_listeners() {
+        let tls = match (listener.transport, &listener.tls) {
+            (Transport::Tls, Some(tls)) => Some(tls::server_config(&tls.cert_file, &tls.key_file)?),
+            _ => None,
+        };
+        let socket = bind("[mqtt] listen", listener.bind.0).await?;
+        let settings = ListenerSettings { name: listener.bind.to_string(), allow_anonymous: listener.allow_anonymous };
+        let serving = front.clone().serve(socket, tls, settings);
+        tasks.spawn(async move { Ok(serving.await?) });
+    }
+    Ok(front)
+}

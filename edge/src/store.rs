@@ -8,6 +8,7 @@
 mod open;
 mod state;
 mod status;
+mod uplink;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,7 +29,7 @@ use crate::streams::{OnFull, RuleError, Rules};
 pub use crate::redb_log::StoredBatch;
 pub use open::{OpenError, StoreSettings};
 use state::{State, Verdict};
-pub use status::{Histogram, StoreStatus, StreamStatus};
+pub use status::{StoreStatus, StreamStatus};
 
 /// The edge's store.
 pub struct EdgeStore {

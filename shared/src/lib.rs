@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod config;
+pub mod histogram;
 pub mod limits;
 pub mod link;
 pub mod log;

@@ -31,6 +31,7 @@ pub struct EdgePlan {
     pub id: String,
     pub data_dir: PathBuf,
     pub mqtt: SocketAddr,
+    pub mqtt_extra: String,
     pub admin: SocketAddr,
     pub uplink_url: String,
     pub uplink_extra: String,
@@ -76,6 +77,7 @@ impl Lab {
             id: "gw-1".into(),
             data_dir: dir.join("edge"),
             mqtt: free_port()?,
+            mqtt_extra: String::new(),
             admin: free_port()?,
             uplink_url: format!("http://{}", cloud.link),
             uplink_extra: String::new(),
@@ -89,8 +91,8 @@ impl Lab {
     pub fn edge(&self) -> Result<Broker> {
         let e = &self.edge;
         let text = format!(
-            "id = {:?}\ndata_dir = {:?}\n{}\n[mqtt]\nlisten = \"{}\"\n[admin]\nlisten = \"{}\"\n[uplink]\nurl = {:?}\n{}\n{}\n",
-            e.id, e.data_dir, e.extra, e.mqtt, e.admin, e.uplink_url, e.uplink_extra, e.streams
+            "id = {:?}\ndata_dir = {:?}\n{}\n[mqtt]\nlisten = \"{}\"\n{}\n[admin]\nlisten = \"{}\"\n[uplink]\nurl = {:?}\n{}\n{}\n",
+            e.id, e.data_dir, e.extra, e.mqtt, e.mqtt_extra, e.admin, e.uplink_url, e.uplink_extra, e.streams
         );
         let config = self.dir.join("edge.toml");
         std::fs::write(&config, text)?;

@@ -3,6 +3,7 @@
 mod archive;
 mod bad_input;
 mod clients;
+mod hardship;
 mod kill;
 mod live;
 pub mod security;
@@ -60,6 +61,13 @@ scenarios! {
     archive::cloud_comes_back_from_an_s3_bucket,
     security::tls_and_token_let_the_right_edge_in,
     security::wrong_token_wrong_id_and_wrong_certificate_are_refused,
+    hardship::clocks_at_1970_and_2099_and_back_stop_nobody,
+    hardship::two_edges_with_one_id_take_turns_and_lose_nothing,
+    hardship::damaged_database_is_set_aside_and_the_edge_goes_on,
+    hardship::full_edge_holds_acknowledgements_until_there_is_room,
+    hardship::full_edge_rejects_where_it_is_told_to,
+    hardship::full_edge_drops_the_oldest_and_declares_the_gap,
+    hardship::full_disk_at_either_side_loses_nothing,
     bad_input::second_process_on_a_data_directory_is_refused,
     bad_input::unusable_data_directory_is_an_error_that_names_it,
     bad_input::listener_beyond_loopback_is_refused_with_both_fixes,

@@ -155,7 +155,7 @@ const DEFINITIONS: &[Definition] = &[
         broker_name: "log.retention.bytes",
         kind: ConfigType::Long,
         takes: Takes::Number { min: -1, max: i64::MAX, of_broker: |settings| settings.retention_bytes },
-        documentation: "The oldest records of a partition go when it is larger than this many bytes; -1 keeps all.",
+        documentation: "The oldest records of a partition go while the rest is at least this many bytes; -1 keeps all.",
     },
     Definition {
         name: "retention.ms",
@@ -186,8 +186,8 @@ pub fn check(configs: &[(String, Option<String>)]) -> Result<BTreeMap<String, St
             ));
         };
         let value = value.as_deref().ok_or_else(|| format!("topic setting {name} has no value"))?.trim();
-        definition.takes.check(name, value)?;
-        if checked.insert(name.clone(), value.to_owned()).is_some() {
+        let value = definition.takes.check(name, value)?;
+        if checked.insert(name.clone(), value).is_some() {
             return Err(format!("topic setting {name} is given twice"));
         }
     }
@@ -195,14 +195,15 @@ pub fn check(configs: &[(String, Option<String>)]) -> Result<BTreeMap<String, St
 }
 
 impl Takes {
-    fn check(&self, name: &str, value: &str) -> Result<(), String> {
+    /// The value as it is stored: `007` is 7.
+    fn check(&self, name: &str, value: &str) -> Result<String, String> {
         let shown: String = value.chars().take(128).collect();
         match self {
             Self::Number { min, max, .. } => match value.parse::<i64>() {
-                Ok(number) if (*min..=*max).contains(&number) => Ok(()),
+                Ok(number) if (*min..=*max).contains(&number) => Ok(number.to_string()),
                 _ => Err(format!("{name} = {shown:?}: expected a whole number from {min} to {max}")),
             },
-            Self::Only(only) if value == *only => Ok(()),
+            Self::Only(only) if value == *only => Ok((*only).to_owned()),
             Self::Only(only) => Err(format!("{name} = {shown:?} is not offered: on this broker it is always {only}")),
         }
     }
@@ -294,6 +295,7 @@ mod tests {
         assert!(check(&[("retention.ms".into(), None)]).unwrap_err().contains("no value"));
         let twice = [("retention.ms".into(), Some("1".into())), ("retention.ms".into(), Some("2".into()))];
         assert!(check(&twice).unwrap_err().contains("twice"));
+        assert_eq!(one("retention.ms", "+007").unwrap()["retention.ms"], "7");
         for (name, value) in [("cleanup.policy", "delete"), ("retention.ms", " -1 "), ("max.message.bytes", "2000000")]
         {
             one(name, value).unwrap();

@@ -26,12 +26,12 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::dispatch::{self, Close, Reply};
-use super::{Broker, Listener, RequestContext, memory_units};
+use super::{Broker, Listener, ORDINARY_REQUEST_BYTES_MAX, RequestContext, memory_units};
 
 /// Most Produce requests of one connection that wait for the disk together.
 const PIPELINE_MAX: usize = 64;
 /// What a read asks the socket for when nothing is known yet.
-const READ_BYTES: usize = 8 * 1024;
+const READ_BYTES: usize = 4 * 1024;
 /// Most that is set aside for a request before its bytes are there.
 const AHEAD_BYTES: usize = 1024 * 1024;
 /// Size field, key, version and correlation id: the least that can be a request.
@@ -175,7 +175,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     async fn send(&mut self, reply: Reply) -> Result<(), Close> {
         let Some(encoded) = reply.encoded else { return Ok(()) };
         self.broker.counters.response_bytes.add(encoded.length as u64);
-        match timeout(self.broker.settings.transfer_timeout, write_all(&mut self.stream, encoded)).await {
+        let time = self.broker.transfer_time(encoded.length);
+        match timeout(time, write_all(&mut self.stream, encoded)).await {
             Ok(written) => written.map_err(Close::Failed),
             Err(_) => Err(Close::Slow),
         }
@@ -224,8 +225,8 @@ struct Frames {
     buffer: BytesMut,
     /// Memory granted to the frame that is being read.
     permit: Option<OwnedSemaphorePermit>,
-    /// When that frame's first byte came.
-    began: Option<Instant>,
+    /// When that frame must be whole.
+    due: Option<Instant>,
 }
 
 impl Frames {
@@ -236,15 +237,15 @@ impl Frames {
             if let Some(frame) = self.cut(broker).await? {
                 return Ok(Some(frame));
             }
-            let (until, late) = match self.began {
+            let (until, late) = match self.due {
                 None => (idle_until, Close::Idle),
-                Some(began) => (began + broker.settings.transfer_timeout, Close::Slow),
+                Some(due) => (due, Close::Slow),
             };
             let read = timeout_at(until, stream.read_buf(&mut self.buffer)).await.map_err(|_| late)?;
             if read.map_err(Close::Failed)? == 0 {
                 return if self.buffer.is_empty() { Ok(None) } else { Err(Close::Cut) };
             }
-            self.began.get_or_insert_with(Instant::now);
+            self.due.get_or_insert_with(|| Instant::now() + broker.settings.transfer_timeout);
         }
     }
 
@@ -255,10 +256,14 @@ impl Frames {
             return Ok(None);
         };
         if self.permit.is_none() {
-            let permits = broker.memory.requests.clone().acquire_many_owned(memory_units(size));
+            let memory = match size {
+                ..=ORDINARY_REQUEST_BYTES_MAX => &broker.memory.requests,
+                _ => &broker.memory.large_requests,
+            };
+            let permits = memory.clone().acquire_many_owned(memory_units(size)).await;
+            self.permit = Some(permits.map_err(|_| Close::Shutdown)?);
             // Waiting for memory is our fault, not the client's: its time begins when it may go on.
-            self.permit = Some(permits.await.map_err(|_| Close::Shutdown)?);
-            self.began = Some(Instant::now());
+            self.due = Some(Instant::now() + broker.transfer_time(size));
         }
         let missing = (PREFIX_BYTES + size).saturating_sub(self.buffer.len());
         if missing > 0 {
@@ -267,7 +272,13 @@ impl Frames {
         }
         self.buffer.advance(PREFIX_BYTES);
         let bytes = self.buffer.split_to(size).freeze();
-        self.began = (!self.buffer.is_empty()).then(Instant::now);
+        self.due = None;
+        if self.buffer.is_empty() {
+            // Lets go of the allocation that the frame lives in: an idle connection must not keep it.
+            self.buffer = BytesMut::new();
+        } else {
+            self.due = Some(Instant::now() + broker.settings.transfer_timeout);
+        }
         Ok(self.permit.take().map(|permit| Frame { bytes, permit }))
     }
 

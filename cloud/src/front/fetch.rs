@@ -18,6 +18,7 @@ use kafka_wire::fetch::{
     EpochEndOffset, FetchPartition, FetchRequest, FetchResponse, FetchableTopicResponse, PartitionData,
 };
 use kafka_wire::{ErrorCode, Records};
+use shared::batch::{Batch, Compression};
 use shared::log::{Bounds, ReadError, ReadLimits};
 use shared::name::{Offset, Partition};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -26,6 +27,8 @@ use tracing::error;
 
 use super::{Broker, MEMORY_UNIT, RequestContext, Route, memory_units};
 
+/// The first version whose clients know zstd (KIP-110).
+const ZSTD_VERSION_MIN: i16 = 10;
 /// The first version that names topics by id.
 const TOPIC_ID_VERSION_MIN: i16 = 13;
 const READ_COMMITTED: i8 = 1;
@@ -56,6 +59,9 @@ pub(super) async fn handle(broker: &Broker, context: &RequestContext, request: F
         deadline: Instant::now() + wait,
     };
     poll.run().await;
+    if context.api_version < ZSTD_VERSION_MIN {
+        poll.refuse_zstd();
+    }
     broker.counters.fetched_bytes.add(poll.bytes as u64);
     let memory = poll.budget.held.take();
     Fetched { response: respond(request, poll.slots), memory }
@@ -202,6 +208,15 @@ impl Poll<'_> {
         }
     }
 
+    /// A client that does not know zstd hears so, instead of bytes it would take for damaged.
+    fn refuse_zstd(&mut self) {
+        for slot in &mut self.slots {
+            if matches!(slot, Slot::Open(open) if open.batches.iter().any(|slice| has_zstd(slice.clone()))) {
+                *slot = Slot::Failed(ErrorCode::UNSUPPORTED_COMPRESSION_TYPE);
+            }
+        }
+    }
+
     /// Waits until a partition that has room grew. `false` when time is up or nothing can come any more.
     async fn wait(&self) -> bool {
         let mut growing: FuturesUnordered<_> = self
@@ -217,6 +232,18 @@ impl Poll<'_> {
         // A failure counts as growth: the read that follows meets it and reports it.
         matches!(timeout_at(self.deadline, growing.next()).await, Ok(Some(_)))
     }
+}
+
+/// Whether any of some stored batches is compressed with zstd.
+fn has_zstd(mut batches: Bytes) -> bool {
+    while let Some(length) = batches.get(8..12).and_then(|length| length.try_into().ok()).map(i32::from_be_bytes) {
+        let end = batches.len().min(12 + length.max(0) as usize);
+        let batch = Batch::trusted(batches.split_to(end));
+        if batch.is_ok_and(|batch| batch.compression() == Compression::Zstd) {
+            return true;
+        }
+    }
+    false
 }
 
 /// What one answer may still take: of its own limit, and of the memory that all share.

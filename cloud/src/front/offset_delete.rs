@@ -3,6 +3,8 @@
 //! Of a group of consumers with members every partition is answered GROUP_SUBSCRIBED_TO_TOPIC: what its members read
 //! is between them, so any topic may be among it.
 
+use std::collections::BTreeSet;
+
 use kafka_wire::ErrorCode;
 use kafka_wire::offset_delete::{
     OffsetDeleteRequest, OffsetDeleteResponse, OffsetDeleteResponsePartition, OffsetDeleteResponseTopic,
@@ -13,7 +15,7 @@ use crate::groups::GroupError;
 
 /// Answers OffsetDelete.
 pub async fn handle(broker: &Broker, _: &RequestContext, request: OffsetDeleteRequest) -> OffsetDeleteResponse {
-    let mut delete = Vec::new();
+    let mut delete = BTreeSet::new();
     let mut topics = Vec::with_capacity(request.topics.len());
     for topic in request.topics {
         let mut partitions = Vec::with_capacity(topic.partitions.len());

@@ -78,6 +78,21 @@ async fn start_with(settings: FrontSettings, log: MemoryLog) -> Running {
 }
 
 async fn start_over(settings: FrontSettings, log: MemoryLog, shard: Arc<Shard>) -> Running {
+    run(settings, log, shard, None).await
+}
+
+async fn start_tls(settings: FrontSettings, tls: Arc<rustls::ServerConfig>) -> Running {
+    let log = MemoryLog::new(1 << 20);
+    let shard = Arc::new(Shard { log: log.clone(), state: MemoryStateLog::new() });
+    run(settings, log, shard, Some(tls)).await
+}
+
+async fn run(
+    settings: FrontSettings,
+    log: MemoryLog,
+    shard: Arc<Shard>,
+    tls: Option<Arc<rustls::ServerConfig>>,
+) -> Running {
     let catalogue = Arc::new(Catalogue::new(shard.clone(), CatalogueSettings::default()));
     let group_settings = GroupSettings { initial_rebalance_delay_ms: 0, ..GroupSettings::default() };
     let groups = Groups::new(shard.clone(), group_settings);
@@ -87,7 +102,7 @@ async fn start_over(settings: FrontSettings, log: MemoryLog, shard: Arc<Shard>) 
     let socket = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = socket.local_addr().unwrap().port();
     let listener =
-        Listener { name: "test".to_owned(), advertised_host: "127.0.0.1".to_owned(), advertised_port: port, tls: None };
+        Listener { name: "test".to_owned(), advertised_host: "127.0.0.1".to_owned(), advertised_port: port, tls };
     let (stop, shutdown) = watch::channel(false);
     let task = tokio::spawn(broker.clone().serve(socket, Arc::new(listener), shutdown));
     Running { broker, log, shard, port, stop, task }

@@ -1,7 +1,5 @@
 //! Groups with a virtual clock; then the waiting and the durable part over a state log in memory.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use bytes::Bytes;
 use proptest::prelude::*;
 use shared::log::AppendError;
@@ -674,11 +672,11 @@ async fn a_commit_is_answered_when_it_is_durable_and_not_otherwise() {
     assert_eq!(committed(&log, "simple", 0), Some((5, "here".into())));
     log.refuse(None);
     assert_eq!(groups.list().get("simple").map(|l| l.state), Some("Empty"));
-    groups.delete_offsets("simple", vec![partition(0)]).await.unwrap();
+    groups.delete_offsets("simple", BTreeSet::from([partition(0)])).await.unwrap();
     assert_eq!(committed(&log, "simple", 0), None);
     groups.delete("simple").await.unwrap();
     assert_eq!(groups.delete("simple").await, Err(GroupError::GroupIdNotFound));
-    assert_eq!(groups.delete_offsets("simple", vec![]).await, Err(GroupError::GroupIdNotFound));
+    assert_eq!(groups.delete_offsets("simple", BTreeSet::new()).await, Err(GroupError::GroupIdNotFound));
     assert!(groups.list().is_empty());
 }
 
@@ -706,7 +704,7 @@ async fn members_wait_for_each_other_and_their_group_outlives_them() {
     };
     assert_eq!(durable(&log), Some(("consumer".into(), false)));
     assert_eq!(groups.delete("g").await, Err(GroupError::NonEmptyGroup));
-    assert_eq!(groups.delete_offsets("g", vec![partition(1)]).await, Err(GroupError::SubscribedToTopic));
+    assert_eq!(groups.delete_offsets("g", BTreeSet::from([partition(1)])).await, Err(GroupError::SubscribedToTopic));
     assert_eq!(groups.expire(i64::MAX / 2).await, 0, "nothing expires while there are members");
 
     let both = [(leader.member_id, None), (follower.member_id, None)];
@@ -730,9 +728,15 @@ async fn members_wait_for_each_other_and_their_group_outlives_them() {
 #[tokio::test]
 async fn offsets_and_groups_are_bounded() {
     let log = Arc::new(MemoryStateLog::new());
-    let groups = Groups::new(log, GroupSettings { groups_max: 1, group_offsets_max: 1, ..settings() });
+    let groups = Groups::new(log.clone(), GroupSettings { groups_max: 1, group_offsets_max: 1, ..settings() });
     groups.commit_offsets("a", "", None, -1, commit(0, 1)).await.unwrap();
     groups.commit_offsets("a", "", None, -1, commit(0, 2)).await.unwrap();
+    let twice = [commit(0, 3), commit(0, 4)].concat();
+    groups.commit_offsets("a", "", None, -1, twice).await.unwrap();
+    let written = log.commits().pop().unwrap();
+    assert_eq!((written.len(), committed(&log, "a", 0)), (1, Some((4, "here".into()))), "the last one counts");
     assert!(matches!(groups.commit_offsets("a", "", None, -1, commit(1, 1)).await, Err(GroupError::Bound(_))));
+    let long = "x".repeat(GROUP_ID_BYTES_MAX + 1);
+    assert_eq!(groups.commit_offsets(&long, "", None, -1, commit(0, 1)).await, Err(GroupError::InvalidGroupId));
     assert!(matches!(groups.commit_offsets("b", "", None, -1, commit(0, 1)).await, Err(GroupError::Bound(_))));
 }

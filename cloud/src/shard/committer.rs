@@ -96,8 +96,7 @@ impl Core {
         inner.counters.blocks += 1;
         inner.counters.block_bytes += bytes;
         inner.counters.batches += batches;
-        inner.counters.append_micros += micros;
-        inner.counters.append_micros_max = inner.counters.append_micros_max.max(micros);
+        inner.counters.commit_seconds.add(micros as f64 / 1e6);
         drop(inner);
         committing.outcome.complete(Ok(()));
         self.committed.notify_waiters();

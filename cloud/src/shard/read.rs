@@ -3,7 +3,7 @@
 //! What to read is decided under the lock (`plan`), read without it, and cut to whole batches at the end. A block that was
 //! trimmed away in between is in the cold tier by then: the plan is made again.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -27,27 +27,32 @@ const PLANS_MAX: usize = 5;
 /// reader far behind takes nothing from readers at the end.
 #[derive(Debug)]
 pub struct ReadCache {
-    runs: VecDeque<(u64, u32, Bytes)>,
+    runs: HashMap<(u64, u32), Bytes>,
+    /// Oldest first.
+    order: VecDeque<(u64, u32)>,
     bytes: usize,
     bytes_max: usize,
 }
 
 impl ReadCache {
     pub fn new(bytes_max: usize) -> Self {
-        Self { runs: VecDeque::new(), bytes: 0, bytes_max }
+        Self { runs: HashMap::new(), order: VecDeque::new(), bytes: 0, bytes_max }
     }
 
     fn find(&self, run: &Run) -> Option<Bytes> {
-        let found = self.runs.iter().rev().find(|(seq, position, _)| *seq == run.seq && *position == run.position);
-        found.map(|(_, _, bytes)| bytes.clone())
+        self.runs.get(&(run.seq, run.position)).cloned()
     }
 
     fn keep(&mut self, run: &Run, bytes: &Bytes) {
+        let key = (run.seq, run.position);
+        if self.runs.insert(key, bytes.clone()).is_some() {
+            return;
+        }
         self.bytes += bytes.len();
-        self.runs.push_back((run.seq, run.position, bytes.clone()));
+        self.order.push_back(key);
         while self.bytes > self.bytes_max {
-            let Some((_, _, oldest)) = self.runs.pop_front() else { break };
-            self.bytes -= oldest.len();
+            let Some(oldest) = self.order.pop_front() else { break };
+            self.bytes -= self.runs.remove(&oldest).map_or(0, |bytes| bytes.len());
         }
     }
 }

@@ -25,6 +25,19 @@ impl Core {
         recent.map_or_else(|| self.wal.read(seq).map_err(source_error), Ok)
     }
 
+    fn blocks(&self, from: u64, next: u64, bytes_max: usize) -> Result<Vec<StoredBlock>, SourceError> {
+        let (mut blocks, mut bytes) = (Vec::new(), 0);
+        for seq in from..next {
+            let block = self.block(seq)?;
+            if !blocks.is_empty() && bytes + block.len() > bytes_max {
+                break;
+            }
+            bytes += block.len();
+            blocks.push(StoredBlock { seq, bytes: block });
+        }
+        Ok(blocks)
+    }
+
     fn is_closed(&self) -> bool {
         self.inner.lock().stopped == Some(AppendError::Closed)
     }
@@ -77,16 +90,19 @@ impl Source for Shard {
             if self.core.is_closed() {
                 return Err(SourceError::Closed);
             }
-            let (mut blocks, mut bytes) = (Vec::new(), 0);
-            for seq in from..next {
-                let block = self.core.block(seq)?;
-                if !blocks.is_empty() && bytes + block.len() > bytes_max {
-                    break;
-                }
-                bytes += block.len();
-                blocks.push(StoredBlock { seq, bytes: block });
+            if from >= next {
+                return Ok(Vec::new());
             }
-            Ok(blocks)
+            let recent = self.core.inner.lock().tail.block(from).is_some();
+            match tokio::runtime::Handle::try_current() {
+                // What is not recent comes from the disk: off the async threads where there are any.
+                Ok(runtime) if !recent => {
+                    let core = self.core.clone();
+                    let read = runtime.spawn_blocking(move || core.blocks(from, next, bytes_max));
+                    read.await.unwrap_or(Err(SourceError::Closed))
+                }
+                _ => self.core.blocks(from, next, bytes_max),
+            }
         })
     }
 

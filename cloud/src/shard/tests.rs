@@ -16,6 +16,9 @@ use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
 use crate::wal::memory::MemoryWal;
 
+mod powercut;
+mod tiers;
+
 const WAL_BYTES: u64 = 2 << 20;
 
 fn topic(n: u8, partitions: u32) -> Topic {
@@ -135,6 +138,19 @@ fn the_file_engine_keeps_the_contract() {
             Box::new(UnderTest::new(make, settings, Some(directory)))
         });
     }
+}
+
+#[test]
+fn within_a_runtime_the_contract_is_kept_too() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+    let _entered = runtime.enter();
+    conformance::run(&mut || {
+        let wal = MemoryWal::new(WAL_BYTES);
+        let make: MakeWal = Box::new(move || Box::new(wal.clone()));
+        // With a tail of nothing every read goes to another thread.
+        let settings = ShardSettings { tail_bytes_max: 0, ..ShardSettings::default() };
+        Box::new(UnderTest::new(make, settings, None))
+    });
 }
 
 // ---- in flight ----

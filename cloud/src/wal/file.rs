@@ -285,7 +285,8 @@ impl FileWal {
             return;
         }
         let ring = self.shared.ring.lock();
-        let half_used = ring.live.back().is_none_or(|live| live.used * 2 >= live.spare.bytes);
+        // Not before the first file is used: an idle node writes no zeros.
+        let half_used = ring.live.back().is_some_and(|live| live.used * 2 >= live.spare.bytes);
         let room = ring.held_bytes() + settings.file_bytes <= settings.bytes_max;
         if !ring.free.is_empty() || ring.filling > 0 || !half_used || !room || ring.stopped.is_some() {
             return;

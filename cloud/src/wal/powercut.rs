@@ -108,6 +108,12 @@ impl CutDisk {
         disk
     }
 
+    /// The power goes after so many more operations.
+    pub fn cut_after(&self, operations: u64) {
+        let mut model = self.0.lock();
+        model.cut_at = Some(model.operations + operations);
+    }
+
     pub fn lying() -> Self {
         let disk = Self::default();
         disk.0.lock().lies = true;
@@ -333,8 +339,7 @@ fn cut_twice(seed: u64, cut_at: u64) -> Result<(), String> {
     let mut chance = Random(seed ^ cut_at << 32);
     let survivor = disk.survivor(&mut chance);
     let wal = judge(&survivor, &mut promised)?;
-    let operations = survivor.operations();
-    survivor.0.lock().cut_at = Some(operations + 1 + chance.below(60));
+    survivor.cut_after(1 + chance.below(60));
     let _ = work(&wal, &mut random, &mut promised, 15);
     drop(wal);
     judge(&survivor.survivor(&mut chance), &mut promised)?;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use shared::histogram::Histogram;
 
 use super::*;
 
@@ -66,36 +67,6 @@ pub struct StreamStatus {
     pub gap: Option<(Offset, Offset)>,
 }
 
-/// Counts per upper bound, as Prometheus draws them.
-#[derive(Debug, Clone, Serialize)]
-pub struct Histogram {
-    /// Upper bounds, ascending; one more bucket takes the rest.
-    pub bounds: Vec<f64>,
-    /// Values per bucket, not cumulative; one more than `bounds`.
-    pub counts: Vec<u64>,
-    /// Sum of all values.
-    pub sum: f64,
-}
-
-impl Histogram {
-    fn new(bounds: &[f64]) -> Self {
-        Self { bounds: bounds.to_vec(), counts: vec![0; bounds.len() + 1], sum: 0.0 }
-    }
-
-    fn add(&mut self, value: f64) {
-        let bucket = self.bounds.iter().position(|bound| value <= *bound).unwrap_or(self.bounds.len());
-        if let Some(count) = self.counts.get_mut(bucket) {
-            *count += 1;
-        }
-        self.sum += value;
-    }
-
-    /// How many values there were.
-    pub fn count(&self) -> u64 {
-        self.counts.iter().sum()
-    }
-}
-
 /// What is counted as it happens.
 pub(super) struct Counters {
     commit_seconds: Histogram,
@@ -105,7 +76,7 @@ pub(super) struct Counters {
 impl Default for Counters {
     fn default() -> Self {
         Self {
-            commit_seconds: Histogram::new(&[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]),
+            commit_seconds: Histogram::new(&Histogram::COMMIT_SECONDS),
             commit_messages: Histogram::new(&[0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0]),
         }
     }

@@ -2,9 +2,11 @@
 
 use std::fmt;
 
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use shared::histogram::Histogram;
 
 /// One value and the labels that tell it from its siblings. Labels have few values: never one per client or topic name
 /// of a device.
@@ -38,6 +40,14 @@ impl<'a> Metrics<'a> {
             ConstGauge::new(value).encode(labelled(&mut family, &labels)?)?;
         }
         Ok(())
+    }
+
+    /// How values were spread, as counted since the start.
+    pub fn histogram(&mut self, name: &str, help: &str, values: &Histogram) -> fmt::Result {
+        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        let bounds = values.bounds.iter().copied().chain([f64::INFINITY]);
+        let buckets: Vec<(f64, u64)> = bounds.zip(values.counts.iter().copied()).collect();
+        encoder.encode_histogram::<NoLabelSet>(values.sum, values.count(), &buckets, None)
     }
 
     /// A count since the start. `name` is given without `_total`, which the text format adds.
@@ -83,6 +93,9 @@ mod tests {
             let mut metrics = Metrics::new(encoder);
             metrics.gauge("a_ratio", "A", 0.5)?;
             metrics.gauges("b_bytes", "B", [(vec![("stream", "x")], 1.0), (vec![("stream", "y")], 2.0)])?;
+            let mut values = Histogram::new(&[1.0, 10.0]);
+            [0.5, 5.0, 50.0].into_iter().for_each(|value| values.add(value));
+            metrics.histogram("h_seconds", "H", &values)?;
             metrics.counter("c", "C", 7)
         }
     }
@@ -93,7 +106,15 @@ mod tests {
         registry.register_collector(Box::new(Two));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
-        for line in ["# TYPE a_ratio gauge", "a_ratio 0.5", "b_bytes{stream=\"y\"} 2.0", "c_total 7"] {
+        for line in [
+            "# TYPE a_ratio gauge",
+            "a_ratio 0.5",
+            "b_bytes{stream=\"y\"} 2.0",
+            "c_total 7",
+            "h_seconds_bucket{le=\"10.0\"} 2",
+            "h_seconds_bucket{le=\"+Inf\"} 3",
+            "h_seconds_count 3",
+        ] {
             assert!(text.lines().any(|l| l == line), "{line:?} not in\n{text}");
         }
     }

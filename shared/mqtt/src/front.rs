@@ -5,8 +5,7 @@
 //! store; the store keeps what must survive. One rule for locks: a session's state may be held while the topic tree is
 //! changed; never the other way round, and never two sessions at a time.
 //!
-//! Limits: messages queued for an offline session live in memory and go with the process. Credentials of a CONNECT
-//! are not checked. Shared subscriptions and enhanced authentication are refused.
+//! Limits: messages queued for an offline session live in memory and go with the process. Shared subscriptions and enhanced authentication are refused.
 
 mod connection;
 mod fanout;
@@ -18,7 +17,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
-pub use settings::{ListenerSettings, Settings};
+pub use settings::{ListenerSettings, Settings, User};
 pub use stats::Stats;
 
 use std::collections::{BTreeSet, HashMap};
@@ -77,7 +76,7 @@ pub(crate) struct Now {
 pub enum ServeError {
     /// It can be reached from elsewhere, and nobody would be asked who they are.
     #[error(
-        "listener {name} on {address} can be reached from other machines and checks nobody: listen on 127.0.0.1, or set \
+        "listener {name} on {address} can be reached from other machines and checks nobody: name who may connect, or set \
          allow_anonymous = true for this listener"
     )]
     OpenToAll {
@@ -130,7 +129,7 @@ impl Front {
     ) -> Result<(), ServeError> {
         let name = settings.name;
         let address = listener.local_addr().map_err(|error| ServeError::Listen { name: name.clone(), error })?;
-        if !address.ip().is_loopback() && !settings.allow_anonymous {
+        if !address.ip().is_loopback() && !settings.allow_anonymous && self.settings.users.is_empty() {
             return Err(ServeError::OpenToAll { name, address });
         }
         self.keep_house();

@@ -104,7 +104,9 @@ async fn what_is_not_a_request_closes_the_connection_and_nothing_else() {
 }
 
 fn free_memory(running: &Running) -> u64 {
-    (running.broker.settings.memory_bytes_max / 2).max(running.broker.settings.request_bytes_max) as u64
+    let settings = &running.broker.settings;
+    let quarter = settings.memory_bytes_max / 4;
+    (quarter + quarter.max(settings.request_bytes_max)) as u64
 }
 
 #[tokio::test]
@@ -196,3 +198,94 @@ async fn a_broker_that_stops_answers_what_it_has_begun() {
     assert!(waiting.is_closed().await);
     running.task.await.unwrap();
 }
+
+#[tokio::test]
+async fn a_few_that_lie_about_a_large_request_hold_up_nobody_else() {
+    let running = start().await;
+    running.topic("t", 1).await;
+    let mut liars = Vec::new();
+    for _ in 0..20 {
+        let mut liar = running.client().await;
+        liar.stream.write_all(&[0x06, 0, 0, 0, 0, 0, 0, 9]).await.unwrap();
+        liars.push(liar);
+    }
+    let large = running.broker.settings.request_bytes_max as u64;
+    while running.broker.status().request_memory_free_bytes > free_memory(&running) - large / 2 {
+        tokio::task::yield_now().await;
+    }
+    let mut client = running.client().await;
+    let answer = super::produce::produce(&mut client, "t", 0, batch_of(1_000_000).into_bytes()).await;
+    assert_eq!(answer.error_code, ErrorCode::NONE);
+}
+
+#[tokio::test]
+async fn a_slow_reader_of_a_large_answer_is_waited_for() {
+    let hurried = FrontSettings { transfer_timeout: Duration::from_millis(100), ..FrontSettings::default() };
+    let running = start_with(hurried, MemoryLog::new(64 << 20)).await;
+    running.topic("t", 1).await;
+    let mut client = running.client().await;
+    for _ in 0..7 {
+        super::produce::produce(&mut client, "t", 0, batch_of(1_000_000).into_bytes()).await;
+    }
+    let mut request = waiting_fetch("t", 0);
+    (request.max_bytes, request.topics[0].partitions[0].partition_max_bytes) = (i32::MAX, i32::MAX);
+    client.send(12, &request).await;
+    // Longer than the transfer timeout, far less than the slowest rate allows for seven megabytes.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (_, response): (_, FetchResponse) = client.receive(12).await;
+    let records = response.responses[0].partitions[0].records.as_ref().unwrap();
+    assert!(records.bytes() > 7_000_000, "{}", records.bytes());
+}
+
+#[tokio::test]
+async fn tls_carries_the_same_protocol_and_a_plain_client_is_turned_away() {
+    use rustls_pki_types::pem::PemObject as _;
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+    let certificate = rustls_pki_types::CertificateDer::from_pem_slice(CERTIFICATE.as_bytes()).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::from_pem_slice(KEY.as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let versions = || rustls::ALL_VERSIONS;
+    let server = ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(versions()).unwrap();
+    let server = server.with_no_client_auth().with_single_cert(vec![certificate.clone()], key).unwrap();
+    let running = start_tls(settings(), Arc::new(server)).await;
+
+    let mut plain = running.client().await;
+    plain.stream.write_all(&request_frame(1, 0, &nobody())).await.unwrap();
+    let mut answer = Vec::new();
+    plain.stream.read_to_end(&mut answer).await.ok();
+    assert!(answer.len() < 16, "an alert at most");
+
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate).unwrap();
+    let client = ClientConfig::builder_with_provider(provider).with_protocol_versions(versions()).unwrap();
+    let client = client.with_root_certificates(roots).with_no_client_auth();
+    let name = rustls_pki_types::ServerName::try_from("localhost").unwrap();
+    let stream = TcpStream::connect(("127.0.0.1", running.port)).await.unwrap();
+    let mut stream = tokio_rustls::TlsConnector::from(Arc::new(client)).connect(name, stream).await.unwrap();
+    stream.write_all(&request_frame(7, 0, &nobody())).await.unwrap();
+    let size = stream.read_u32().await.unwrap();
+    assert_eq!((stream.read_i32().await.unwrap(), stream.read_i16().await.unwrap()), (7, 0));
+    assert!(size > 10);
+}
+
+/// For `localhost`, of this test alone: `openssl req -x509 -newkey ec -days 36500`.
+const CERTIFICATE: &str = "\
+-----BEGIN CERTIFICATE-----
+MIIBkTCCATigAwIBAgIUTRysffI4jLseH9yHosBQqdvRb4MwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjAzMzIxOFoYDzIxMjYxMDI5
+MDMzMjE4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQhduIKuPT+dF8jg8OlILRsBI+fzWqD8GswgjHsEo4RJgXANI0tzAKS
+Mt9bTDY1y/lHimGktnOgRD9V+nsO972Lo2YwZDAdBgNVHQ4EFgQU+D1Az065Oqnb
+73R+4wz1E0fRPR4wHwYDVR0jBBgwFoAU+D1Az065Oqnb73R+4wz1E0fRPR4wFAYD
+VR0RBA0wC4IJbG9jYWxob3N0MAwGA1UdEwEB/wQCMAAwCgYIKoZIzj0EAwIDRwAw
+RAIgRBzVTWf1OfAWtGoUsFrJXpGjLDFr70+2bXxXvgtvugECIAgfr0SwQfDvzpP+
+ctCxqe60ZksaJskdO2t4uz/KG6Ez
+-----END CERTIFICATE-----
+";
+const KEY: &str = "\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgqCZeliAwzVwRhPh5
+93AnDBJ0XWbS2Y0M7bu/pUVzaKOhRANCAAQhduIKuPT+dF8jg8OlILRsBI+fzWqD
+8GswgjHsEo4RJgXANI0tzAKSMt9bTDY1y/lHimGktnOgRD9V+nsO972L
+-----END PRIVATE KEY-----
+";

@@ -296,3 +296,16 @@ async fn memory_for_answers_is_given_back() {
     assert_eq!(after.response_memory_free_bytes, before.response_memory_free_bytes);
     assert_eq!(after.request_memory_free_bytes, before.request_memory_free_bytes);
 }
+
+#[tokio::test]
+async fn who_does_not_know_zstd_is_told_and_not_given_it() {
+    let running = start().await;
+    let id = running.topic("t", 1).await;
+    let mut client = running.client().await;
+    produce(&mut client, "t", 0, batch(&[b"plain"]).into_bytes()).await;
+    produce(&mut client, "t", 0, with_bytes(&batch_of(100), 21, &[0, 4])).await;
+    let old: FetchResponse = client.call(9, &request("t", id, &[(0, 0)])).await;
+    assert_eq!(old.responses[0].partitions[0].error_code, ErrorCode::UNSUPPORTED_COMPRESSION_TYPE);
+    let new: FetchResponse = client.call(10, &request("t", id, &[(0, 0)])).await;
+    assert_eq!(new.responses[0].partitions[0].error_code, ErrorCode::NONE);
+}

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use shared::config::Secret;
+
 use crate::session::outbound::Bounds;
 
 /// Settings of a [`super::Front`]. Every bound has its answer to "and when it is full?".
@@ -47,6 +49,18 @@ pub struct Settings {
     pub retained_messages_max: usize,
     /// Bytes of retained messages; one more is refused (0x97).
     pub retained_bytes_max: usize,
+    /// Who may connect; with none, whoever reaches a listener. A CONNECT without a name and password of one of them is
+    /// refused (0x86).
+    pub users: Vec<User>,
+}
+
+/// A user name and its password.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// As in CONNECT.
+    pub name: String,
+    /// As in CONNECT.
+    pub password: Secret,
 }
 
 impl Default for Settings {
@@ -72,6 +86,7 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(10),
             retained_messages_max: 100_000,
             retained_bytes_max: 32 << 20,
+            users: Vec::new(),
         }
     }
 }

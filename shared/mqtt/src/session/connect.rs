@@ -1,7 +1,7 @@
 //! CONNECT to CONNACK: the terms of a connection (MQTT 5 §3.1, §3.2).
 
 use crate::codec::{ConnAck, Connect, Packet, Properties, QoS, Reason, Version};
-use crate::front::Settings;
+use crate::front::{Settings, User};
 
 /// What was agreed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,6 +32,9 @@ pub(crate) fn negotiate(
     let properties = &connect.properties;
     if properties.authentication_method.is_some() {
         return Err(Reason::BAD_AUTHENTICATION_METHOD);
+    }
+    if !is_known(connect, &settings.users) {
+        return Err(Reason::BAD_USER_NAME_OR_PASSWORD);
     }
     if connect.client_id.len() > settings.client_id_bytes_max {
         return Err(Reason::CLIENT_IDENTIFIER_NOT_VALID);
@@ -65,6 +68,12 @@ pub(crate) fn negotiate(
         window: properties.receive_maximum.unwrap_or(u16::MAX).min(settings.inflight_max).max(1),
         packet_bytes_max: properties.maximum_packet_size.map_or(usize::MAX, |max| max as usize),
     })
+}
+
+/// Whether name and password are those of a user; without users, everybody is known.
+fn is_known(connect: &Connect<'_>, users: &[User]) -> bool {
+    let (name, password) = (connect.username.unwrap_or_default(), connect.password.unwrap_or_default());
+    users.is_empty() || users.iter().any(|user| user.name == name && user.password.matches(password))
 }
 
 /// Topics that only the broker publishes to.

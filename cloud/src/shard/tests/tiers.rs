@@ -1,0 +1,68 @@
+//! Readers, a writer and an archiver that takes the WAL away under them.
+
+use std::sync::atomic::AtomicBool;
+use std::thread;
+
+use super::*;
+
+const BATCHES: i64 = 400;
+
+#[test]
+fn readers_follow_while_the_archive_takes_the_wal_away() {
+    let directory = TempDir::new().unwrap();
+    let cold = Arc::new(ColdBlocks::default());
+    let settings = ShardSettings { tail_bytes_max: 2_000, read_cache_bytes_max: 5_000, ..ShardSettings::default() };
+    let wal = Box::new(file_wal(&directory));
+    let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let (shard, cold, done) = (&shard, &cold, &done);
+        let writer = scope.spawn(move || {
+            (0..BATCHES).for_each(|n| {
+                append(shard, batch(1 + (n % 3) as i32, n)).unwrap();
+            });
+        });
+        scope.spawn(move || {
+            while !done.load(Ordering::SeqCst) {
+                archive(shard, cold);
+                thread::yield_now();
+            }
+        });
+        let readers: Vec<_> =
+            [1, 500, 1 << 20].map(|bytes_max| scope.spawn(move || follow(shard, bytes_max))).into_iter().collect();
+        writer.join().unwrap();
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        done.store(true, Ordering::SeqCst);
+    });
+    assert!(cold.bounds(partition(1)).is_some(), "something was taken away");
+    let all = read_all(&*shard, partition(1), 0, 3_000);
+    assert_eq!(all.len() as i64, BATCHES);
+}
+
+/// Takes over all durable blocks but the newest.
+fn archive(shard: &Shard, cold: &ColdBlocks) {
+    let known = cold.blocks.lock().last().map_or(0, |block| block.header().seq + 1);
+    let Ok(blocks) = block_on(shard.blocks(known, 20_000)) else { return };
+    let new: Vec<Block> = blocks.into_iter().map(|block| Block::parse(block.bytes).unwrap()).collect();
+    let Some(newest) = new.last().map(|block| block.header().seq) else { return };
+    cold.blocks.lock().extend(new);
+    shard.shipped(newest + 1);
+    shard.published(newest + 1);
+}
+
+/// Reads from the beginning until all came, without a hole.
+fn follow(shard: &Shard, bytes_max: usize) {
+    let (mut next, mut seen) = (0, 0);
+    while seen < BATCHES {
+        block_on(Log::wait(shard, partition(1), next)).unwrap();
+        let read = block_on(shard.read(partition(1), next, ReadLimits { bytes_max })).unwrap();
+        for batch in split(&read) {
+            assert_eq!(batch.base_offset(), next);
+            assert_eq!(batch.base_timestamp(), seen, "each batch once, in order");
+            next = batch.last_offset() + 1;
+            seen += 1;
+        }
+        assert_eq!(read.next, next);
+    }
+}
