@@ -175,8 +175,8 @@ pub struct Contents {
     pub commit: u64,
     /// Its streams, with `next` as the rows say.
     pub streams: BTreeMap<u32, StreamRecord>,
-    /// Bytes of retained messages.
-    pub retained_bytes: u64,
+    /// Topics of retained messages, and the bytes these take.
+    pub retained: Vec<(String, u32)>,
 }
 
 /// The database.
@@ -630,12 +630,12 @@ fn read_contents(database: &Database) -> Result<(Contents, Tail), LogError> {
         }
         tail.opened(key.value(), value.value().len());
     }
-    let mut retained_bytes = 0;
+    let mut retained = Vec::new();
     for row in transaction.open_table(RETAINED).map_err(failed)?.iter()? {
         let (key, value) = row?;
-        retained_bytes += (key.value().len() + value.value().len()) as u64;
+        retained.push((key.value().to_owned(), (key.value().len() + value.value().len()) as u32));
     }
-    Ok((Contents { incarnation, commit, streams, retained_bytes }, tail))
+    Ok((Contents { incarnation, commit, streams, retained }, tail))
 }
 
 /// Moves a stream's end to that of a row above it.

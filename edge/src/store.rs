@@ -156,7 +156,12 @@ impl EdgeStore {
         let mut batches = self.core.log.read(id, from, bytes_max)?;
         // What the committer has made durable and not yet told of stays unseen: all answers speak of one state.
         batches.retain(|batch| batch.next() <= next);
-        Ok(batches)
+        match batches.first().map(|batch| batch.batch.base_offset()) {
+            // Dropped between the look at the positions and the read.
+            Some(first) if first > from => Err(StreamError::OutOfRange { requested: from, first, next }),
+            Some(_) => Ok(batches),
+            None => Err(StreamError::Damaged(format!("no row holds offset {from} of stream {stream}"))),
+        }
     }
 
     /// The chain value after record `next - 1`, if that is the last of a stored batch; `None` when it is trimmed, never
@@ -358,7 +363,7 @@ impl Store for EdgeStore {
                 Verdict::Held => break,
             }
         }
-        let ring = state.pending.bytes != was_waiting;
+        let ring = state.rings(was_waiting);
         drop(state);
         if ring {
             core.bell.ring();
@@ -439,7 +444,10 @@ impl Work for Core {
 
     fn make_room(&self, commit: &mut Commit) {
         let mut state = self.state.lock();
-        state.budget.overestimated();
+        // The disk itself may be full, and then the estimate was not wrong.
+        if self.bound.used() + (1 << 20) >= self.bound.bytes_max() {
+            state.budget.overestimated();
+        }
         commit.trims = state.plan_trims((self.clock)());
         for trim in &commit.trims {
             if let Some(stream) = state.streams.iter().find(|stream| stream.id == trim.stream) {

@@ -172,8 +172,8 @@ fn commit_at_last(
         work.troubled(Some(&why));
         if matches!(why, LogError::Full(_)) {
             // What was admitted must go in; the reserve is there for that, and for the deletes that come with it.
-            bound.raise(true);
             work.make_room(commit);
+            bound.raise(true);
         }
         if bell.is_closing() {
             work.failed(format!("closed while the disk failed: {why}"));

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -222,8 +223,10 @@ impl EdgeStore {
         let thread = {
             let core = core.clone();
             move || {
-                committer::run(&core.log, &*core, &core.bell, &core.bound, pace);
-                core.end("closed".to_owned());
+                // A panic below must not leave connections waiting for ever.
+                let run = || committer::run(&core.log, &*core, &core.bell, &core.bound, pace);
+                let ended = catch_unwind(AssertUnwindSafe(run));
+                core.end(if ended.is_ok() { "closed" } else { "the database engine panicked" }.to_owned());
                 core.log.close();
                 // Released last: the next process finds the database closed.
                 drop(lock);

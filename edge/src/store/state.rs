@@ -35,6 +35,7 @@ pub(super) struct State {
     pub(super) budget: Budget,
     pub(super) batch_bytes_max: usize,
     pending_bytes_max: usize,
+    commit_bytes: usize,
     /// Size of the largest PUBLISH that was held since there was room.
     held_bytes: usize,
     pub(super) counters: Counters,
@@ -109,6 +110,8 @@ pub(super) enum Verdict {
 const BATCH_BYTES_TARGET: usize = 59_000;
 /// What may wait for one commit, at least.
 const PENDING_BYTES_MAX: usize = 4 << 20;
+/// What a PUBLISH takes beside its record: its share of headers, a packet id.
+const OVERHEAD_BYTES: usize = 64;
 /// Ages are looked at this often when nothing else happens.
 const IDLE_TRIM: Duration = Duration::from_secs(60);
 
@@ -254,6 +257,7 @@ impl State {
         streams.extend(stored.into_iter().map(|(id, record)| Stream::new(id, record, None, false)));
         let by_name = streams.iter().enumerate().map(|(at, stream)| (stream.record.name.clone(), at)).collect();
         let record_bytes = streams.iter().map(Stream::bytes).sum();
+        let hasher = RandomState::new();
         Self {
             streams,
             by_name,
@@ -262,12 +266,13 @@ impl State {
             in_flight_bytes: 0,
             in_flight_messages: 0,
             record_bytes,
-            retained: HashMap::new(),
-            retained_bytes: contents.retained_bytes,
-            hasher: RandomState::new(),
+            retained_bytes: contents.retained.iter().map(|(_, size)| u64::from(*size)).sum(),
+            retained: contents.retained.into_iter().map(|(topic, size)| (hasher.hash_one(&topic[..]), size)).collect(),
+            hasher,
             budget,
             batch_bytes_max,
             pending_bytes_max: PENDING_BYTES_MAX.max(commit_bytes.saturating_mul(2)),
+            commit_bytes,
             held_bytes: 0,
             counters: Counters::default(),
             trouble: None,
@@ -304,6 +309,12 @@ impl State {
     /// The ticket of what waits now.
     pub(super) fn ticket(&self) -> Ticket {
         Ticket(self.taken + 1)
+    }
+
+    /// Whether the committer must be told that waiting bytes rose from `before`: when the first came, and when enough have.
+    pub(super) fn rings(&self, before: usize) -> bool {
+        let now = self.pending.bytes;
+        now > before && (before == 0 || (before < self.commit_bytes && now >= self.commit_bytes))
     }
 
     /// Estimate of what the database takes, and will take with what was admitted.
@@ -348,7 +359,7 @@ impl State {
             return Admitted(Admission::Refused(Refusal::Unavailable));
         }
         let stream = rule.and_then(|index| Some((index, core.rules.all().get(index)?)));
-        let mut bytes = 64;
+        let mut bytes = OVERHEAD_BYTES;
         if let Some((_, rule)) = stream {
             let record = rule.record_bytes_max(&core.edge, session.client_id, publish);
             if record + HEADER_BYTES > self.batch_bytes_max {
@@ -385,10 +396,13 @@ impl State {
         {
             // Rules and streams share their first indexes.
             debug_assert_eq!(found.rule, Some(index));
-            found.push(rule, core, session, publish, bytes);
+            let bound = bytes;
+            let taken = found.push(rule, core, session, publish, bound);
+            bytes = taken + OVERHEAD_BYTES;
         }
         if publish.retain {
             self.retain(publish);
+            bytes += 2 * (publish.topic.len() + publish.payload.len());
         }
         if let Some(packet_id) = packet {
             self.pending.sessions.push(SessionChange::AddPacket(session.client_id.to_owned(), packet_id));
@@ -424,14 +438,9 @@ impl State {
         if old || self.streams.iter().any(|stream| stream.dirty) { Urgency::Later } else { Urgency::None }
     }
 
-    /// Whether room is wanted that a trim could make.
+    /// Whether somebody waits for room that a trim could make.
     pub(super) fn trims_wanted(&self) -> bool {
-        let bounded = |stream: &Stream| {
-            let over = stream.retention_bytes.is_some_and(|max| stream.bytes() > max);
-            over && stream.bytes_safe() > 0
-        };
-        let tight = self.excess() > 0 && self.streams.iter().any(|stream| stream.bytes_safe() > 0);
-        tight || self.streams.iter().any(bounded)
+        self.held_bytes > 0 && self.streams.iter().any(|stream| stream.bytes_safe() > 0)
     }
 
     fn excess(&self) -> u64 {
@@ -524,13 +533,23 @@ impl Stream {
         }
     }
 
-    fn push(&mut self, rule: &Rule, core: &Core, session: &SessionRef<'_>, publish: &Publish<'_>, bytes: usize) {
-        if !self.open.is_empty() && self.open.len() + bytes > BATCH_BYTES_TARGET {
+    /// Adds a record of at most `bound` bytes and returns what it took.
+    fn push(
+        &mut self,
+        rule: &Rule,
+        core: &Core,
+        session: &SessionRef<'_>,
+        publish: &Publish<'_>,
+        bound: usize,
+    ) -> usize {
+        if !self.open.is_empty() && self.open.len() + bound > BATCH_BYTES_TARGET {
             self.full.push(std::mem::take(&mut self.open));
         }
         // Kafka searches by time and expects it to rise.
         self.last_timestamp = self.last_timestamp.max(publish.now_ms);
+        let before = self.open.len();
         rule.push(&mut self.open, self.last_timestamp, &core.edge, session.client_id, publish);
+        self.open.len() - before
     }
 
     fn take(&mut self) -> Option<OpenStream> {

@@ -138,7 +138,7 @@ fn rules() -> Vec<StreamSettings> {
 fn put_together(store: &EdgeStore, n: u16) -> Ticket {
     let bytes = n.to_be_bytes();
     // Sizes that take each way into the rows: through the tail, and at once.
-    let mut large = vec![n as u8; if n % 9 == 0 { 14_000 } else { 300 }];
+    let mut large = vec![n as u8; if n.is_multiple_of(9) { 14_000 } else { 300 }];
     large[..2].copy_from_slice(&bytes);
     let mut exact = publish("b/1", &bytes);
     (exact.qos, exact.packet_id, exact.retain) = (2, Some(n), true);
@@ -240,8 +240,8 @@ fn a_power_cut_at_any_sync_loses_nothing_acknowledged() {
                 at = from + random(&mut seed) as usize % (until - from + 1);
                 for op in &ops[from..at] {
                     match op {
-                        Op::Write(offset, data) if random(&mut seed) % 2 == 0 => {
-                            let whole = random(&mut seed) % 4 != 0;
+                        Op::Write(offset, data) if random(&mut seed).is_multiple_of(2) => {
+                            let whole = !random(&mut seed).is_multiple_of(4);
                             let length = if whole { data.len() } else { data.len() / 512 / 2 * 512 };
                             Op::Write(*offset, data[..length].to_vec()).apply(&mut image);
                         }
