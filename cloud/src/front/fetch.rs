@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use futures_util::stream::FuturesUnordered;
 use kafka_wire::fetch::{
     EpochEndOffset, FetchPartition, FetchRequest, FetchResponse, FetchableTopicResponse, PartitionData,
 };
 use kafka_wire::{ErrorCode, Records};
 use shared::batch::{Batch, Compression};
-use shared::log::{Bounds, ReadError, ReadLimits};
+use shared::log::{Bounds, Read, ReadError, ReadLimits};
 use shared::name::{Offset, Partition};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
@@ -32,6 +33,10 @@ const ZSTD_VERSION_MIN: i16 = 10;
 /// The first version that names topics by id.
 const TOPIC_ID_VERSION_MIN: i16 = 13;
 const READ_COMMITTED: i8 = 1;
+/// Partitions read at the same time for one answer.
+const READS_AT_ONCE: usize = 8;
+/// Least time a Fetch waits for memory, even one that does not wait for records.
+const MEMORY_WAIT: Duration = Duration::from_millis(100);
 /// A session we never granted.
 const NO_SESSION: i32 = 0;
 /// The epoch of a request that names all partitions and wants no session, or ends one.
@@ -147,6 +152,68 @@ pub(super) fn refuse_read(error: &ReadError) -> ErrorCode {
     }
 }
 
+impl Slot {
+    /// Where and how much to read, if there is anything to read now.
+    fn expects(&mut self, broker: &Broker) -> Option<(Partition, Offset, usize)> {
+        let Self::Open(open) = self else { return None };
+        if open.full {
+            return None;
+        }
+        match broker.log.bounds(open.partition) {
+            // At the end: nothing to read, and nothing wrong either.
+            Ok(bounds) if bounds.high_watermark == open.next => {
+                open.bounds = bounds;
+                None
+            }
+            Ok(_) => Some((open.partition, open.next, open.bytes_max.saturating_sub(open.bytes))),
+            Err(error) => {
+                self.fail(&error);
+                None
+            }
+        }
+    }
+
+    /// Adds what a read came to and returns how many bytes of it were taken.
+    fn take(&mut self, outcome: Result<Read, ReadError>, limit: usize, first: bool) -> usize {
+        let Self::Open(open) = self else { return 0 };
+        match outcome {
+            // A batch larger than what was left: it comes first in a later answer.
+            Ok(read) if read.bytes() > limit && !first => {
+                open.full = true;
+                0
+            }
+            Ok(read) => {
+                let bytes = read.bytes();
+                open.full = bytes > 0 && read.next < read.bounds.high_watermark;
+                open.next = read.next.max(open.next);
+                open.bounds = read.bounds;
+                open.bytes += bytes;
+                open.batches.extend(read.batches);
+                bytes
+            }
+            Err(error) => {
+                self.fail(&error);
+                0
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &ReadError) {
+        match self {
+            // What was read before the failure is good; the next Fetch meets the failure again.
+            Self::Open(open) if open.bytes > 0 => open.full = true,
+            _ => *self = Self::Failed(refuse_read(error)),
+        }
+    }
+}
+
+/// A read that memory is set aside for.
+struct GrantedRead {
+    partition: Partition,
+    from: Offset,
+    limit: usize,
+}
+
 struct Poll<'a> {
     broker: &'a Broker,
     slots: Vec<Slot>,
@@ -167,45 +234,39 @@ impl Poll<'_> {
         }
     }
 
-    /// Reads on wherever something is expected, until the limits are reached.
+    /// Reads on wherever something is expected, until the limits are reached; several partitions at a time, because a
+    /// read of what only the bucket has takes a round trip.
     async fn read_all(&mut self) {
-        for slot in &mut self.slots {
-            let Slot::Open(open) = slot else { continue };
-            let limit = open.bytes_max.saturating_sub(open.bytes);
-            if open.full || self.budget.spent {
-                continue;
+        let mut from = 0;
+        while !self.budget.spent {
+            let granted = self.grant_some(&mut from).await;
+            if granted.is_empty() {
+                return;
             }
-            let first = self.bytes == 0;
-            let Some(limit) = self.budget.grant(limit, first, self.deadline).await else { continue };
-            let read = self.broker.log.read(open.partition, open.next, ReadLimits { bytes_max: limit }).await;
-            let used = match read {
-                Ok(read) if read.bytes() > limit && !first => {
-                    // A batch larger than what is left: it comes first in a later answer.
-                    open.full = true;
-                    0
-                }
-                Ok(read) => {
-                    let bytes = read.bytes();
-                    open.full = bytes > 0 && read.next < read.bounds.high_watermark;
-                    open.next = read.next.max(open.next);
-                    open.bounds = read.bounds;
-                    open.bytes += bytes;
-                    open.batches.extend(read.batches);
-                    bytes
-                }
-                // What was read before the failure is good; the next Fetch meets the failure again.
-                Err(_) if open.bytes > 0 => {
-                    open.full = true;
-                    0
-                }
-                Err(error) => {
-                    *slot = Slot::Failed(refuse_read(&error));
-                    0
-                }
-            };
-            self.budget.settle(limit, used);
-            self.bytes += used;
+            let reads = granted
+                .iter()
+                .map(|(_, read)| self.broker.log.read(read.partition, read.from, ReadLimits { bytes_max: read.limit }));
+            let outcomes = join_all(reads).await;
+            for ((at, read), outcome) in granted.into_iter().zip(outcomes) {
+                let used = self.slots.get_mut(at).map_or(0, |slot| slot.take(outcome, read.limit, self.bytes == 0));
+                self.budget.settle(read.limit, used);
+                self.bytes += used;
+            }
         }
+    }
+
+    /// Sets memory aside for the next few partitions at or behind `from` that have something to read.
+    async fn grant_some(&mut self, from: &mut usize) -> Vec<(usize, GrantedRead)> {
+        let mut granted = Vec::new();
+        while let Some(slot) = self.slots.get_mut(*from).filter(|_| granted.len() < READS_AT_ONCE) {
+            if let Some((partition, next, wanted)) = slot.expects(self.broker) {
+                let first = self.bytes == 0 && granted.is_empty();
+                let Some(limit) = self.budget.grant(wanted, first, self.deadline).await else { break };
+                granted.push((*from, GrantedRead { partition, from: next, limit }));
+            }
+            *from += 1;
+        }
+        granted
     }
 
     /// A client that does not know zstd hears so, instead of bytes it would take for damaged.
@@ -250,7 +311,9 @@ fn has_zstd(mut batches: Bytes) -> bool {
 struct Budget {
     shared: Arc<Semaphore>,
     held: Option<OwnedSemaphorePermit>,
+    /// Bytes that reads may still be granted.
     left: usize,
+    /// The answer takes nothing more.
     spent: bool,
 }
 
@@ -260,27 +323,28 @@ impl Budget {
         Self { shared: broker.memory.responses.clone(), held: None, left, spent: false }
     }
 
-    /// Sets memory aside for one read and returns how many bytes it is for. The first read waits for it, later ones
-    /// make do with the answer as it is.
+    /// Sets memory aside for one read and returns how many bytes it is for. The first read of an answer waits for
+    /// memory and is granted even where the limit is nothing (KIP-74); later ones make do with the answer as it is.
     async fn grant(&mut self, wanted: usize, first: bool, deadline: Instant) -> Option<usize> {
         let limit = wanted.min(self.left);
-        let units = memory_units(limit);
+        if self.left == 0 && !first {
+            return None;
+        }
+        let permits = self.shared.clone();
         let permit = match first {
             true => {
-                // Others' answers leave within their transfer timeout; this one may then be late, but is not empty.
-                let until = deadline.max(Instant::now() + Duration::from_millis(100));
-                timeout_at(until, self.shared.clone().acquire_many_owned(units)).await.ok().and_then(Result::ok)
+                // Others' answers leave within their transfer time; this one may then be late, but is not empty.
+                let until = deadline.max(Instant::now() + MEMORY_WAIT);
+                timeout_at(until, permits.acquire_many_owned(memory_units(limit))).await.ok().and_then(Result::ok)
             }
-            false => self.shared.clone().try_acquire_many_owned(units).ok(),
+            false => permits.try_acquire_many_owned(memory_units(limit)).ok(),
         };
-        let Some(permit) = permit else {
-            self.spent = true;
-            return None;
-        };
-        match &mut self.held {
-            Some(held) => held.merge(permit),
-            None => self.held = Some(permit),
+        self.spent |= permit.is_none();
+        match (&mut self.held, permit?) {
+            (Some(held), permit) => held.merge(permit),
+            (none, permit) => *none = Some(permit),
         }
+        self.left -= limit;
         Some(limit)
     }
 
@@ -290,8 +354,8 @@ impl Budget {
         if let Some(held) = &mut self.held {
             drop(held.split(unused as usize));
         }
-        self.left = self.left.saturating_sub(used);
-        self.spent |= self.left == 0;
+        self.left += granted.saturating_sub(used);
+        self.spent |= self.left == 0 && used > 0;
     }
 }
 
