@@ -4,7 +4,6 @@
 //! cloud or the network does: it reports, waits and tries again.
 
 mod client;
-mod source;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

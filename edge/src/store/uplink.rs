@@ -26,10 +26,17 @@ impl Rows for EdgeStore {
     }
 
     fn read(&self, stream: &StreamName, from: Offset, bytes_max: usize) -> Result<Vec<Row>, String> {
-        // What lies below the first row was dropped after the sender looked.
-        let first = self.position(stream).map_or(from, |at| at.first);
-        let batches = EdgeStore::read(self, stream, from.max(first), bytes_max).map_err(|error| error.to_string())?;
-        Ok(batches.into_iter().map(|row| Row { batch: row.batch, chain: row.chain }).collect())
+        // What lies below the first row was dropped after the sender looked, or is being dropped just now.
+        let mut from = from;
+        loop {
+            match EdgeStore::read(self, stream, from, bytes_max) {
+                Ok(batches) => {
+                    return Ok(batches.into_iter().map(|row| Row { batch: row.batch, chain: row.chain }).collect());
+                }
+                Err(StreamError::OutOfRange { requested, first, .. }) if requested < first => from = first,
+                Err(error) => return Err(error.to_string()),
+            }
+        }
     }
 
     fn chain_at(&self, stream: &StreamName, next: Offset) -> Option<Chain> {
