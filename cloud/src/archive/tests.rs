@@ -239,6 +239,26 @@ async fn a_deposed_owner_collides_even_after_its_objects_were_cleared_away() {
 }
 
 #[tokio::test]
+async fn a_restore_fences_the_old_owner_before_it_serves() {
+    let (store, mut home) = (Faulty::new(), Home::new());
+    let old = Node::start(&mut home, Some(&store)).await.unwrap();
+    produce(&old, 3);
+    old.shipped().await;
+    // The new owner has restored and does nothing yet.
+    let new_home = Home::new();
+    let settings = settings(new_home.dir.path().into());
+    let bucket = Store::new(std::sync::Arc::new(store.clone()), "some/prefix".into(), settings.requests);
+    let mirror = Store::directory(&new_home.dir.path().join("manifest"), settings.requests).unwrap();
+    let archive = Archive::with_stores(settings, bucket, Some(mirror)).await.unwrap();
+    let recovered = archive.recover(&NoBlocks).await.unwrap();
+    let Tail::Bucket(blocks) = recovered.tail else { panic!("nothing is local") };
+    assert_eq!(blocks.len(), 5, "four that were shipped and the fence");
+    produce(&old, 3);
+    old.shard.until(|_| false).await;
+    assert_eq!((old.shard.fenced_by(), old.shard.positions().1), (Some(2), 4));
+}
+
+#[tokio::test]
 async fn histories_that_went_apart_are_not_mixed() {
     let (store, mut home) = (Faulty::new(), Home::new());
     let node = Node::start(&mut home, Some(&store)).await.unwrap();
