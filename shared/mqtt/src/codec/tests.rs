@@ -367,7 +367,8 @@ proptest! {
     #[test]
     fn rumqttc_reads_what_we_write((texts, payload, n, flags, kind, version) in pieces()) {
         // Its v5 codec has no AUTH and no DISCONNECT without a reason; a password that is not UTF-8 it cannot read.
-        prop_assume!(!(matches!(kind, 13 | 14) || kind == 0 && flags & 0xC0 == 0xC0));
+        // Nor does it count the bytes of a subscription identifier right: what follows one lands in its payload.
+        prop_assume!(!(matches!(kind, 13 | 14) || kind == 0 && flags & 0xC0 == 0xC0 || kind == 2 && flags & 0x1000 != 0));
         let packet = build(kind, &texts, &payload, n, flags, version);
         let bytes = encoded(&packet, version);
         if version == V4 {

@@ -205,3 +205,26 @@ async fn what_all_sessions_queue_together_is_bounded() {
     }
     assert_eq!(server.front.stats().queued_bytes, 0);
 }
+
+#[tokio::test]
+async fn only_users_connect_where_there_are_some() {
+    let user = User { name: "device".into(), password: shared::config::Secret::new("right".to_owned()) };
+    let server = Server::with(Settings { users: vec![user], ..Settings::default() }, &nothing_stored()).await;
+    for (username, password, known) in [
+        (Some("device"), Some(&b"right"[..]), true),
+        (Some("device"), Some(b"wrong"), false),
+        (Some("device"), None, false),
+        (Some("other"), Some(b"right"), false),
+        (None, None, false),
+    ] {
+        for version in [V4, V5] {
+            let mut client = server.raw().await;
+            client.version = version;
+            client.send(&Packet::Connect(Box::new(Connect { username, password, ..connect(version, "c") }))).await;
+            let frame = client.recv().await;
+            let Packet::ConnAck(ack) = client.read(&frame) else { panic!() };
+            let refused = if version == V5 { Reason::BAD_USER_NAME_OR_PASSWORD } else { Reason(4) };
+            assert_eq!(ack.reason, if known { Reason::SUCCESS } else { refused }, "{username:?} {password:?}");
+        }
+    }
+}
