@@ -77,11 +77,21 @@ pub(super) fn recover(disk: &dyn Disk, settings: &FileWalSettings, wal_id: u64) 
         found.push(Found { number, spare, run });
     }
     let ring = assemble(disk, settings, slot, found)?;
-    if let Some(newest) = ring.live.back() {
-        // What is served from here on must be durable; a killed process may have left it in the page cache.
-        newest.spare.file.sync().map_err(failed)?;
-    }
+    make_newest_durable(&ring).map_err(failed)?;
     Ok((ring, ring_file, slot))
+}
+
+/// What is served from here on must be durable, but a process that was killed leaves its last append in the page cache,
+/// and one whose sync failed leaves it there marked as clean (fsyncgate): the newest block is written again and synced.
+fn make_newest_durable(ring: &Ring) -> io::Result<()> {
+    let (Some(newest), Some(location)) = (ring.live.back(), ring.blocks.back()) else { return Ok(()) };
+    let file = &newest.spare.file;
+    if newest.generation == location.generation {
+        let mut bytes = vec![0; FRAME_BYTES + location.bytes as usize];
+        file.read_at(&mut bytes, location.position)?;
+        file.write_at(&bytes, location.position)?;
+    }
+    file.sync()
 }
 
 impl Ring {

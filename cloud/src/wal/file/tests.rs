@@ -1,4 +1,4 @@
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use tempfile::TempDir;
 
@@ -195,6 +195,7 @@ struct Failing {
 struct Switch {
     sync: AtomicBool,
     full: AtomicBool,
+    written: AtomicUsize,
 }
 
 struct FailingFile(Arc<dyn DiskFile>, Arc<Switch>);
@@ -237,6 +238,7 @@ impl DiskFile for FailingFile {
         if self.1.full.load(Ordering::SeqCst) {
             return Err(io::ErrorKind::StorageFull.into());
         }
+        self.1.written.fetch_add(bytes.len(), Ordering::SeqCst);
         self.0.write_at(bytes, position)
     }
     fn sync(&self) -> io::Result<()> {
@@ -266,6 +268,23 @@ fn after_a_failed_sync_nothing_is_taken() {
     drop(wal);
     let next = open(&directory).unwrap().bounds().unwrap().1;
     assert!(next == 2 || next == 3, "the unanswered block is there or not, whole");
+}
+
+#[test]
+fn a_start_writes_the_newest_block_again() {
+    let directory = TempDir::new().unwrap();
+    let (wal, switch) = failing(&directory);
+    append(&wal, 0..3, 100);
+    switch.sync.store(true, Ordering::SeqCst);
+    assert!(wal.append(3, &block(3, 1, 100)).is_err());
+    drop(wal);
+    // The page cache shows the block, and the kernel has already told of its failure: a sync alone would prove nothing.
+    let before = switch.written.load(Ordering::SeqCst);
+    switch.sync.store(false, Ordering::SeqCst);
+    let disk = Failing { directory: Directory::open(directory.path()).unwrap(), switch: switch.clone() };
+    let wal = FileWal::open(Box::new(disk), small(), 7).unwrap();
+    assert_eq!(wal.bounds(), Some((0, 4)));
+    assert_eq!(switch.written.load(Ordering::SeqCst) - before, 64 + 100);
 }
 
 #[test]
