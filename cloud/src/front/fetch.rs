@@ -34,7 +34,7 @@ const ZSTD_VERSION_MIN: i16 = 10;
 const TOPIC_ID_VERSION_MIN: i16 = 13;
 const READ_COMMITTED: i8 = 1;
 /// Partitions read at the same time for one answer.
-const READS_AT_ONCE: usize = 8;
+pub(super) const READS_AT_ONCE: usize = 8;
 /// Least time a Fetch waits for memory, even one that does not wait for records.
 const MEMORY_WAIT: Duration = Duration::from_millis(100);
 /// A session we never granted.

@@ -4,8 +4,12 @@
 //! - -2 earliest and -4 earliest local: the log start; where a record rests is not the reader's concern.
 //! - -3 the record with the greatest timestamp. -5 latest tiered: unknown (-1), as Kafka answers without tiering.
 //! - A time: the first record at or after it, -1 and -1 when there is none.
+//! - A partition asked about twice is refused the second time, as in Kafka.
 //! - A special time that the request's version does not have is answered UNSUPPORTED_VERSION.
 
+use std::collections::HashSet;
+
+use futures_util::stream::{self, StreamExt as _};
 use kafka_wire::ErrorCode;
 use kafka_wire::list_offsets::{
     ListOffsetsPartition, ListOffsetsPartitionResponse, ListOffsetsRequest, ListOffsetsResponse,
@@ -13,7 +17,7 @@ use kafka_wire::list_offsets::{
 };
 use shared::log::TimePoint;
 
-use super::fetch::{check_leader_epoch, refuse_read};
+use super::fetch::{READS_AT_ONCE, check_leader_epoch, refuse_read};
 use super::{Broker, RequestContext, Route};
 
 const LATEST: i64 = -1;
@@ -26,23 +30,35 @@ const LATEST_TIERED: i64 = -5;
 pub async fn handle(broker: &Broker, context: &RequestContext, request: ListOffsetsRequest) -> ListOffsetsResponse {
     let routes = broker.routes_named(request.topics.iter().map(|topic| &topic.name[..]));
     let mut topics = Vec::with_capacity(request.topics.len());
-    for (topic, route) in request.topics.into_iter().zip(routes) {
-        let mut partitions = Vec::with_capacity(topic.partitions.len());
-        for asked in &topic.partitions {
-            let found = find(broker, context.api_version, route.as_ref(), asked).await;
-            let error_code = found.as_ref().err().copied().unwrap_or_default();
-            let found = found.unwrap_or(NONE);
-            partitions.push(ListOffsetsPartitionResponse {
-                partition_index: asked.partition_index,
-                error_code,
-                timestamp: found.timestamp,
-                offset: found.offset,
-                leader_epoch: found.leader_epoch,
-            });
+    let mut seen = HashSet::new();
+    for (topic, route) in request.topics.into_iter().zip(&routes) {
+        // Gathered first: a stream over a closure that borrows is not known to be `Send`.
+        let mut answers = Vec::with_capacity(topic.partitions.len());
+        for asked in topic.partitions {
+            let repeated = !seen.insert((topic.name.clone(), asked.partition_index));
+            answers.push(answer(broker, context.api_version, route.as_ref(), asked, repeated));
         }
+        let partitions = stream::iter(answers).buffered(READS_AT_ONCE).collect().await;
         topics.push(ListOffsetsTopicResponse { name: topic.name, partitions });
     }
     ListOffsetsResponse { topics, ..Default::default() }
+}
+
+async fn answer(
+    broker: &Broker,
+    version: i16,
+    route: Option<&Route>,
+    asked: ListOffsetsPartition,
+    repeated: bool,
+) -> ListOffsetsPartitionResponse {
+    let found = match repeated {
+        true => Err(ErrorCode::INVALID_REQUEST),
+        false => find(broker, version, route, &asked).await,
+    };
+    let error_code = found.err().unwrap_or_default();
+    let TimePoint { offset, timestamp, leader_epoch } = found.unwrap_or(NONE);
+    let partition_index = asked.partition_index;
+    ListOffsetsPartitionResponse { partition_index, error_code, timestamp, offset, leader_epoch }
 }
 
 const NONE: TimePoint = TimePoint { offset: -1, timestamp: -1, leader_epoch: -1 };

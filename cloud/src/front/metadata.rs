@@ -4,7 +4,10 @@
 //!   listener the client came through.
 //! - A topic that is asked for by name and does not exist is made, when both the client and the settings allow, and is
 //!   answered ready. Asking for all topics makes none.
+//! - A topic asked for twice is answered once, or a small request could ask for a boundless answer.
 //! - v0 asks for all with an empty list, later versions with null. v12 asks by id too.
+
+use std::collections::HashSet;
 
 use kafka_wire::metadata::{
     MetadataRequest, MetadataRequestTopic, MetadataResponse, MetadataResponseBroker, MetadataResponsePartition,
@@ -34,8 +37,12 @@ pub async fn handle(broker: &Broker, context: &RequestContext, request: Metadata
         Some(asked) if asked.is_empty() && context.api_version == 0 => view.all(broker),
         Some(asked) => {
             let create = request.allow_auto_topic_creation && broker.settings.auto_create_topics;
-            let mut topics = Vec::with_capacity(asked.len());
+            let mut seen = HashSet::new();
+            let mut topics = Vec::new();
             for asked in asked {
+                if !seen.insert((asked.name.clone(), asked.topic_id)) {
+                    continue;
+                }
                 topics.push(match asked.name {
                     Some(name) => view.named(broker, name, create).await,
                     None => view.identified(broker, context.api_version, &asked),

@@ -1,7 +1,9 @@
 //! What consumers are promised.
 
 use kafka_wire::fetch::{FetchPartition, FetchRequest, FetchResponse, FetchTopic, PartitionData};
-use kafka_wire::list_offsets::{ListOffsetsPartition, ListOffsetsRequest, ListOffsetsResponse, ListOffsetsTopic};
+use kafka_wire::list_offsets::{
+    ListOffsetsPartition, ListOffsetsPartitionResponse, ListOffsetsRequest, ListOffsetsResponse, ListOffsetsTopic,
+};
 use kafka_wire::offset_for_leader_epoch::{
     OffsetForLeaderEpochRequest, OffsetForLeaderEpochResponse, OffsetForLeaderPartition, OffsetForLeaderTopic,
 };
@@ -235,8 +237,9 @@ async fn offsets_are_found_by_time() {
     running.topic("t", 2).await;
     let mut client = running.client().await;
     produce(&mut client, "t", 0, batch(&[b"at 1000", b"at 1001", b"at 1002"]).into_bytes()).await;
-    let ask = |partition_index, timestamp| ListOffsetsPartition { partition_index, timestamp, ..Default::default() };
     for version in 1..=10 {
+        let since = |min| if version >= min { ErrorCode::NONE } else { ErrorCode::UNSUPPORTED_VERSION };
+        let or_none = |min, offset| if version >= min { offset } else { -1 };
         let cases = [
             (0, -1, ErrorCode::NONE, -1, 3),
             (0, -2, ErrorCode::NONE, -1, 0),
@@ -247,26 +250,31 @@ async fn offsets_are_found_by_time() {
             (1, -1, ErrorCode::NONE, -1, 0),
             (2, -1, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, -1, -1),
             (0, -6, ErrorCode::UNSUPPORTED_VERSION, -1, -1),
-        ];
-        let since = |min| if version >= min { ErrorCode::NONE } else { ErrorCode::UNSUPPORTED_VERSION };
-        let or_none = |min, offset| if version >= min { offset } else { -1 };
-        let special = [
             (0, -3, since(7), or_none(7, 1002), or_none(7, 2)),
             (0, -4, since(8), -1, or_none(8, 0)),
             (0, -5, since(9), -1, -1),
         ];
-        let all = cases.iter().chain(&special);
-        let topic = ListOffsetsTopic {
-            name: "t".into(),
-            partitions: all.clone().map(|(partition, time, ..)| ask(*partition, *time)).collect(),
-        };
-        let request = ListOffsetsRequest { replica_id: -1, topics: vec![topic], ..Default::default() };
-        let response: ListOffsetsResponse = client.call(version, &request).await;
-        for ((partition, time, code, timestamp, offset), found) in all.zip(&response.topics[0].partitions) {
+        for (partition, time, code, timestamp, offset) in cases {
+            let found = &ask(&mut client, version, &[(partition, time)]).await[0];
             let found = (found.error_code, found.timestamp, found.offset);
-            assert_eq!(found, (*code, *timestamp, *offset), "v{version} partition {partition} time {time}");
+            assert_eq!(found, (code, timestamp, offset), "v{version} partition {partition} time {time}");
         }
     }
+    let answers = ask(&mut client, 7, &[(0, -1), (1, -1), (0, -2)]).await;
+    let codes: Vec<ErrorCode> = answers.iter().map(|answer| answer.error_code).collect();
+    assert_eq!(codes, [ErrorCode::NONE, ErrorCode::NONE, ErrorCode::INVALID_REQUEST], "asked about twice");
+}
+
+async fn ask(client: &mut Client, version: i16, asked: &[(i32, i64)]) -> Vec<ListOffsetsPartitionResponse> {
+    let partition = |(partition_index, timestamp): &(i32, i64)| ListOffsetsPartition {
+        partition_index: *partition_index,
+        timestamp: *timestamp,
+        ..Default::default()
+    };
+    let topic = ListOffsetsTopic { name: "t".into(), partitions: asked.iter().map(partition).collect() };
+    let request = ListOffsetsRequest { replica_id: -1, topics: vec![topic], ..Default::default() };
+    let response: ListOffsetsResponse = client.call(version, &request).await;
+    response.topics[0].partitions.clone()
 }
 
 #[tokio::test]

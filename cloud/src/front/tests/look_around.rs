@@ -169,6 +169,15 @@ async fn topics_are_found_by_id() {
 }
 
 #[tokio::test]
+async fn a_topic_asked_for_often_is_answered_once() {
+    let running = start().await;
+    running.topic("t", 100).await;
+    let mut client = running.client().await;
+    let response: MetadataResponse = client.call(9, &named(&["t"; 5000])).await;
+    assert_eq!(response.topics.len(), 1);
+}
+
+#[tokio::test]
 async fn operations_are_told_to_who_asks() {
     let running = start().await;
     running.topic("t", 1).await;
