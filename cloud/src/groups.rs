@@ -23,9 +23,11 @@ pub mod coordinator;
 pub mod group;
 #[cfg(test)]
 mod tests;
+pub mod words;
 
 pub use coordinator::{Coordinator, Effects, Listed};
-pub use group::{Description, Effect, GroupError, JoinRequest, Joined, SyncRequest, Synced, Ticket};
+pub use group::{Effect, Ticket};
+pub use words::{Description, GroupError, JoinRequest, Joined, SyncRequest, Synced};
 
 /// Longest group id, bytes. Each committed offset carries it into the log, so this bounds what one commit can write.
 pub const GROUP_ID_BYTES_MAX: usize = 255;

@@ -316,7 +316,7 @@ async fn offsets_come_back_as_they_were_committed() {
     assert_eq!(codes, wanted);
 
     let some = vec![
-        OffsetFetchRequestTopic { name: "a".to_owned(), partition_indexes: vec![1, 0, -3] },
+        OffsetFetchRequestTopic { name: "a".to_owned(), partition_indexes: vec![1, 0, -3, 1] },
         OffsetFetchRequestTopic { name: "none".to_owned(), partition_indexes: vec![0] },
     ];
     let request = OffsetFetchRequest { group_id: "g".to_owned(), topics: Some(some), ..Default::default() };
@@ -326,7 +326,8 @@ async fn offsets_come_back_as_they_were_committed() {
     assert_eq!(first.metadata.as_deref(), Some("noted"));
     let absent: Vec<i64> =
         fetched.topics.iter().flat_map(|t| &t.partitions).skip(1).map(|p| p.committed_offset).collect();
-    assert_eq!(absent, [-1, -1, -1]);
+    assert_eq!(absent, [-1, -1, -1, -1]);
+    assert_eq!(fetched.topics[0].partitions[3].error_code, ErrorCode::INVALID_REQUEST, "asked for twice");
 
     let group = |id: &str| OffsetFetchRequestGroup { group_id: id.to_owned(), topics: None, ..Default::default() };
     let request = OffsetFetchRequest { groups: vec![group("g"), group("none"), group("g")], ..Default::default() };

@@ -12,7 +12,7 @@ use kafka_wire::describe_groups::{
 
 use super::{Broker, RequestContext, operations};
 use crate::groups::Description;
-use crate::groups::group::DescribedMember;
+use crate::groups::words::DescribedMember;
 
 const NOT_FOUND_VERSION_MIN: i16 = 6;
 

@@ -41,7 +41,7 @@ pub async fn handle(broker: &Broker, context: &RequestContext, request: JoinGrou
 }
 
 fn answer(joined: Joined) -> JoinGroupResponse {
-    let member = |m: crate::groups::group::JoinedMember| JoinGroupResponseMember {
+    let member = |m: crate::groups::words::JoinedMember| JoinGroupResponseMember {
         member_id: m.member_id,
         group_instance_id: m.instance_id,
         metadata: m.metadata,

@@ -3,7 +3,7 @@
 //! - Null topics (v2) ask for all. Up to v7 one group, from v8 on several (KIP-709).
 //! - `require_stable` (v7) has nothing to wait for: offsets are never pending in a transaction.
 //! - Member id and epoch (v9) belong to another group protocol and are not looked at.
-//! - A group named twice is refused the second time, or a small request could ask for a boundless answer.
+//! - A group or partition named twice is refused the second time, or a small request could ask for a boundless answer.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -41,11 +41,15 @@ pub async fn handle(broker: &Broker, context: &RequestContext, request: OffsetFe
 
 fn committed(state: &State, group: &str, asked: Option<Vec<OffsetFetchRequestTopic>>) -> Vec<OffsetFetchResponseTopic> {
     let Some(asked) = asked else { return all(state, group) };
+    let mut seen = HashSet::new();
     let topic = |topic: OffsetFetchRequestTopic| {
         let known = TopicName::parse(&topic.name).ok().and_then(|name| state.topic_named(&name));
         let partition = |index: i32| {
             let at = known.zip(u32::try_from(index).ok());
-            let at = at.map(|(topic, index)| Partition { topic: topic.id, index });
+            let at = at.map(|(topic, number)| Partition { topic: topic.id, index: number });
+            if at.is_some_and(|at| !seen.insert(at)) {
+                return OffsetFetchResponsePartition { error_code: ErrorCode::INVALID_REQUEST, ..answer(index, None) };
+            }
             answer(index, at.and_then(|at| state.committed(group, at)))
         };
         let partitions = topic.partition_indexes.into_iter().map(partition).collect();

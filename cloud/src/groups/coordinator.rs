@@ -6,7 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::GroupSettings;
-use super::group::{Description, Effect, Group, GroupError, GroupState, JoinRequest, Millis, SyncRequest, Ticket};
+use super::group::{Effect, Group, GroupState, Millis, Ticket};
+use super::words::{Description, GroupError, JoinRequest, SyncRequest};
 
 /// Effects of one call, each with its group.
 pub type Effects = Vec<(String, Effect)>;
