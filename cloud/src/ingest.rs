@@ -28,7 +28,7 @@ use shared::link::receiver::{EdgeSession, HelloRefused, Plan, StorePlan, Takeove
 use shared::link::{GAPS_TOPIC, Position};
 use shared::log::{self, AppendError, Appended, BoxFuture, Log, Source, StreamKey};
 use shared::name::{EdgeId, Offset, Partition, StreamName, TimestampMs, TopicName};
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tracing::{info, warn};
 
 pub use auth::{AuthError, Caller, EdgeGrant, Grants};
@@ -300,17 +300,24 @@ impl Ingest {
         }
     }
 
-    /// Answers an append, whose batches are `bodies`.
+    /// Answers an append, whose batches are `bodies`. `room` is dropped when the batches are.
     pub async fn append(
         self: &Arc<Self>,
         caller: &Caller<'_>,
         append: Append,
         bodies: Vec<Bytes>,
+        room: OwnedSemaphorePermit,
     ) -> Result<AppendReply, IngestError> {
         caller.is(&append.edge)?;
         let lane = self.lane(&append.edge)?;
         let ingest = self.clone();
-        detached(async move { ingest.append_in_turn(&lane, append, bodies).await }).await
+        detached(async move {
+            let reply = ingest.append_in_turn(&lane, append, bodies).await;
+            drop(room);
+            ingest.freed.notify_waiters();
+            reply
+        })
+        .await
     }
 
     async fn append_in_turn(

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use shared::log::{AppendError, BoxFuture, Chain, StreamKey};
-use shared::name::{EdgeId, Offset, Partition, StreamName, TimestampMs, TopicId, TopicName};
+use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TimestampMs, TopicId, TopicName};
 
 pub mod memory;
 
@@ -356,6 +356,12 @@ impl State {
     /// How far a stream's records are stored.
     pub fn stream(&self, key: &StreamKey) -> Option<&StreamState> {
         self.streams.get(key)
+    }
+
+    /// The incarnations of one stream that have stored anything.
+    pub fn incarnations(&self, edge: &EdgeId, stream: &StreamName) -> impl Iterator<Item = Incarnation> {
+        let key = |bytes| StreamKey { edge: edge.clone(), stream: stream.clone(), incarnation: Incarnation(bytes) };
+        self.streams.range(key([0; 16])..=key([0xff; 16])).map(|(key, _)| key.incarnation)
     }
 
     /// All streams, those of one edge together.

@@ -264,6 +264,8 @@ impl Runner {
                     let mut status = self.status.lock();
                     status.appends += 1;
                     status.bytes += bytes as u64;
+                    // Unless the reply itself says otherwise, which is reported next.
+                    status.last_error = None;
                 }
                 self.sender.append_done(now, reply, &*self.source);
             }

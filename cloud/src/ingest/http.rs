@@ -108,9 +108,7 @@ async fn append(State(ingest): State<Arc<Ingest>>, request: Request) -> Result<R
     let (bytes, room) = ingest.body(&parts.headers, body, bytes_max).await?;
     let (append, batches) = frame::decode_append(&bytes).map_err(|error| ingest.refuse(error.into()))?;
     drop(bytes);
-    let reply = ingest.append(&caller, append, batches).await.map_err(|error| ingest.refuse(error.into()))?;
-    drop(room);
-    ingest.freed.notify_waiters();
+    let reply = ingest.append(&caller, append, batches, room).await.map_err(|error| ingest.refuse(error.into()))?;
     Ok(message(frame::encode(&reply)))
 }
 

@@ -93,10 +93,8 @@ impl Ingest {
                 Some(placed) if placed.topic == topic && placed.index < partitions => {
                     found = (placed.index, false);
                     // A known place but an unknown incarnation: the edge's data were restored, copied or set aside.
-                    let older = state.streams().any(|(known, _)| {
-                        known.edge == key.edge && known.stream == key.stream && known.incarnation != key.incarnation
-                    });
-                    if older && state.stream(key).is_none() {
+                    let is_new = state.stream(key).is_none();
+                    if is_new && state.incarnations(&key.edge, &key.stream).next().is_some() {
                         count(&self.counters.new_incarnations, 1);
                         warn!(
                             edge = %key.edge, stream = %key.stream, incarnation = %key.incarnation,

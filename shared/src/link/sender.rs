@@ -414,10 +414,13 @@ impl Sender {
         self.phase = Phase::Greeting;
         self.session.hello = self.session.hello.wrapping_add(1);
         self.discard_sealed();
-        let streams: Vec<HelloStream> = rows
-            .streams()
+        let mut infos = rows.streams();
+        for info in infos.split_off(infos.len().min(frame::STREAMS_MAX)) {
+            let reason = Some(format!("the link carries {} streams at most", frame::STREAMS_MAX));
+            self.outputs.push_back(Output::Park { stream: info.name, reason });
+        }
+        let streams: Vec<HelloStream> = infos
             .into_iter()
-            .take(frame::STREAMS_MAX)
             .map(|info| HelloStream {
                 name: info.name,
                 topic: info.topic,
