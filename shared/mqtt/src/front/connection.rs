@@ -38,6 +38,8 @@ const READ_BYTES: usize = 128 << 10;
 const READS_PER_POLL: usize = 4;
 /// Held PUBLISHes are offered again after so long even if the store does not say that there is room.
 const OFFER_AGAIN: Duration = Duration::from_secs(1);
+/// The least time until the next offer when one changed nothing.
+const OFFER_PAUSE: Duration = Duration::from_millis(5);
 /// How long a last goodbye may take.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -144,8 +146,9 @@ pub(super) struct Connection {
     stalled: bool,
     /// The client does not read our answers: it is not read from until it does.
     choked: bool,
-    /// When held PUBLISHes are offered again although the store did not call.
+    /// When held PUBLISHes are offered again although the store did not call, and not before when although it did.
     offer_again: Instant,
+    offer_not_before: Instant,
     counted_acks: usize,
     counted_held: usize,
 }
@@ -231,6 +234,7 @@ impl Connection {
             stalled: false,
             choked: false,
             offer_again: now,
+            offer_not_before: now,
             counted_acks: 0,
             counted_held: 0,
         }
@@ -311,11 +315,20 @@ impl Connection {
     /// Offers held PUBLISHes again when there may be room.
     fn poll_room(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
         let Some(room) = &mut self.room else { return Ok(()) };
+        if now.instant < self.offer_not_before {
+            return Ok(());
+        }
         if room.as_mut().poll(cx).is_ready() || now.instant >= self.offer_again {
             self.room = None;
+            let held = self.held.len();
             self.offer_held(now)?;
-            // Still held, perhaps: the new wait must be polled, but others have their turn first.
-            cx.waker().wake_by_ref();
+            if self.held.len() == held {
+                // There may be room, but not for the first of these: asking again at once would go round and round.
+                self.offer_not_before = now.instant + OFFER_PAUSE;
+            } else {
+                // The new wait has not seen our waker yet.
+                cx.waker().wake_by_ref();
+            }
         }
         Ok(())
     }
@@ -534,7 +547,8 @@ impl Connection {
                     add(&self.front.counters.hold_timeouts_total, 1);
                     return Err(Close::ours(Reason::QUOTA_EXCEEDED, "there was no room for a PUBLISH in time"));
                 }
-                next = next.min(at).min(self.offer_again.max(now + Duration::from_millis(1)));
+                let offer = if now < self.offer_not_before { self.offer_not_before } else { self.offer_again };
+                next = next.min(at).min(offer.max(now + Duration::from_millis(1)));
             }
             if !self.congested.is_empty() {
                 next = next.min(self.congested_until.max(now + Duration::from_millis(1)));

@@ -17,6 +17,7 @@ use Version::{V4, V5};
 
 mod delivery;
 mod hostile;
+mod races;
 mod sessions;
 mod storing;
 
