@@ -257,26 +257,20 @@ impl Shard {
 
     /// All partitions, by topic name and number.
     pub fn partitions(&self) -> Vec<PartitionStatus> {
-        let inner = self.core.inner.lock();
-        let mut all = Vec::new();
-        for topic in inner.state.topics() {
-            for index in 0..topic.partitions {
-                let partition = Partition { topic: topic.id, index };
-                let Some(state) = inner.state.partition(partition) else { continue };
-                let cold = self.core.cold.bounds(partition);
-                let archived = cold.map_or(0, |cold| cold.next);
-                let bytes = cold.map_or(0, |cold| cold.bytes) + inner.index.bytes_from(partition, archived);
-                all.push(PartitionStatus {
-                    topic: topic.name.to_string(),
-                    index,
-                    log_start: state.log_start,
-                    high_watermark: state.high_watermark,
-                    bytes,
-                    archived,
-                });
+        let mut all = self.core.inner.lock().partition_statuses();
+        // The cold tier has locks of its own: it is never asked under ours.
+        for (partition, status) in &mut all {
+            if let Some(cold) = self.core.cold.bounds(*partition) {
+                (status.archived, status.bytes) = (cold.next, cold.bytes);
             }
         }
-        all
+        let inner = self.core.inner.lock();
+        all.into_iter()
+            .map(|(partition, mut status)| {
+                status.bytes += inner.index.bytes_from(partition, status.archived);
+                status
+            })
+            .collect()
     }
 
     /// The edge offset below which a stream's records are in the bucket; without archiving, in the WAL. `None` for a stream

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 
 use super::index::WalIndex;
 use super::tail::Tail;
-use super::{Core, ShardStatus};
+use super::{Core, PartitionStatus, ShardStatus};
 use crate::block::{BlockBuilder, Placed};
 use crate::state::{Change, State};
 
@@ -186,6 +186,27 @@ impl Inner {
                 leader_epoch: state.leader_epoch(),
             })
             .ok_or(ReadError::UnknownPartition(partition))
+    }
+
+    /// What the state says of each partition; bytes and archive are left to be filled in.
+    pub fn partition_statuses(&self) -> Vec<(Partition, PartitionStatus)> {
+        let mut all = Vec::new();
+        for topic in self.state.topics() {
+            for index in 0..topic.partitions {
+                let partition = Partition { topic: topic.id, index };
+                let Some(state) = self.state.partition(partition) else { continue };
+                let status = PartitionStatus {
+                    topic: topic.name.to_string(),
+                    index,
+                    log_start: state.log_start,
+                    high_watermark: state.high_watermark,
+                    bytes: 0,
+                    archived: 0,
+                };
+                all.push((partition, status));
+            }
+        }
+        all
     }
 
     /// What to listen to until the partition may have grown; `None` when it is above `beyond`.
