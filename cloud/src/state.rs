@@ -202,6 +202,8 @@ pub struct EpochStart {
     pub epoch: i32,
     /// The first offset written under it.
     pub start: Offset,
+    /// The end of the records before it: less than `start` where offsets were left out.
+    pub before: Offset,
 }
 
 /// A batch of an idempotent producer that is remembered.
@@ -258,12 +260,23 @@ pub struct PartitionState {
 
 impl PartitionState {
     fn new(epoch: i32) -> Self {
-        Self { epochs: vec![EpochStart { epoch, start: 0 }], ..Self::default() }
+        Self { epochs: vec![EpochStart { epoch, start: 0, before: 0 }], ..Self::default() }
     }
 
     /// The leader epoch in force.
     pub fn leader_epoch(&self) -> i32 {
         self.epochs.last().map_or(0, |last| last.epoch)
+    }
+
+    /// Whether the offsets `from .. to` were left out where epochs began, so that no record can be missing there.
+    pub fn left_out(&self, from: Offset, to: Offset) -> bool {
+        let mut to = to;
+        for epoch in self.epochs.iter().rev().filter(|epoch| epoch.before < epoch.start) {
+            if epoch.start == to {
+                to = epoch.before;
+            }
+        }
+        to <= from
     }
 }
 
@@ -460,8 +473,9 @@ impl State {
         }
         self.leader_epoch = epoch;
         for partition in self.partitions.values_mut() {
-            partition.high_watermark = partition.high_watermark.saturating_add(skip.max(0));
-            partition.epochs.push(EpochStart { epoch, start: partition.high_watermark });
+            let before = partition.high_watermark;
+            partition.high_watermark = before.saturating_add(skip.max(0));
+            partition.epochs.push(EpochStart { epoch, start: partition.high_watermark, before });
         }
     }
 

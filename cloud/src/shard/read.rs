@@ -64,8 +64,10 @@ enum Piece {
 }
 
 enum Plan {
-    /// Nothing in the WAL at or after `from`.
+    /// Nothing at or after `from`, and nothing can be missing.
     Nothing,
+    /// Records at or after `from` are where this plan did not look.
+    Missing,
     Cold,
     Local(Vec<Piece>),
 }
@@ -97,7 +99,17 @@ impl Inner {
             bytes += if pieces.is_empty() { 0 } else { run.bytes as usize };
             pieces.push(self.tail.run(run).map_or(Piece::Stored(*run), Piece::Here));
         }
-        Ok((bounds, if pieces.is_empty() { Plan::Nothing } else { Plan::Local(pieces) }))
+        // A reader is led over a hole only where offsets were left out when an epoch began.
+        let next = self.index.from(partition, from).next().map_or(bounds.high_watermark, |run| run.base);
+        let whole = next <= from || self.state.partition(partition).is_some_and(|state| state.left_out(from, next));
+        Ok((
+            bounds,
+            match pieces.is_empty() {
+                _ if !whole => Plan::Missing,
+                true => Plan::Nothing,
+                false => Plan::Local(pieces),
+            },
+        ))
     }
 }
 
@@ -113,6 +125,8 @@ impl Core {
             let (bounds, plan) = self.inner.lock().plan(partition, from, limits, cold)?;
             match plan {
                 Plan::Nothing => return Ok(Read { batches: Vec::new(), next: bounds.high_watermark, bounds }),
+                // Perhaps they moved to the archive between the two looks.
+                Plan::Missing => cold = true,
                 Plan::Cold => {
                     let found = self.cold.read(partition, from, limits).await?;
                     if !found.batches.is_empty() {
@@ -127,7 +141,8 @@ impl Core {
                 },
             }
         }
-        Err(ReadError::Storage("the WAL was trimmed under the read again and again".into()))
+        let text = format!("offset {from} of {partition} is neither in the WAL nor in the archive");
+        Err(ReadError::Corrupt(text))
     }
 
     /// Gets what is not at hand, off the async threads where there are any.

@@ -124,7 +124,24 @@ fn an_epoch_begins_above_what_may_have_been_lost() {
     state.apply(&Change::EpochStarted { epoch: 1, skip: 100 });
     let found = state.partition(partition(1, 0)).unwrap();
     assert_eq!(found.high_watermark, 110);
-    assert_eq!(found.epochs, [EpochStart { epoch: 0, start: 0 }, EpochStart { epoch: 1, start: 110 }]);
+    assert_eq!(
+        found.epochs,
+        [EpochStart { epoch: 0, start: 0, before: 0 }, EpochStart { epoch: 1, start: 110, before: 10 }]
+    );
+    for ((from, to), expected) in [
+        ((10, 110), true),
+        ((60, 110), true),
+        ((9, 110), false),
+        ((10, 109), false),
+        ((10, 111), false),
+        ((5, 5), true),
+    ] {
+        assert_eq!(found.left_out(from, to), expected, "{from} .. {to}");
+    }
+    let mut twice = state.clone();
+    twice.apply(&Change::EpochStarted { epoch: 2, skip: 100 });
+    let found = twice.partition(partition(1, 0)).unwrap();
+    assert!(found.left_out(10, 210) && found.left_out(150, 210) && !found.left_out(9, 210));
     state.apply(&Change::TopicCreated(topic(2, "u", 1)));
     assert_eq!(state.partition(partition(2, 0)).unwrap().leader_epoch(), 1);
 }

@@ -40,6 +40,19 @@ fn readers_follow_while_the_archive_takes_the_wal_away() {
     assert_eq!(all.len() as i64, BATCHES);
 }
 
+#[test]
+fn what_is_in_no_tier_is_not_skipped() {
+    let (shard, _wal) = shard();
+    (0..3).for_each(|_| {
+        append(&shard, batch(10, 1)).unwrap();
+    });
+    // Trimmed, although nobody took it over.
+    shard.published(2);
+    let read = |from| block_on(shard.read(partition(1), from, ReadLimits { bytes_max: 1 }));
+    assert!(matches!(read(5), Err(ReadError::Corrupt(text)) if text.contains("offset 5")));
+    assert_eq!(split(&read(10).unwrap())[0].base_offset(), 10);
+}
+
 /// Takes over all durable blocks but the newest.
 fn archive(shard: &Shard, cold: &ColdBlocks) {
     let known = cold.blocks.lock().last().map_or(0, |block| block.header().seq + 1);
