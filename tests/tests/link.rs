@@ -15,7 +15,7 @@ use cloud::ingest::{EdgeGrant, Grants, Ingest, IngestSettings};
 use cloud::shard::{Shard, ShardSettings};
 use cloud::wal::memory::MemoryWal;
 use edge::store::{EdgeStore, StoreSettings};
-use edge::streams::StreamSettings;
+use edge::streams::{OnFull, StreamSettings};
 use edge::uplink::{StreamSource, Uplink, UplinkSettings, UplinkStatus};
 use mqtt::store::{Admission, Publish, PublishProperties, SessionRef, Store};
 use parking_lot::Mutex;
@@ -426,12 +426,19 @@ async fn publish(store: &EdgeStore, values: &[String]) {
         properties: PublishProperties::default(),
     };
     let publishes: Vec<_> = values.iter().map(|value| publish(value.as_bytes())).collect();
-    let mut admissions = Vec::new();
-    store.publish(&session, &publishes, &mut admissions);
-    assert_eq!(admissions.len(), values.len());
-    for admission in admissions {
-        let Admission::Stored(ticket) = admission else { panic!("{admission:?}") };
-        Store::wait(store, ticket).await.expect("durable");
+    let mut taken = 0;
+    while taken < publishes.len() {
+        let mut admissions = Vec::new();
+        store.publish(&session, &publishes[taken..], &mut admissions);
+        taken += admissions.len();
+        let held = taken < publishes.len();
+        for admission in admissions {
+            let Admission::Stored(ticket) = admission else { panic!("{admission:?}") };
+            Store::wait(store, ticket).await.expect("durable");
+        }
+        if held {
+            store.room().await;
+        }
     }
 }
 
@@ -465,6 +472,91 @@ async fn what_devices_publish_arrives_once_although_the_gateway_starts_again() {
         drop(store);
     }
     assert!(cloud.values("plant").await == all, "not there once and in order");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_full_gateway_dropped_is_declared_and_listed() {
+    let cloud = Cloud::start(IngestSettings::default(), false).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut settings_store = StoreSettings::new(EdgeId::parse("gw-1").expect("a name"), directory.path());
+    settings_store.disk_budget = Some(8 << 20);
+    let rules = vec![StreamSettings {
+        name: "plant".to_owned(),
+        filters: vec!["plant/#".to_owned()],
+        on_full: OnFull::DropOldest,
+        ..StreamSettings::default()
+    }];
+    let store = EdgeStore::open(settings_store, rules).expect("a store");
+    let position = || store.position(&stream("plant")).expect("a stream");
+    let url = format!("http://{}", cloud.address);
+    let values: Vec<String> = (0..2000).map(|n| format!("{n:05}{}", "x".repeat(10_000))).collect();
+
+    let running = run(settings(url.clone()), &store);
+    publish(&store, &values[..10]).await;
+    until(|| async { (position().safe == 10).then_some(()) }).await;
+    running.stop().await;
+    for chunk in values[10..].chunks(10) {
+        publish(&store, chunk).await;
+    }
+    let first = position().first;
+    assert!(first > 10, "nothing was dropped");
+    let running = run(settings(url), &store);
+    let status = running.until(|status| status.behind_records == 0 && status.gaps_declared == 1).await;
+    assert_eq!((status.sent_twice, status.cloud_lost), (0, 0));
+    until(|| async { position().gap.is_none().then_some(()) }).await;
+
+    let kept = [&values[..10], &values[first as usize..]].concat();
+    assert!(cloud.values("plant").await == kept, "what was kept is not there once and in order");
+    let listed = cloud.values("tributary.gaps").await;
+    let listed: serde_json::Value = serde_json::from_str(&listed[0]).expect("JSON");
+    assert_eq!((&listed["first"], &listed["last"]), (&10.into(), &(first - 1).into()));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_copy_of_the_disk_loses_nothing_new() {
+    let cloud = Cloud::start(IngestSettings::default(), false).await;
+    let directory = tempfile::tempdir().expect("a directory");
+    let open = |name: &str| {
+        let settings = StoreSettings::new(EdgeId::parse("gw-1").expect("a name"), directory.path().join(name));
+        let rules = vec![StreamSettings {
+            name: "plant".to_owned(),
+            filters: vec!["plant/#".to_owned()],
+            ..StreamSettings::default()
+        }];
+        EdgeStore::open(settings, rules).expect("a store")
+    };
+    let all = |status: &UplinkStatus| status.up && status.behind_records == 0;
+    let link = || settings(format!("http://{}", cloud.address));
+
+    let store = open("disk");
+    publish(&store, &expected("before", 20)).await;
+    let running = run(link(), &store);
+    running.until(all).await;
+    running.stop().await;
+    store.close();
+    std::fs::create_dir(directory.path().join("image")).expect("a directory");
+    for file in std::fs::read_dir(directory.path().join("disk")).expect("files") {
+        let file = file.expect("a file");
+        std::fs::copy(file.path(), directory.path().join("image").join(file.file_name())).expect("copied");
+    }
+    let store = open("disk");
+    publish(&store, &expected("after", 20)).await;
+    let running = run(link(), &store);
+    running.until(all).await;
+    running.stop().await;
+
+    // The image goes on where it was taken, and at first its offsets are those of other records in the cloud.
+    let image = open("image");
+    publish(&image, &expected("restored", 30)).await;
+    let running = run(link(), &image);
+    running.until(|status| all(status) && status.sent_twice == 1).await;
+    running.stop().await;
+    let values = cloud.values("plant").await;
+    for kept in [expected("before", 20), expected("after", 20), expected("restored", 30)].concat() {
+        assert!(values.contains(&kept), "{kept} is lost");
+    }
+    assert_eq!(values.len(), 70, "what was safe when the image was taken is not sent again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
