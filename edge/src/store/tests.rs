@@ -312,7 +312,9 @@ fn a_wrong_estimate_is_survived_with_the_reserve() {
     // Values just above a power of two take almost twice what they hold, which the estimate does not know.
     let payload = vec![7u8; 270_000];
     let mut stored = 0;
-    let store = EdgeStore::open(small(dir.path()), rules.clone()).unwrap();
+    let settings = || StoreSettings { disk_budget: Some(32 << 20), ..settings(dir.path()) };
+    let store = EdgeStore::open(settings(), rules.clone()).unwrap();
+    let estimate = store.core.state.lock().budget.ceiling();
     for round in 0..3 {
         loop {
             match offer(&store, &[publish("t", &payload)])[..] {
@@ -332,8 +334,9 @@ fn a_wrong_estimate_is_survived_with_the_reserve() {
         store.set_safe(&name("a"), at.next);
         block_on(store.room());
     }
+    assert!(store.core.state.lock().budget.ceiling() < estimate, "the disk never refused: nothing was shown here");
     drop(store);
-    let store = EdgeStore::open(small(dir.path()), rules).unwrap();
+    let store = EdgeStore::open(settings(), rules).unwrap();
     assert_eq!(store.position(&name("a")).unwrap().next, stored);
 }
 
