@@ -187,6 +187,47 @@ async fn while_the_bucket_is_away_nothing_is_trimmed_and_afterwards_it_catches_u
     assert_eq!(node.shard.fenced_by(), None);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_wal_refuses_producers_until_the_bucket_is_back() {
+    use crate::shard::{Shard, ShardSettings};
+    use crate::state::{Change, StateLog, Topic};
+    use crate::wal::memory::MemoryWal;
+    use shared::log::conformance::{from_producer, sized};
+    use shared::log::{AppendError, Log};
+    let (store, home) = (Faulty::new(), Home::new());
+    let settings = settings(home.dir.path().into());
+    let bucket = Store::new(std::sync::Arc::new(store.clone()), "p".into(), settings.requests);
+    let mirror = Store::directory(&home.dir.path().join("manifest"), settings.requests).unwrap();
+    let archive = Archive::with_stores(settings, bucket, Some(mirror)).await.unwrap();
+    let recovered = archive.recover(&NoBlocks).await.unwrap();
+    let wal = Box::new(MemoryWal::new(1 << 20));
+    let clock = std::sync::Arc::new(|| 1);
+    let shard = Shard::open(ShardSettings::default(), wal, recovered, Some(archive.cold()), clock).unwrap();
+    let task = tokio::spawn(archive.clone().run(shard.clone(), std::future::pending()));
+    let name = shared::name::TopicName::parse("t").unwrap();
+    let topic = Topic { id: partition(1).topic, name, partitions: 1, configs: Default::default(), created_ms: 0 };
+    shard.commit(vec![Change::TopicCreated(topic)]).await.unwrap();
+    let append = || shard.append(from_producer(partition(1), sized(50_000)));
+    for _ in 0..3 {
+        store.plan.lock().down = true;
+        let refused = loop {
+            if let Err(refused) = append().await {
+                break refused;
+            }
+        };
+        assert!(matches!(refused, AppendError::Full(_)), "{refused}");
+        let end = shard.bounds(partition(1)).unwrap().high_watermark;
+        store.plan.lock().down = false;
+        // The producer tries again, as it is told to.
+        while append().await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let batches = shard.read(partition(1), 0, ReadLimits { bytes_max: 1 << 30 }).await.unwrap();
+        assert!(shard.bounds(partition(1)).unwrap().high_watermark > end && !batches.batches.is_empty());
+    }
+    task.abort();
+}
+
 #[tokio::test]
 async fn of_two_nodes_with_one_data_directory_one_stops() {
     let (store, mut home) = (Faulty::new(), Home::new());
