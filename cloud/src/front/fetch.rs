@@ -3,11 +3,13 @@
 //! - A read begins with the batch that contains the offset; the client drops what lies before (rule of the protocol).
 //! - The answer waits until `min_bytes` are there over all partitions, or `max_wait_ms` is over; any error ends the wait.
 //! - The first partition that has something gives one whole batch even beyond the limits (KIP-74), no other does.
+//! - A partition named twice is refused the second time: there are never more waits than partitions.
 //! - There are no transactions, so the last stable offset is the high watermark and nothing was aborted.
 //! - Sessions are not kept: every answer says session 0, which tells the client to name all partitions each time
 //!   (KIP-227 allows it always).
 //! - v13 and later name topics by id: a topic made again under its name is another one.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -99,17 +101,26 @@ fn slots(broker: &Broker, version: i16, request: &FetchRequest) -> Vec<Slot> {
     };
     let unknown = if by_id { ErrorCode::UNKNOWN_TOPIC_ID } else { ErrorCode::UNKNOWN_TOPIC_OR_PARTITION };
     let asked = request.topics.iter().zip(&routes);
+    let mut seen = HashSet::new();
     asked
         .flat_map(|(topic, route)| topic.partitions.iter().map(move |asked| (route, asked)))
         .map(|(route, asked)| match route {
-            Some(route) => slot(broker, route, asked).unwrap_or_else(Slot::Failed),
+            Some(route) => slot(broker, route, asked, &mut seen).unwrap_or_else(Slot::Failed),
             None => Slot::Failed(unknown),
         })
         .collect()
 }
 
-fn slot(broker: &Broker, route: &Route, asked: &FetchPartition) -> Result<Slot, ErrorCode> {
+fn slot(
+    broker: &Broker,
+    route: &Route,
+    asked: &FetchPartition,
+    seen: &mut HashSet<Partition>,
+) -> Result<Slot, ErrorCode> {
     let partition = route.partition(asked.partition).ok_or(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION)?;
+    if !seen.insert(partition) {
+        return Err(ErrorCode::INVALID_REQUEST);
+    }
     let bounds = broker.log.bounds(partition).map_err(|error| refuse_read(&error))?;
     check_leader_epoch(asked.current_leader_epoch, bounds.leader_epoch)?;
     if asked.last_fetched_epoch >= 0 {

@@ -152,6 +152,9 @@ async fn an_error_in_any_partition_ends_the_wait_at_once() {
     let began = Instant::now();
     let partitions = fetch(&mut client, &patient(&[(0, 0), (7, 0)])).await;
     assert_eq!(partitions[1].error_code, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION);
+    let partitions = fetch(&mut client, &patient(&[(0, 0), (0, 0)])).await;
+    let codes: Vec<ErrorCode> = partitions.iter().map(|partition| partition.error_code).collect();
+    assert_eq!(codes, [ErrorCode::NONE, ErrorCode::INVALID_REQUEST], "named twice");
     // A partition that goes away while it is waited for.
     client.send(12, &patient(&[(0, 0)])).await;
     running.log.remove(Partition { topic: id, index: 0 });
