@@ -51,7 +51,10 @@ impl LinkClient {
             .default_headers(headers)
             .connect_timeout(Duration::from_secs(10))
             .tcp_nodelay(true)
+            // A link that went away without a word is noticed within a minute, also when nothing is sent.
             .tcp_keepalive(Duration::from_secs(20))
+            .tcp_keepalive_interval(Duration::from_secs(10))
+            .tcp_keepalive_retries(3)
             // Sooner than the cloud closes idle connections, so that no request meets a closing one.
             .pool_idle_timeout(Duration::from_secs(60))
             .http2_keep_alive_interval(Duration::from_secs(20))

@@ -117,6 +117,8 @@ impl Default for SenderSettings {
 
 /// Smallest body the sender aims at, however slow the link.
 const BODY_BYTES_MIN: usize = 16 * 1024;
+/// A limit below this is taken for a mistake: whatever is larger would be set aside.
+const BATCH_BYTES_MIN: u32 = 512;
 const BODY_BYTES_START: usize = 256 * 1024;
 /// Least time between the ends and starts of polls that brought news.
 const POLL_PAUSE_MS: u64 = 1000;
@@ -502,7 +504,7 @@ impl Sender {
             .iter()
             .filter_map(|info| {
                 let stream = self.streams.get(&info.name).filter(|stream| !stream.blocked)?;
-                (info.next > stream.from).then(|| StreamOrder {
+                (info.next > stream.from.max(info.first)).then(|| StreamOrder {
                     name: info.name.clone(),
                     after: stream.after,
                     from: stream.from,
@@ -598,6 +600,8 @@ impl Sender {
         };
         self.phase = Phase::Linked;
         self.limits = reply.limits;
+        self.limits.batch_bytes_max = self.limits.batch_bytes_max.max(BATCH_BYTES_MIN);
+        self.limits.body_bytes_max = self.limits.body_bytes_max.max(BATCH_BYTES_MIN);
         self.grant(now, reply.credit);
         self.retry_at = None;
         self.poll.at = now;
@@ -765,7 +769,10 @@ impl Sender {
             Ok(()) => {
                 self.renewed.insert(stream.clone());
                 if done {
-                    self.phase = Phase::Down { hello_at: now };
+                    // At once, unless the cloud has not stored anything since the last time: each one costs a commit.
+                    let wait = if self.failures == 0 { 0 } else { self.backoff() };
+                    self.failures = self.failures.saturating_add(1);
+                    self.phase = Phase::Down { hello_at: now.saturating_add(wait) };
                 }
             }
         }

@@ -196,6 +196,40 @@ fn a_cloud_that_forgot_everything_gets_all_that_is_held() {
 }
 
 #[test]
+fn a_cloud_that_never_agrees_does_not_make_incarnations_without_end() {
+    let mut world = World::new(17);
+    let a = world.add_edge("a", &["s"], 1);
+    world.write(a, &stream("s"), 3, 10);
+    world.cloud.disagrees = true;
+    world.run(60_000);
+    let renewed = world.reports(|report| matches!(report, Report::SentTwice { .. }));
+    assert!((2..20).contains(&renewed), "{renewed}");
+    world.cloud.disagrees = false;
+    world.settle();
+    world.check();
+}
+
+#[test]
+fn a_stream_that_dropped_all_it_had_costs_nothing() {
+    let mut world = World::new(19);
+    let a = world.add_edge("a", &["s"], 1);
+    world.write(a, &stream("s"), 3, 10);
+    world.faults.full = 100;
+    world.run(1000);
+    let double = world.edges[a].store.0.get_mut(&stream("s")).unwrap();
+    double.trim(3);
+    assert_eq!((double.first, double.next, double.dropped), (3, 3, Some((0, 3))));
+    world.faults.full = 0;
+    let sealed = world.seals;
+    world.run(60_000);
+    assert!(world.seals <= sealed + 1, "{} bodies sealed of nothing", world.seals - sealed);
+    world.write(a, &stream("s"), 2, 10);
+    world.settle();
+    world.check();
+    assert_eq!(world.edges[a].store.0[&stream("s")].dropped, None);
+}
+
+#[test]
 fn a_cloud_without_room_is_waited_for() {
     let mut world = World::new(13);
     let a = world.add_edge("a", &["s"], 1);

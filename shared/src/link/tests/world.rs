@@ -185,6 +185,8 @@ pub struct Cloud {
     pub sessions: BTreeMap<EdgeId, EdgeSession>,
     pub forbidden: BTreeSet<TopicName>,
     pub alarms: u32,
+    /// Claims to hold other records, whatever it is asked.
+    pub disagrees: bool,
 }
 
 pub struct EdgeDouble {
@@ -221,6 +223,7 @@ pub struct World {
     pub writes: bool,
     pub value_bytes: u64,
     pub drop_oldest: bool,
+    pub seals: u64,
     /// Marks of all records that were confirmed as durable to any edge and not lost by the cloud since.
     pub twice_ok: BTreeSet<u64>,
     marks: u64,
@@ -244,6 +247,7 @@ impl World {
             writes: false,
             value_bytes: 40,
             drop_oldest: false,
+            seals: 0,
             twice_ok: BTreeSet::new(),
             marks: 0,
             boots: 0,
@@ -417,6 +421,7 @@ impl World {
                     self.send(edge, Kind::Poll, body);
                 }
                 Step::Seal(order) => {
+                    self.seals += 1;
                     let body = Box::new(seal_body(&order, &double.store));
                     let run = double.run;
                     let delay = self.rng.below(20);
@@ -549,7 +554,10 @@ impl World {
             session.route(stream.name.clone(), stream.topic.clone(), stream.incarnation, target);
         }
         let known = known(&cloud.durable, &cloud.bucket);
-        let reply = session.hello_reply(self.now as i64, &hello, self.limits, credit, &known);
+        let mut reply = session.hello_reply(self.now as i64, &hello, self.limits, credit, &known);
+        if cloud.disagrees {
+            reply.streams.iter_mut().for_each(|s| s.position = Some(Position { next: 1_000, chain: Chain(1) }));
+        }
         Ok(frame::encode(&reply))
     }
 
