@@ -153,6 +153,8 @@ pub struct Trimmed {
     pub first_chain: Chain,
     /// Bytes of all entries before it.
     pub first_bytes: u64,
+    /// Greatest timestamp of what went.
+    pub youngest: TimestampMs,
     /// The bound on rows per commit was reached.
     pub more: bool,
 }
@@ -479,6 +481,7 @@ fn trim_rows(rows: &mut redb::Table<'_, (u32, u64), &'static [u8]>, trim: &Trim)
                 first: next,
                 first_chain: chain,
                 first_bytes: before.saturating_add(row_bytes),
+                youngest,
                 more,
             });
             if more {

@@ -200,13 +200,19 @@ impl EdgeStore {
     /// when it resolves.
     pub fn renew_incarnation(&self, stream: &StreamName) -> BoxFuture<'static, Result<Incarnation, StoreFailed>> {
         let incarnation = open::mint();
+        let unknown = StoreFailed(format!("no such stream: {stream}"));
+        let found = {
+            let state = self.core.state.lock();
+            state.by_name(stream).map(|found| (found.id, found.record.safe.max(found.record.first)))
+        };
+        let Some((id, from)) = found else { return Box::pin(std::future::ready(Err(unknown))) };
+        let place = self.core.log.locate(id, from).ok().flatten().map(|(_, place)| place);
         let ticket = {
             let mut state = self.core.state.lock();
             let Some(found) = state.by_name_mut(stream) else {
-                let error = StoreFailed(format!("no such stream: {stream}"));
-                return Box::pin(std::future::ready(Err(error)));
+                return Box::pin(std::future::ready(Err(unknown)));
             };
-            found.renew(incarnation);
+            found.renew(incarnation, from, place);
             state.pending.urgent = true;
             state.ticket()
         };

@@ -228,6 +228,7 @@ fn retry(log: &RedbLog, commit: &Commit) -> Result<Vec<Trimmed>, Retry> {
                 first: record.first,
                 first_chain: record.first_chain,
                 first_bytes: record.first_bytes,
+                youngest: i64::MIN,
                 more: true,
             })
         });

@@ -88,6 +88,8 @@ pub(super) struct Stream {
     bytes_at_safe: u64,
     oldest_unsent_ms: Option<TimestampMs>,
     pub(super) parked: Option<String>,
+    /// Records dropped before they were sent, since the start.
+    pub(super) dropped_records: u64,
     drop_bytes: u64,
 }
 
@@ -131,6 +133,7 @@ impl Stream {
             bytes_at_safe: record.next_bytes,
             oldest_unsent_ms: None,
             parked: None,
+            dropped_records: 0,
             drop_bytes: 0,
             record,
         }
@@ -164,15 +167,12 @@ impl Stream {
         }
     }
 
-    /// A new life: what is not safe is to be sent again.
-    pub(super) fn renew(&mut self, incarnation: Incarnation) {
+    /// A new life: what is not safe is to be sent again, from `from` on, which lies at `place`.
+    pub(super) fn renew(&mut self, incarnation: Incarnation, from: Offset, place: Option<Place>) {
         self.record.incarnation = incarnation;
-        self.record.confirmed = self.record.safe.max(self.record.first);
-        self.bytes_at_confirmed = self.bytes_at_safe.max(self.record.first_bytes);
-        // The oldest record again unsent is not looked up: its age shows once the cursor moves.
-        if self.record.confirmed < self.record.next && self.oldest_unsent_ms.is_none() {
-            self.oldest_unsent_ms = Some(self.record.last_timestamp);
-        }
+        self.record.confirmed = from;
+        self.bytes_at_confirmed = place.map_or(self.bytes_at_safe, |place| place.bytes_before);
+        self.oldest_unsent_ms = place.map(|place| place.timestamp);
         self.dirty = true;
     }
 
@@ -495,9 +495,12 @@ impl State {
         }
         for trim in trimmed {
             let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == trim.stream) else { continue };
-            let gap = stream.record.gap;
+            let (gap, unsent_from) = (stream.record.gap, stream.record.first.max(stream.record.confirmed));
             apply_trim(&mut stream.record, trim);
             if stream.record.gap != gap {
+                stream.dropped_records += trim.first.saturating_sub(unsent_from).max(0) as u64;
+                // What is oldest now came right after what went.
+                stream.oldest_unsent_ms = stream.oldest_unsent_ms.map(|oldest| oldest.max(trim.youngest));
                 tracing::warn!(stream = %stream.record.name, gap = ?stream.record.gap, "records were dropped before they were sent, as on_full = \"drop-oldest\" says");
             }
             self.pending.urgent |= trim.more;

@@ -65,6 +65,8 @@ pub struct StreamStatus {
     pub parked: Option<String>,
     /// Dropped records the cloud was not told of yet (end exclusive).
     pub gap: Option<(Offset, Offset)>,
+    /// Records dropped before they were sent, since the start.
+    pub dropped_records_total: u64,
 }
 
 /// What is counted as it happens.
@@ -108,6 +110,7 @@ pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> Store
                 .map_or(0.0, |oldest| now_ms.saturating_sub(oldest).max(0) as f64 / 1000.0),
             parked: at.parked,
             gap: at.gap,
+            dropped_records_total: stream.dropped_records,
         }
     };
     StoreStatus {

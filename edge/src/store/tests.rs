@@ -203,6 +203,37 @@ fn timestamps_never_fall_whatever_the_clock_does() {
 }
 
 #[test]
+fn a_commit_waits_for_the_interval_unless_enough_has_come() {
+    let dir = tempfile::tempdir().unwrap();
+    let slow =
+        || StoreSettings { commit_interval: Duration::from_secs(3600), commit_bytes: 20_000, ..settings(dir.path()) };
+    let store = EdgeStore::open(slow(), vec![stream("a", "#")]).unwrap();
+    put(&store, "t", b"the first begins a commit");
+    let small = offer(&store, &[publish("t", b"waits")]);
+    let large = vec![0; 20_000];
+    let all = [small, offer(&store, &[publish("t", &large)])].concat();
+    let [Admission::Stored(waiting), Admission::Stored(enough)] = all[..] else { panic!("{all:?}") };
+    assert_eq!(waiting, enough, "no commit came in between");
+    block_on(store.wait(enough)).unwrap();
+    offer(&store, &[publish("t", b"closing does not wait")]);
+    drop(store);
+    let store = EdgeStore::open(slow(), vec![stream("a", "#")]).unwrap();
+    assert_eq!(values(&store, "a").len(), 4);
+}
+
+#[test]
+fn a_directory_that_cannot_be_used_says_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, b"").unwrap();
+    let error = EdgeStore::open(settings(&file), vec![]).unwrap_err().to_string();
+    assert!(error.contains("file") && error.contains("set another data_dir"), "{error}");
+    let tiny = StoreSettings { disk_budget: Some(1 << 20), ..settings(dir.path()) };
+    let error = EdgeStore::open(tiny, vec![]).unwrap_err().to_string();
+    assert!(error.contains("disk_budget"), "{error}");
+}
+
+#[test]
 fn a_second_process_is_told_so() {
     let dir = tempfile::tempdir().unwrap();
     let store = EdgeStore::open(settings(dir.path()), vec![]).unwrap();
@@ -372,6 +403,7 @@ fn drop_oldest_drops_and_leaves_a_gap_to_declare() {
     let at = store.position(&name("a")).unwrap();
     assert!(at.first > 1000, "{at:?}");
     assert_eq!(at.gap, Some((0, at.first)));
+    assert_eq!(store.status().streams[0].dropped_records_total, at.first as u64);
     drop(store);
     let store = EdgeStore::open(small(dir.path()), vec![rule]).unwrap();
     assert_eq!(store.position(&name("a")).unwrap().gap, Some((0, at.first)), "the gap is durable");
