@@ -213,13 +213,12 @@ fn a_cloud_that_never_agrees_does_not_make_incarnations_without_end() {
 fn a_stream_that_dropped_all_it_had_costs_nothing() {
     let mut world = World::new(19);
     let a = world.add_edge("a", &["s"], 1);
-    world.write(a, &stream("s"), 3, 10);
-    world.faults.full = 100;
     world.run(1000);
+    // Dropped while they wait for company.
+    world.write(a, &stream("s"), 3, 10);
     let double = world.edges[a].store.0.get_mut(&stream("s")).unwrap();
     double.trim(3);
     assert_eq!((double.first, double.next, double.dropped), (3, 3, Some((0, 3))));
-    world.faults.full = 0;
     let sealed = world.seals;
     world.run(60_000);
     assert!(world.seals <= sealed + 1, "{} bodies sealed of nothing", world.seals - sealed);
