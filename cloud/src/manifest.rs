@@ -364,7 +364,7 @@ mod tests {
         let bytes = root().encode();
         assert_eq!(
             hex(&bytes),
-            "545242524f4f540a0000001f0003632d31000309a222ac020105010900011407010801021e08010307fa01f9c2b65f"
+            "545242524f4f540a000000210003632d31000309a222ac02a2020105010900011407010801021e08010307fa014783c2d9"
         );
         assert_eq!(Root::decode(&bytes), Ok(root()));
     }

@@ -3,7 +3,8 @@
 //! A page takes new runs of up to 256 partitions until it is full; then it is closed and its partitions go on in a new
 //! one, so that a long history is not written again for each new run. A closed page changes only when a run leaves it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 
 use shared::name::{Offset, Partition};
 
@@ -35,10 +36,10 @@ pub struct Usage {
     pub live: u64,
 }
 
-/// All runs of a shard.
+/// All runs of a shard. Copies share the pages that are the same.
 #[derive(Debug, Clone, Default)]
 pub struct Index {
-    pages: Vec<Page>,
+    pages: Vec<Arc<Page>>,
     /// The pages that name runs of a partition, ascending in offset.
     homes: HashMap<Partition, Vec<usize>>,
 }
@@ -80,7 +81,7 @@ impl Index {
             for partition in page.runs.keys() {
                 index.homes.entry(*partition).or_default().push(number);
             }
-            index.pages.push(page);
+            index.pages.push(Arc::new(page));
         }
         Ok(index)
     }
@@ -114,7 +115,7 @@ impl Index {
     /// Adds the partition's next run.
     pub fn add(&mut self, partition: Partition, held: HeldRun) {
         let number = self.page_for(partition);
-        let page = &mut self.pages[number];
+        let page = Arc::make_mut(&mut self.pages[number]);
         page.pointer = None;
         page.count += 1;
         page.runs.entry(partition).or_default().push(held);
@@ -137,7 +138,7 @@ impl Index {
         };
         let open = (first..self.pages.len()).rev().find(|number| takes(&self.pages[*number], false));
         open.unwrap_or_else(|| {
-            self.pages.push(Page::default());
+            self.pages.push(Arc::default());
             self.pages.len() - 1
         })
     }
@@ -147,20 +148,21 @@ impl Index {
         let mut gone = Vec::new();
         for page in &mut self.pages {
             let before = gone.len();
+            for (partition, runs) in &page.runs {
+                gone.extend(runs.iter().filter(|held| !keep(*partition, held)).map(|held| (*partition, *held)));
+            }
+            let refused: HashSet<(Partition, Offset)> =
+                gone[before..].iter().map(|(partition, held)| (*partition, held.run.base)).collect();
+            if refused.is_empty() {
+                continue;
+            }
+            let page = Arc::make_mut(page);
             page.runs.retain(|partition, runs| {
-                runs.retain(|held| {
-                    let kept = keep(*partition, held);
-                    if !kept {
-                        gone.push((*partition, *held));
-                    }
-                    kept
-                });
+                runs.retain(|held| !refused.contains(&(*partition, held.run.base)));
                 !runs.is_empty()
             });
-            if gone.len() > before {
-                page.count -= gone.len() - before;
-                page.pointer = None;
-            }
+            page.count -= refused.len();
+            page.pointer = None;
         }
         if !gone.is_empty() {
             self.tidy();
@@ -171,6 +173,10 @@ impl Index {
     /// Puts the runs of `from` where `to` says: the same batches in another object.
     pub fn replace(&mut self, from: SegmentId, to: &BTreeMap<(Partition, Offset), HeldRun>) {
         for page in &mut self.pages {
+            if !page.runs.values().flatten().any(|held| held.object == from) {
+                continue;
+            }
+            let page = Arc::make_mut(page);
             for (partition, runs) in &mut page.runs {
                 for held in runs.iter_mut().filter(|held| held.object == from) {
                     if let Some(new) = to.get(&(*partition, held.run.base)) {
@@ -212,7 +218,9 @@ impl Index {
     /// Says where each page is stored now, in the order of [`Index::pages`].
     pub fn stored(&mut self, pointers: &[PagePointer]) {
         for (page, pointer) in self.pages.iter_mut().zip(pointers) {
-            page.pointer = Some(*pointer);
+            if page.pointer != Some(*pointer) {
+                Arc::make_mut(page).pointer = Some(*pointer);
+            }
         }
     }
 }
