@@ -151,6 +151,7 @@ pub(super) struct Connection {
     offer_not_before: Instant,
     counted_acks: usize,
     counted_held: usize,
+    counted_bytes: usize,
 }
 
 /// Serves one accepted socket until it ends.
@@ -237,6 +238,7 @@ impl Connection {
             offer_not_before: now,
             counted_acks: 0,
             counted_held: 0,
+            counted_bytes: 0,
         }
     }
 
@@ -500,10 +502,20 @@ impl Connection {
                 // client cannot know it, and is not read from until answers have left.
                 !self.choked
                     && self.congested.is_empty()
-                    && self.held_bytes < self.front.settings.held_bytes_max
+                    && (self.held.is_empty() || self.held_bytes < self.held_bytes_max())
                     && self.answers.len() + self.held.len() <= receive_maximum
             }
         }
+    }
+
+    fn held_bytes_max(&self) -> usize {
+        if self.is_input_full() { 0 } else { self.front.settings.held_bytes_max }
+    }
+
+    /// Whether what all connections gather and hold has reached its bound.
+    fn is_input_full(&self) -> bool {
+        let bytes = self.front.counters.input_bytes.load(std::sync::atomic::Ordering::Relaxed);
+        bytes >= self.front.settings.input_bytes_total_max as u64
     }
 
     fn poll_timers(&mut self, cx: &mut Context<'_>, now: Now, may_read: bool) -> Result<(), Close> {
@@ -606,6 +618,9 @@ impl Connection {
 
     /// A packet larger than the thread's buffer is gathered in a buffer of its own, which grows as its bytes come.
     fn poll_read_large(&mut self, cx: &mut Context<'_>, now: Now) -> Result<bool, Close> {
+        if self.is_input_full() {
+            return Err(Close::ours(Reason::QUOTA_EXCEEDED, "too many large packets are being received at once"));
+        }
         let have = self.partial.len();
         let more = self.need.saturating_sub(have).clamp(1, have.max(READ_BYTES));
         self.partial.resize(have + more, 0);
@@ -656,6 +671,7 @@ impl Connection {
         for (gauge, counted, now) in [
             (&counters.held_acks, &mut self.counted_acks, self.answers.len() + self.held.len()),
             (&counters.held_messages, &mut self.counted_held, self.held.len()),
+            (&counters.input_bytes, &mut self.counted_bytes, self.partial.capacity() + self.held_bytes),
         ] {
             if now > *counted {
                 add(gauge, now - *counted);
@@ -678,6 +694,8 @@ impl Connection {
         let now = self.front.now();
         self.answers = Answers::default();
         self.held.clear();
+        self.held_bytes = 0;
+        self.partial = Vec::new();
         self.count_waiting();
         let client = self.session.as_ref().map_or("", |session| &*session.client_id).to_owned();
         let peer = self.peer;
@@ -692,6 +710,11 @@ impl Connection {
                     }
                     Reason::QUOTA_EXCEEDED | Reason::IMPLEMENTATION_SPECIFIC_ERROR => {
                         warn!(%client, %peer, %reason, why, "connection ended");
+                    }
+                    // Whoever knocks at a port can send garbage: no reason to fill a log, nor a gateway's card.
+                    _ if client.is_empty() => {
+                        add(&self.front.counters.protocol_errors_total, 1);
+                        debug!(%peer, %reason, why, "connection ended before CONNECT");
                     }
                     _ => {
                         add(&self.front.counters.protocol_errors_total, 1);

@@ -41,6 +41,9 @@ pub struct Settings {
     pub slow_subscriber_wait: Duration,
     /// Bytes of PUBLISHes of one connection held while there is no room for them; then it is not read from.
     pub held_bytes_max: usize,
+    /// Bytes of unfinished packets and held PUBLISHes of all connections together; then a connection that holds something is
+    /// not read from, and one that gathers a large packet ends (0x97).
+    pub input_bytes_total_max: usize,
     /// How long a PUBLISH is held; then the connection ends (0x97), so that the client sends again.
     pub hold_timeout: Duration,
     /// How long a connection may take until its CONNECT is there.
@@ -81,7 +84,8 @@ impl Default for Settings {
             queue_bytes_total_max: 64 << 20,
             outbound_bytes_max: 1 << 20,
             slow_subscriber_wait: Duration::from_millis(100),
-            held_bytes_max: 256 << 10,
+            held_bytes_max: 64 << 10,
+            input_bytes_total_max: 64 << 20,
             hold_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
             retained_messages_max: 100_000,

@@ -71,6 +71,8 @@ counters! {
     hold_timeouts_total,
     /// Bytes queued for sessions, or on their way to kept ones, now.
     queued_bytes,
+    /// Bytes of unfinished packets and held PUBLISHes now.
+    input_bytes,
     /// PUBLISHes held now.
     held_messages,
     /// Acknowledgements that wait for durability or room now.

@@ -172,3 +172,27 @@ async fn a_client_that_only_asks_and_never_reads_is_not_read_from() {
         rest = rest.saturating_sub(n);
     }
 }
+
+#[tokio::test]
+async fn unfinished_large_packets_are_bounded_together() {
+    let settings = Settings { input_bytes_total_max: 2 << 20, ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    // Each announces a megabyte and sends all of it but the last byte.
+    let mut bytes = Vec::new();
+    Packet::Publish(publish("big", &vec![0; 900_000], AtMostOnce, 0)).encode(V5, &mut bytes).unwrap();
+    bytes.pop();
+    let mut clients = Vec::new();
+    for i in 0..6 {
+        let mut client = server.connect(V5, &i.to_string()).await;
+        // One that is refused may find its connection closed while it sends.
+        let _ = client.stream.write_all(&bytes).await;
+        clients.push(client);
+    }
+    let stats = server.stats(|stats| stats.connections <= 3).await;
+    assert!(stats.input_bytes <= 4 << 20, "{stats:?}");
+    let mut small = server.connect(V4, "small").await;
+    small.publish("t", b"x", AtLeastOnce, 1).await;
+    small.expect_puback(1).await;
+    drop(clients);
+    server.stats(|stats| stats.input_bytes == 0).await;
+}
