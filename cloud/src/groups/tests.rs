@@ -451,12 +451,43 @@ fn a_fenced_static_member_does_not_wait_for_ever() {
 #[test]
 fn a_newcomer_whose_client_has_gone_does_not_stay() {
     let mut world = World::new(settings());
-    let (leader, _) = world.stable_pair();
-    let long = JoinRequest { rebalance_timeout_ms: 1_000_000, ..known(&leader.member_id) };
-    let newcomer = world.join(request(&["range"]));
-    world.join(JoinRequest { session_timeout_ms: 1_000_000, ..long });
-    world.pass(60_000);
-    assert_eq!(world.joined(newcomer).members.len(), 0, "the follower's timeout ended the wait");
+    let patient = |member_id: String| JoinRequest {
+        session_timeout_ms: 1_000_000,
+        rebalance_timeout_ms: 1_000_000,
+        member_id,
+        ..request(&["range"])
+    };
+    let first = world.join(patient(String::new()));
+    let first = world.joined(first).member_id;
+    let newcomer = world.join(patient(String::new()));
+    world.pass(299_999);
+    assert!(!world.joins.contains_key(&newcomer), "the first member has time to join again");
+    world.pass(1);
+    assert_eq!(world.join_error(newcomer), GroupError::UnknownMemberId);
+    let again = world.join(patient(first));
+    assert_eq!(world.joined(again).members.len(), 1);
+}
+
+#[test]
+fn a_rebalance_waits_for_ids_that_were_given_out_and_an_empty_group_does_not() {
+    let mut world = World::new(settings());
+    let first = world.join(request(&["range"]));
+    let first = world.joined(first).member_id;
+    let given = world.join(JoinRequest { two_steps: true, ..request(&["range"]) });
+    let GroupError::MemberIdRequired(given) = world.join_error(given) else { panic!("an id") };
+    assert_eq!(world.beat(&first, 1), Ok(()), "an id alone disturbs nobody");
+    let third = world.join(request(&["range"]));
+    let again = world.join(known(&first));
+    assert!(!world.joins.contains_key(&again), "the id may yet be used");
+    world.join(known(&given));
+    assert_eq!(world.joined(again).members.len(), 3);
+    let third = world.joined(third).member_id;
+
+    world.join(JoinRequest { two_steps: true, ..request(&["range"]) });
+    for member in [first, given, third] {
+        world.leave(&member, None).unwrap();
+    }
+    assert_eq!(world.state(), "Empty");
 }
 
 #[test]
@@ -739,4 +770,47 @@ async fn offsets_and_groups_are_bounded() {
     let long = "x".repeat(GROUP_ID_BYTES_MAX + 1);
     assert_eq!(groups.commit_offsets(&long, "", None, -1, commit(0, 1)).await, Err(GroupError::InvalidGroupId));
     assert!(matches!(groups.commit_offsets("b", "", None, -1, commit(0, 1)).await, Err(GroupError::Bound(_))));
+}
+
+#[tokio::test]
+async fn retention_begins_when_the_group_is_empty_and_after_each_commit() {
+    let day = 24 * 3600 * 1000;
+    let now = 100 * day;
+    let committed = |commit_ms| CommittedOffset { offset: 1, leader_epoch: -1, metadata: String::new(), commit_ms };
+    let touched = |group: &str, empty_since_ms| Change::GroupTouched {
+        group: group.into(),
+        protocol_type: "consumer".into(),
+        empty_since_ms,
+    };
+    let changes =
+        [("emptied late", 1, 99), ("committed late", 99, 1), ("long gone", 1, 2)].map(|(group, commit, empty)| {
+            let offset = Change::OffsetCommitted {
+                group: group.into(),
+                partition: partition(0),
+                committed: committed(commit * day),
+            };
+            [touched(group, Some(empty * day)), offset]
+        });
+    let log = Arc::new(MemoryStateLog::with(&changes.concat()));
+    let groups = Groups::new(log, settings());
+    groups.expire(now).await;
+    assert_eq!(groups.list().into_keys().collect::<Vec<_>>(), ["committed late", "emptied late"]);
+}
+
+#[tokio::test]
+async fn a_commit_mends_what_was_not_noted_when_the_first_member_came() {
+    let log = Arc::new(MemoryStateLog::new());
+    let groups = Groups::new(log.clone(), settings());
+    groups.commit_offsets("g", "", None, -1, commit(0, 1)).await.unwrap();
+    log.refuse(Some(AppendError::Full("for a moment".into())));
+    let member = groups.join("g", request(&["range"])).await.unwrap();
+    log.refuse(None);
+    let noted = |log: &MemoryStateLog| read_state(log, |s| s.group("g").and_then(|g| g.empty_since_ms).is_none());
+    assert!(!noted(&log));
+    let assignments = vec![(member.member_id.clone(), Bytes::new())];
+    let sync =
+        SyncRequest { member_id: member.member_id.clone(), generation: 1, assignments, ..SyncRequest::default() };
+    groups.sync("g", sync).await.unwrap();
+    groups.commit_offsets("g", &member.member_id, None, 1, commit(0, 2)).await.unwrap();
+    assert!(noted(&log));
 }
