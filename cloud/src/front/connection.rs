@@ -41,6 +41,8 @@ const REQUEST_BYTES_MIN: usize = 8;
 const SLICES_MAX: usize = 64;
 /// How long answers that are being worked on may take once the broker stops.
 const DRAIN: Duration = Duration::from_secs(2);
+/// How long the end of a connection may take.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Serves a connection until it ends, and says why it did.
 pub(super) async fn run(
@@ -91,10 +93,13 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
         let _ = stop.wait_for(|stop| *stop).await;
         tokio::time::sleep(DRAIN).await;
     };
-    tokio::select! {
+    let close = tokio::select! {
         Err(close) = connection.run() => close,
         () = too_late => Close::Shutdown,
-    }
+    };
+    // TLS peers take an end without a farewell for an attack.
+    let _ = timeout(FAREWELL, connection.stream.shutdown()).await;
+    close
 }
 
 struct Connection<'a, S> {
