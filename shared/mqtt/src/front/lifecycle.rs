@@ -347,6 +347,9 @@ impl Front {
                 let Some(front) = front.upgrade() else { return };
                 front.run_timers(front.now());
                 ticks = ticks.wrapping_add(1);
+                if ticks.is_multiple_of(5) {
+                    front.pool.trim();
+                }
                 if ticks.is_multiple_of(60) {
                     front.retained.lock().expire(front.now().ms);
                 }

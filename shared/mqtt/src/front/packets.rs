@@ -143,7 +143,7 @@ impl Connection {
         let Some(session) = &self.session else { return Ok(()) };
         let mut state = session.state.lock();
         act(&mut state.outbound, &mut self.reply)?;
-        state.count_bytes(&self.front);
+        state.acknowledged(&self.front);
         Ok(())
     }
 

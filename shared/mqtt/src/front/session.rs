@@ -362,6 +362,14 @@ impl SessionState {
         }
     }
 
+    /// Acknowledgements made room: publishers that wait for it need not wait for the next write.
+    pub fn acknowledged(&mut self, front: &Front) {
+        self.count_bytes(front);
+        if !self.out.waiters.is_empty() && !self.congested(front) {
+            self.wake_waiters();
+        }
+    }
+
     pub fn wake_waiters(&mut self) {
         self.out.waiters.drain(..).for_each(Waker::wake);
     }
@@ -377,7 +385,8 @@ impl SessionState {
             && !self.out.slow
             && !self.out.failed
             && (self.pending_bytes() > front.settings.outbound_bytes_max / 2
-                || self.outbound.queue_len() > front.settings.queue_messages_max / 2)
+                || self.outbound.queue_len() > front.settings.queue_messages_max / 2
+                || self.outbound.bytes() > front.settings.queue_bytes_max / 2)
     }
 
     /// Wakes this publisher when the subscriber has caught up.
@@ -439,6 +448,13 @@ const POOLED_BUFFERS_MAX: usize = 32;
 const POOLED_BYTES_MAX: usize = 1 << 20;
 
 impl Pool {
+    /// Gives half of what lies unused back to the system.
+    pub fn trim(&self) {
+        let mut free = self.free.lock();
+        let keep = free.len() / 2;
+        free.truncate(keep);
+    }
+
     pub fn take(&self) -> Vec<u8> {
         self.free.lock().pop().unwrap_or_default()
     }

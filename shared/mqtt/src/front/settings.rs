@@ -80,7 +80,7 @@ impl Default for Settings {
             subscriptions_max: 1_000,
             inflight_max: 1024,
             queue_messages_max: 1_000,
-            queue_bytes_max: 1 << 20,
+            queue_bytes_max: 4 << 20,
             queue_bytes_total_max: 64 << 20,
             outbound_bytes_max: 1 << 20,
             slow_subscriber_wait: Duration::from_millis(100),

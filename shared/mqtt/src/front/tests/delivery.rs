@@ -355,3 +355,28 @@ async fn thousands_of_retained_messages_reach_a_subscriber_whatever_its_window()
         late.ping().await;
     }
 }
+
+#[tokio::test]
+async fn a_burst_of_large_messages_waits_for_its_subscriber() {
+    let settings = Settings { slow_subscriber_wait: PATIENCE, ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    let (mut subscriber, _) = server.connect_with(kept(V5, "s")).await;
+    subscriber.subscribe("big", AtLeastOnce).await;
+    let mut publisher = server.connect(V4, "p").await;
+    let payload = vec![9; 900_000];
+    let sending = async {
+        for id in 1..=20 {
+            publisher.publish("big", &payload, AtLeastOnce, id).await;
+        }
+        for id in 1..=20 {
+            publisher.expect_puback(id).await;
+        }
+    };
+    let receiving = async {
+        for _ in 0..20 {
+            assert!(subscriber.got().await.payload == payload);
+        }
+    };
+    tokio::join!(sending, receiving);
+    assert_eq!(server.front.stats().dropped_queue_full_total, 0);
+}
