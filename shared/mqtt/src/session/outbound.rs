@@ -38,8 +38,8 @@ pub(crate) struct Outbound {
     kept: bool,
     slots: VecDeque<Slot>,
     first_id: u16,
-    /// Slots that are not done.
-    open: usize,
+    /// PUBLISHes sent on this connection that are not done: what the client's receive maximum counts (§4.9).
+    sent: usize,
     /// The next slot to send again after a reconnect; at or past the end: none.
     resend_at: usize,
     queue: VecDeque<Queued>,
@@ -58,6 +58,8 @@ enum State {
 #[derive(Debug)]
 struct Slot {
     state: State,
+    /// It counts in [`Outbound::sent`].
+    sent: bool,
     message: Option<Queued>,
 }
 
@@ -82,7 +84,7 @@ impl Outbound {
             kept: false,
             slots: VecDeque::new(),
             first_id: 1,
-            open: 0,
+            sent: 0,
             resend_at: 0,
             queue: VecDeque::new(),
             bytes: 0,
@@ -96,6 +98,8 @@ impl Outbound {
         self.packet_bytes_max = packet_bytes_max;
         self.kept = kept;
         self.resend_at = 0;
+        self.sent = 0;
+        self.slots.iter_mut().for_each(|slot| slot.sent = false);
     }
 
     pub fn version(&self) -> Version {
@@ -125,7 +129,7 @@ impl Outbound {
     }
 
     fn may_send(&self) -> bool {
-        self.open < self.window && self.slots.len() < SPAN_MAX && self.resend_at >= self.slots.len()
+        self.sent < self.window && self.slots.len() < SPAN_MAX && self.resend_at >= self.slots.len()
     }
 
     fn next_id(&self) -> u16 {
@@ -183,14 +187,30 @@ impl Outbound {
 
     fn open_slot(&mut self, qos: QoS, message: Option<Queued>) {
         let state = if qos == QoS::ExactlyOnce { State::AwaitsPubRec } else { State::AwaitsPubAck };
-        self.slots.push_back(Slot { state, message });
+        self.slots.push_back(Slot { state, sent: true, message });
         self.resend_at = self.slots.len();
-        self.open += 1;
+        self.sent += 1;
     }
 
     /// Writes what may go now: first what a reconnect must send again, then from the queue. Returns how many expired.
     pub fn fill(&mut self, now_ms: i64, bounds: &Bounds, out: &mut Vec<u8>) -> usize {
-        while self.resend_at < self.slots.len() && out.len() < bounds.out_bytes_max {
+        while self.sent < self.window && out.len() < bounds.out_bytes_max {
+            let id = id_after(self.first_id, self.resend_at);
+            let (version, max) = (self.version, self.packet_bytes_max);
+            let Some(slot) = self.slots.get_mut(self.resend_at) else { break };
+            let too_large = slot
+                .message
+                .as_ref()
+                .is_some_and(|queued| queued.message.content().packet_bytes(&queued.envelope(version, id, true)) > max);
+            if too_large {
+                // The client takes less than before: as good as done (§3.1.2.11.4).
+                let slots = self.slots.len();
+                self.close_slot(id);
+                self.resend_at += usize::from(self.slots.len() == slots);
+                continue;
+            }
+            slot.sent = matches!(slot.state, State::AwaitsPubAck | State::AwaitsPubRec);
+            self.sent += usize::from(slot.sent);
             self.resend(self.resend_at, now_ms, out);
             self.resend_at += 1;
         }
@@ -293,9 +313,10 @@ impl Outbound {
     fn close_slot(&mut self, id: u16) {
         let Some(slot) = self.slot_mut(id) else { return };
         slot.state = State::Done;
+        let sent = std::mem::take(&mut slot.sent);
         let freed = slot.message.take().map_or(0, |queued| queued.message.cost());
         self.bytes -= freed;
-        self.open -= 1;
+        self.sent -= usize::from(sent);
         while self.slots.front().is_some_and(|slot| slot.state == State::Done) {
             self.slots.pop_front();
             self.first_id = id_after(self.first_id, 1);
@@ -405,6 +426,41 @@ mod tests {
         o.puback(4).unwrap();
         o.puback(5).unwrap();
         assert_eq!((o.bytes(), o.slots.len(), o.first_id), (0, 0, 6));
+    }
+
+    #[test]
+    fn a_smaller_window_after_a_reconnect_holds_for_what_is_sent_again() {
+        let (mut o, mut out) = (Outbound::new(), Vec::new());
+        o.connected(Version::V5, 10, usize::MAX, true);
+        for _ in 0..4 {
+            deliver(&mut o, QoS::AtLeastOnce, true, &mut out);
+        }
+        deliver(&mut o, QoS::ExactlyOnce, true, &mut out);
+        o.pubrec(5, Reason::SUCCESS, &mut out).unwrap();
+        out.clear();
+        o.connected(Version::V5, 2, usize::MAX, true);
+        o.fill(0, &BOUNDS, &mut out);
+        assert_eq!(read(&mut out), [(3, 1, true), (3, 2, true)]);
+        o.puback(1).unwrap();
+        o.puback(2).unwrap();
+        o.fill(0, &BOUNDS, &mut out);
+        assert_eq!(read(&mut out), [(3, 3, true), (3, 4, true)]);
+        // An acknowledgement of before the reconnect may come for what was not sent again yet.
+        o.puback(4).unwrap();
+        o.fill(0, &BOUNDS, &mut out);
+        assert_eq!(read(&mut out), [(6, 5, false)]);
+        assert_eq!(deliver(&mut o, QoS::AtLeastOnce, true, &mut out), Delivered::Sent);
+        o.pubcomp(5).unwrap();
+        o.puback(3).unwrap();
+        o.puback(6).unwrap();
+        assert_eq!((o.sent, o.bytes(), o.slots.len()), (0, 0, 0));
+        // A client that takes smaller packets than before does not get what was open, and what follows goes on.
+        deliver(&mut o, QoS::AtLeastOnce, true, &mut out);
+        deliver(&mut o, QoS::AtLeastOnce, false, &mut out);
+        o.connected(Version::V5, 2, 3, true);
+        out.clear();
+        o.fill(0, &BOUNDS, &mut out);
+        assert_eq!((read(&mut out), o.bytes(), o.slots.len()), (vec![], 0, 0));
     }
 
     #[test]
