@@ -276,7 +276,7 @@ impl Connection {
                 self.backlog = false;
                 let consumed = self.process(&bytes, now);
                 self.keep_rest(bytes, consumed)?;
-            } else if !self.poll_read(cx, now)? {
+            } else if !self.poll_read(cx)? {
                 // Processing nothing changed nothing; all wakers are set.
                 return Ok(());
             }
@@ -582,9 +582,9 @@ impl Connection {
     }
 
     /// Reads and processes one buffer. False: there is nothing to read now.
-    fn poll_read(&mut self, cx: &mut Context<'_>, now: Now) -> Result<bool, Close> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
         if self.need > READ_BYTES {
-            return self.poll_read_large(cx, now);
+            return self.poll_read_large(cx);
         }
         SCRATCH.with_borrow_mut(|scratch| {
             if scratch.is_empty() {
@@ -593,7 +593,7 @@ impl Connection {
             let kept = self.partial.len();
             let (Some(front), true) = (scratch.get_mut(..kept), kept < READ_BYTES) else {
                 // Cannot be: a packet that does not fit is read elsewhere, and a backlog is processed first.
-                return self.poll_read_large(cx, now);
+                return self.poll_read_large(cx);
             };
             front.copy_from_slice(&self.partial);
             let Some(space) = scratch.get_mut(kept..) else { return Ok(false) };
@@ -602,6 +602,8 @@ impl Connection {
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
                 Poll::Ready(Ok(n)) => n,
             };
+            // The clock is read after the bytes: a record must not seem to have arrived before it was sent.
+            let now = self.front.now();
             self.last_bytes = if matches!(self.stage, Stage::AwaitConnect) { self.last_bytes } else { now.instant };
             self.partial.clear();
             let bytes = scratch.get(..kept + n).unwrap_or_default();
@@ -617,7 +619,7 @@ impl Connection {
     }
 
     /// A packet larger than the thread's buffer is gathered in a buffer of its own, which grows as its bytes come.
-    fn poll_read_large(&mut self, cx: &mut Context<'_>, now: Now) -> Result<bool, Close> {
+    fn poll_read_large(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
         if self.is_input_full() {
             return Err(Close::ours(Reason::QUOTA_EXCEEDED, "too many large packets are being received at once"));
         }
@@ -633,6 +635,7 @@ impl Connection {
             _ => 0,
         };
         self.partial.truncate(have + n);
+        let now = self.front.now();
         match read {
             Poll::Pending => return Ok(false),
             Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
