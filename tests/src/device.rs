@@ -136,7 +136,8 @@ impl Device {
             return Ok(()); // The end of the stream follows; PINGRESP means nothing here.
         }
         let packet_id = frame.packet_id().context("an acknowledgement without packet identifier")?;
-        if frame.reason() >= 0x80 {
+        // 0x92, the edge does not know the identifier any more: this PUBREL was a repetition, its PUBCOMP got lost (MQTT 5 §4.3.3).
+        if frame.reason() >= 0x80 && !(kind == packet::PUBCOMP && frame.reason() == 0x92) {
             bail!("{}: packet type {kind} refused with reason {:#x}", self.settings.client_id, frame.reason());
         }
         let position = self.flights.iter().position(|f| f.packet_id == packet_id);

@@ -106,7 +106,7 @@ pub async fn run(full: bool, seed: Option<u64>, dir: PathBuf, edge: EdgeBuild, n
             }
             Err(error) => {
                 failed += 1;
-                println!("FAILED  {} ({:.1} s)\n{error:?}\n", scenario.name, began.elapsed().as_secs_f32());
+                println!("FAILED  {} ({:.1} s)\n{error:#}\n", scenario.name, began.elapsed().as_secs_f32());
             }
         }
     }

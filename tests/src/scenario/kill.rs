@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 
 use super::Context;
 use crate::device;
@@ -111,7 +112,7 @@ fn client_id(device: u32) -> String {
 /// All devices, which publish no more than they are told to.
 struct Fleet {
     released: watch::Sender<usize>,
-    tasks: Vec<tokio::task::JoinHandle<Result<()>>>,
+    tasks: JoinSet<Result<()>>,
     outsiders: Vec<(Outsider, Vec<Message>)>,
     each: usize,
     /// Messages of QoS 1 and 2 among the first n of every device together, by n.
@@ -128,7 +129,7 @@ impl Fleet {
     ) -> Result<Self> {
         let each = (size.messages / size.devices) as usize;
         let (released, allowance) = watch::channel(0);
-        let (mut tasks, mut outsiders) = (Vec::new(), Vec::new());
+        let (mut tasks, mut outsiders) = (JoinSet::new(), Vec::new());
         for device in 0..size.devices {
             let own: Vec<Message> = messages.range((device, 0)..(device + 1, 0)).map(|(_, m)| m.clone()).collect();
             let log = lab.dir.join(format!("{}.log", client_id(device)));
@@ -140,7 +141,7 @@ impl Fleet {
             } else {
                 let settings =
                     Settings { client_id: client_id(device), v5: is_v5(device), window: 1 + device as usize };
-                tasks.push(tokio::spawn(device::run(at, settings, own, allowance.clone())));
+                tasks.spawn(device::run(at, settings, own, allowance.clone()));
             }
         }
         let mut acknowledged_by = vec![0; each + 1];
@@ -159,14 +160,25 @@ impl Fleet {
         Ok(())
     }
 
-    async fn finish(self) -> Result<()> {
+    /// Returns when a device has ended, which before all is released only one does that was treated badly.
+    async fn failed(&mut self) -> anyhow::Error {
+        match self.tasks.join_next().await {
+            Some(Ok(Err(error))) => error,
+            ended => anyhow::anyhow!("a device ended early: {ended:?}"),
+        }
+    }
+
+    async fn finish(mut self) -> Result<()> {
         for (outsider, _) in self.outsiders {
             outsider.finish().await?;
         }
-        for task in self.tasks {
-            tokio::time::timeout(PATIENCE * 2, task)
-                .await
-                .context("a device was never acknowledged all it sent")???;
+        let deadline = tokio::time::Instant::now() + PATIENCE * 2;
+        loop {
+            let next = tokio::time::timeout_at(deadline, self.tasks.join_next()).await;
+            match next.context("a device was never acknowledged all it sent")? {
+                Some(ended) => ended??,
+                None => break,
+            }
         }
         Ok(())
     }
@@ -237,9 +249,11 @@ async fn disturb(
         fleet.release(upto)?;
         let (low, high) = (fleet.acknowledged_by[before], fleet.acknowledged_by[upto]);
         let threshold = low + (high - low) * (5 + rng.below(90)) / 100;
-        let reached = tokio::time::timeout(PATIENCE * 2, acked.wait_for(|n| *n >= threshold)).await.is_ok();
-        if !reached {
-            bail!("{} of {threshold} acknowledgements came before {event:?} number {i}", *acked.borrow());
+        tokio::select! {
+            reached = tokio::time::timeout(PATIENCE * 2, acked.wait_for(|n| *n >= threshold)) => {
+                reached.map(drop).with_context(|| format!("{threshold} acknowledgements before {event:?} number {i}"))?;
+            }
+            error = fleet.failed() => return Err(error.context(format!("before {event:?} number {i}"))),
         }
         chaos.mend().await?;
         chaos.strike(*event, rng).await.with_context(|| format!("{event:?} number {i}"))?;
