@@ -79,7 +79,7 @@ impl LinkClient {
 
     pub async fn post<M: Message>(&self, path: &str, body: Bytes, patience: Duration) -> Result<M, Failure> {
         let request = self.client.post(format!("{}{path}", self.url)).timeout(patience).body(body);
-        let response = request.send().await.map_err(|error| Failure::Unreachable(chain(&error)))?;
+        let response = request.send().await.map_err(|error| Failure::Unreachable(chain(&error.without_url())))?;
         let status = response.status();
         let retry = response.headers().get(RETRY_AFTER).and_then(|secs| secs.to_str().ok()?.parse::<u64>().ok());
         let bytes = read(response).await?;
@@ -106,7 +106,7 @@ impl LinkClient {
 /// Reads an answer, as long as an answer may be.
 async fn read(mut response: Response) -> Result<Bytes, Failure> {
     let mut bytes = BytesMut::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| Failure::Unreachable(chain(&error)))? {
+    while let Some(chunk) = response.chunk().await.map_err(|error| Failure::Unreachable(chain(&error.without_url())))? {
         if bytes.len() + chunk.len() > RESPONSE_BYTES_MAX {
             return Err(Failure::Unreachable(format!("the answer is longer than {RESPONSE_BYTES_MAX} bytes")));
         }
@@ -125,4 +125,82 @@ fn chain(error: &reqwest::Error) -> String {
         source = cause.source();
     }
     bounded_text(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::http::StatusCode as Status;
+    use axum::response::IntoResponse as _;
+    use shared::link::frame::{Credit, PollReply, SessionState};
+    use shared::name::EdgeId;
+
+    use super::*;
+
+    /// A client of a server that always answers the same.
+    async fn client(status: Status, headers: &'static [(&'static str, &'static str)], body: Bytes) -> LinkClient {
+        // An error means that another test was first.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let answer = move || {
+            let mut response = (status, body.clone()).into_response();
+            for (name, value) in headers {
+                response.headers_mut().insert(*name, HeaderValue::from_static(value));
+            }
+            std::future::ready(response)
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, Router::new().fallback(answer)).await });
+        let mut settings = UplinkSettings::new(EdgeId::parse("gw").unwrap());
+        settings.url = url;
+        LinkClient::new(&settings).unwrap()
+    }
+
+    async fn answer(client: &LinkClient) -> Result<PollReply, Failure> {
+        client.post("/link/v1/poll", Bytes::from_static(b"x"), Duration::from_secs(20)).await
+    }
+
+    #[tokio::test]
+    async fn a_status_says_what_to_do_next() {
+        let words = || Bytes::from_static(b"because");
+        for (status, headers, expected) in [
+            (Status::PAYLOAD_TOO_LARGE, &[][..], "TooLarge"),
+            (Status::UNAUTHORIZED, &[], "Refused"),
+            (Status::UPGRADE_REQUIRED, &[], "Refused"),
+            (Status::NOT_FOUND, &[], "Refused"),
+            (Status::REQUEST_TIMEOUT, &[], "Unreachable"),
+            (Status::BAD_GATEWAY, &[], "Unreachable"),
+            (Status::FOUND, &[("location", "http://127.0.0.1:1/")], "Unreachable"),
+            (Status::SERVICE_UNAVAILABLE, &[], "wait_ms: 1000"),
+            (Status::TOO_MANY_REQUESTS, &[("retry-after", "7")], "wait_ms: 7000"),
+        ] {
+            let failure = answer(&client(status, headers, words()).await).await.unwrap_err();
+            let text = format!("{failure:?}");
+            assert!(text.contains(expected) && text.contains("because"), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_the_links_or_none() {
+        let reply =
+            PollReply { session: SessionState::Current, credit: Credit { bytes: 1, wait_ms: 2 }, safe: Vec::new() };
+        let good = client(Status::OK, &[], frame::encode(&reply)).await;
+        assert_eq!(answer(&good).await, Ok(reply));
+        let page = client(Status::OK, &[], Bytes::from_static(b"<html>sign in to this network</html>")).await;
+        assert!(matches!(answer(&page).await, Err(Failure::Unreachable(text)) if text.contains("[link] listen")));
+        let endless = client(Status::OK, &[], vec![1; 3 << 20].into()).await;
+        assert!(matches!(answer(&endless).await, Err(Failure::Unreachable(text)) if text.contains("longer")));
+    }
+
+    #[test]
+    fn settings_that_cannot_work_are_refused() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let with = |edit: fn(&mut UplinkSettings)| {
+            let mut settings = UplinkSettings::new(EdgeId::parse("gw").unwrap());
+            edit(&mut settings);
+            LinkClient::new(&settings).map(drop).unwrap_err().to_string()
+        };
+        assert!(with(|settings| settings.token = Some("a\nb".into())).contains("token"));
+        assert!(with(|settings| settings.ca_pem = Some(b"no certificate".to_vec())).contains("ca_file"));
+    }
 }
