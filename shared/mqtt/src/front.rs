@@ -5,7 +5,9 @@
 //! store; the store keeps what must survive. One rule for locks: a session's state may be held while the topic tree is
 //! changed; never the other way round, and never two sessions at a time.
 //!
-//! Limits: messages queued for an offline session live in memory and go with the process. Shared subscriptions and enhanced authentication are refused.
+//! Limits: messages queued for an offline session, and what was on its way to a subscriber, live in memory and go with the
+//! process; so do wills. Shared subscriptions (0x9E) and enhanced authentication (0x8C) are refused. A session kept for ever
+//! counts against `sessions_max` for ever. After a restart each kept session gets its whole expiry again.
 
 mod connection;
 mod fanout;

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -21,7 +22,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::fanout::Target;
 use super::session::{Handle, RetainedDelivery, Session, Will};
@@ -195,7 +196,14 @@ pub(super) async fn run(
             handle.kick(Reason::SERVER_SHUTTING_DOWN);
         }
         let mut connection = Connection::new(front.clone(), handle, io, peer);
-        let close = std::future::poll_fn(|cx| connection.poll(cx)).await;
+        // A bug must end one connection: it gives its session back like any other, and the client can come again.
+        let close = std::future::poll_fn(|cx| {
+            catch_unwind(AssertUnwindSafe(|| connection.poll(cx))).unwrap_or_else(|_| {
+                error!(%peer, "a panic ended a connection; this is a bug");
+                Poll::Ready(Close::ours(Reason::IMPLEMENTATION_SPECIFIC_ERROR, "internal error"))
+            })
+        })
+        .await;
         connection.finish(close).await;
     }
     front.leave(number);

@@ -196,3 +196,20 @@ async fn unfinished_large_packets_are_bounded_together() {
     drop(clients);
     server.stats(|stats| stats.input_bytes == 0).await;
 }
+
+#[tokio::test]
+async fn a_bug_ends_one_connection_and_its_session_can_be_had_again() {
+    let store = MemoryStore::at_once(|topic| if topic == "bug" { panic!("as arranged") } else { Verdict::Store });
+    let server = Server::start(&store).await;
+    let (mut device, _) = server.connect_with(kept(V5, "d")).await;
+    let mut other = server.connect(V4, "o").await;
+    device.publish("bug", b"x", AtLeastOnce, 1).await;
+    device.expect_end(Reason::IMPLEMENTATION_SPECIFIC_ERROR).await;
+    let (mut device, present) = server.connect_with(kept(V5, "d")).await;
+    assert!(present);
+    device.publish("fine", b"x", AtLeastOnce, 1).await;
+    device.expect_puback(1).await;
+    other.ping().await;
+    drop((device, other));
+    server.stats(|stats| stats.connections == 0).await;
+}
