@@ -113,6 +113,9 @@ impl Gateway {
         per_stream("tributary_edge_stream_parked", "1 while it is not forwarded", |s| {
             if s.parked.is_some() { 1.0 } else { 0.0 }
         })?;
+        let dropped = |stream: &StreamStatus| stream.dropped_records_total;
+        let dropped = store.streams.iter().map(|stream| (vec![("stream", stream.name.as_str())], dropped(stream)));
+        metrics.counters("tributary_edge_stream_dropped_records", "Records dropped for want of room", dropped)?;
         metrics.histogram("tributary_edge_commit_seconds", "Time a commit took", &store.commit_seconds)?;
         metrics.histogram("tributary_edge_commit_messages", "Messages a commit stored", &store.commit_messages)?;
         let ratio = store.disk_budget_ratio;

@@ -27,3 +27,25 @@ fn formats_are_drawn_as_in_the_code() {
         assert!(guide.contains(&drawn), "docs/formats.md draws {name} differently:\n{drawn}");
     }
 }
+
+/// The string literals of a source file that begin with `prefix`.
+fn literals<'a>(source: &'a str, prefix: &str) -> Vec<&'a str> {
+    source.split('"').filter(|text| text.starts_with(prefix) && !text.contains([' ', '{'])).collect()
+}
+
+#[test]
+fn every_metric_is_in_the_operating_guide_and_the_other_way_round() {
+    let guide = include_str!("../../docs/operating.md");
+    let edge = literals(include_str!("../../edge/src/admin.rs"), "tributary_edge_");
+    let cloud = literals(include_str!("../../cloud/src/admin.rs"), "tributary_cloud_");
+    let served: Vec<&str> = edge.into_iter().chain(cloud).collect();
+    assert!(served.len() > 40, "{served:?}");
+    for name in &served {
+        let told = guide.contains(&format!("`{name}`")) || guide.contains(&format!("`{name}_total`"));
+        assert!(told, "docs/operating.md lacks {name}");
+    }
+    for told in guide.split('`').filter(|text| text.starts_with("tributary_")) {
+        let name = told.strip_suffix("_total").unwrap_or(told);
+        assert!(served.contains(&name), "docs/operating.md tells of {told}, which is not served");
+    }
+}
