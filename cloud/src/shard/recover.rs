@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::BytesMut;
 use parking_lot::{Condvar, Mutex};
+use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::name::TimestampMs;
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -13,7 +15,7 @@ use super::flight::Inner;
 use super::read::ReadCache;
 use super::{Clock, Core, OpenError, ShardSettings};
 use crate::archive::{ColdTier, Recovered, Snapshot, StoredBlock, Tail};
-use crate::block::{Block, BlockBuilder, BlockError, BlockHeader};
+use crate::block::{Block, BlockBuilder, BlockError, BlockHeader, Placed};
 use crate::state::{Change, State};
 use crate::wal::BlockLog;
 
@@ -65,6 +67,20 @@ pub fn recover(
         committed: Arc::new(Notify::new()),
         safety: Arc::new(Notify::new()),
     })
+}
+
+/// A control batch that says nothing to any client: the commit marker of no transaction, without a timestamp.
+fn beginning() -> Batch {
+    const ATTRIBUTES: usize = 21;
+    const CRC: std::ops::Range<usize> = 17..21;
+    let mut builder = BatchBuilder::default();
+    // Key: version 0, type 1 (COMMIT); value: version 0, coordinator epoch 0.
+    builder.push(-1, Some(&[0, 0, 0, 1]), Some(&[0; 6]), &[]);
+    let mut bytes = BytesMut::from(&builder.finish(0, Compression::None).into_bytes()[..]);
+    bytes[ATTRIBUTES + 1] |= 1 << 5;
+    let crc = crc32c::crc32c(&bytes[ATTRIBUTES..]);
+    bytes[CRC].copy_from_slice(&crc.to_be_bytes());
+    Batch::parse(bytes.freeze()).expect("a batch that was just sealed")
 }
 
 struct Recovery<'a> {
@@ -125,8 +141,31 @@ impl Recovery<'_> {
         let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });
         wal.append(seq, block.bytes())?;
         self.absorb(seq, block)?;
+        self.mark_beginnings(wal, now)?;
         wal.settle()?;
         Ok(())
+    }
+
+    /// Begins the new epoch of every partition with a control record, which clients skip: a consumer that reads to the end
+    /// would otherwise wait at the left out offsets for a record that nobody may ever write.
+    fn mark_beginnings(&mut self, wal: &dyn BlockLog, now: i64) -> Result<(), OpenError> {
+        let mut builder = BlockBuilder::default();
+        for (partition, state) in self.inner.state.partitions() {
+            builder.push(Placed {
+                partition: *partition,
+                base_offset: state.high_watermark,
+                leader_epoch: state.leader_epoch(),
+                batch: beginning(),
+            });
+        }
+        if builder.is_empty() {
+            return Ok(());
+        }
+        let (seq, ShardSettings { shard, nonce, .. }) = (self.inner.next_seq, self.settings);
+        let header = BlockHeader { shard: *shard, epoch: self.epoch, nonce: *nonce, seq, append_ms: now };
+        let block = builder.finish(header);
+        wal.append(seq, block.bytes())?;
+        self.absorb(seq, block)
     }
 
     fn parse(&mut self, seq: u64, bytes: bytes::Bytes) -> Result<Block, OpenError> {
