@@ -65,7 +65,7 @@ impl Broker {
         {
             command.env_remove(name);
         }
-        command.env("NO_COLOR", "1");
+        command.env("NO_COLOR", "1").env_remove("RUST_BACKTRACE");
         command.envs(self.env.iter().map(|(k, v)| (k.as_str(), v.as_str())));
         command
     }

@@ -67,7 +67,7 @@ pub async fn listener_beyond_loopback_is_refused_with_both_fixes(context: &Conte
     let mut lab = context.lab("beyond")?;
     let beyond = |at: SocketAddr| SocketAddr::from(([0, 0, 0, 0], at.port()));
     lab.edge.mqtt = beyond(lab.edge.mqtt);
-    must_say(&refused(lab.edge()?).await?, &["allow_anonymous", "auth"])?;
+    must_say(&refused(lab.edge()?).await?, &["allow_anonymous", "mqtt.user"])?;
     lab.cloud.kafka = beyond(lab.cloud.kafka);
     // An unspecified address cannot be advertised to clients either.
     must_say(&refused(lab.cloud()?).await?, &["advertise"])?;
