@@ -18,17 +18,21 @@ use crate::process::Broker;
 use crate::tools::Reader;
 use crate::{admin, kafka};
 
+const LIBFAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
 pub async fn clocks_at_1970_and_2099_and_back_stop_nobody(context: &Context) -> Result<String> {
     let lab = context.lab("clocks")?;
     let mut cloud = lab.cloud()?;
     cloud.start().await?;
     // The first start has a dead clock battery, the next jumps far ahead, then the network's time comes and goes back a year.
-    let clocks = [Some("1970-01-02 00:00:00"), Some("2099-01-01 00:00:00"), None, Some("-1y")];
+    let clocks = [Some("@1970-01-02 00:00:00"), Some("@2099-01-01 00:00:00"), None, Some("-1y")];
     for (n, clock) in clocks.iter().enumerate() {
         let mut edge = lab.edge()?;
         if let Some(clock) = clock {
-            edge.env.push(("DONT_FAKE_MONOTONIC".into(), "1".into()));
-            edge.wrapper = vec!["faketime".into(), (*clock).to_owned()];
+            // As the faketime program does, but without a process in between that SIGKILL would hit instead.
+            edge.env = [("LD_PRELOAD", LIBFAKETIME), ("FAKETIME", clock), ("DONT_FAKE_MONOTONIC", "1")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .to_vec();
         }
         edge.start().await.with_context(|| format!("{clock:?}"))?;
         let mut device = Link::connect(lab.edge.mqtt, "d", false, true).await?;
@@ -175,9 +179,8 @@ pub async fn full_edge_holds_acknowledgements_until_there_is_room(context: &Cont
             anyhow::Ok(())
         }
     });
-    until("an acknowledgement to be held back", PATIENCE, async || {
-        let held = admin::metrics(lab.edge.admin).await?.get("tributary_edge_held_acks").copied();
-        Ok(held.filter(|h| *h >= 1.0))
+    until("the edge to say that it is full", PATIENCE, async || {
+        Ok((!admin::is_ready(lab.edge.admin).await).then_some(()))
     })
     .await?;
     let at_full = acked.load(Ordering::Relaxed);
