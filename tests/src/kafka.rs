@@ -137,7 +137,7 @@ impl Client {
         for partition in 0..self.partitions(topic).await?.unwrap_or(0) {
             let end = self.list_offset(topic, partition, -1).await?;
             let mut next = self.list_offset(topic, partition, -2).await?;
-            let mut epoch = None;
+            let mut epoch = 0;
             while next < end {
                 let bytes = self.fetch(topic, partition, next).await?;
                 let batches = parse_batches(&bytes).with_context(|| format!("{topic}-{partition} from {next}"))?;
@@ -148,11 +148,11 @@ impl Client {
                     if batch.last_offset < next {
                         continue;
                     }
-                    if batch.base_offset != next && epoch.is_none_or(|e| e >= batch.leader_epoch) {
+                    if batch.base_offset != next && epoch >= batch.leader_epoch {
                         bail!("{topic}-{partition}: a batch begins at {} where {next} was expected", batch.base_offset);
                     }
                     next = batch.last_offset + 1;
-                    epoch = Some(batch.leader_epoch);
+                    epoch = batch.leader_epoch;
                     all.push(batch);
                 }
             }
