@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use shared::config::{ByteSize, ListenAddr, Secret, Span};
+use shared::config::{ByteSize, ListenAddr, Secret, Span, TlsFiles};
 use shared::name::{EdgeId, TopicName};
 
 /// `cloud.toml`.
@@ -73,20 +73,10 @@ pub struct KafkaListenerConfig {
     pub advertise: Option<String>,
     /// Certificate and key; plain without.
     #[serde(default)]
-    pub tls: Option<TlsConfig>,
+    pub tls: Option<TlsFiles>,
     /// Open to a network without authentication.
     #[serde(default)]
     pub allow_anonymous: bool,
-}
-
-/// A certificate chain and its key, PEM files.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TlsConfig {
-    /// Certificate chain, the server's own first.
-    pub cert_file: PathBuf,
-    /// Private key.
-    pub key_file: PathBuf,
 }
 
 /// `[link]`.
@@ -96,7 +86,7 @@ pub struct LinkConfig {
     /// Where edges connect.
     pub listen: ListenAddr,
     /// Certificate and key; plain HTTP without.
-    pub tls: Option<TlsConfig>,
+    pub tls: Option<TlsFiles>,
     /// Takes edges without a token although others can reach it.
     pub allow_anonymous: bool,
     /// The edges that may connect; with none, any edge on loopback (or with `allow_anonymous`).

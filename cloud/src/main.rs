@@ -21,7 +21,6 @@ use daemon::settings::SettingsArgs;
 use daemon::tls;
 use shared::config::Loaded;
 use shared::name::TimestampMs;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
@@ -93,12 +92,6 @@ fn grants(config: &CloudConfig) -> anyhow::Result<Grants> {
         grants.push(EdgeGrant { id, token: token.reveal().to_owned(), topics });
     }
     Ok(Grants::new(grants))
-}
-
-async fn bind(what: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("{what} = \"{address}\" cannot be listened on: is another process using it, or is it not this host's?")
-    })
 }
 
 /// Everything that is opened before anything is served, so that a start either works or says why not.
@@ -177,7 +170,7 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     let ingest = link(config, &shard, &catalogue, &mut tasks, &stopping).await?;
 
     let node = Node { node_id: config.node_id, shard, archive, broker, ingest };
-    let admin = bind("[admin] listen", config.admin.listen.0).await?;
+    let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(node.clone()), Box::new(node.clone()));
     let serving = daemon::admin::serve(admin, observed, collector, axum::Router::new(), stopping);
@@ -231,8 +224,8 @@ async fn kafka(
     let broker = Arc::new(broker);
     for listener in config.kafka_listeners() {
         let (advertised_host, advertised_port) = listener.advertised().map_err(|text| anyhow!(text))?;
-        let tls = listener.tls.as_ref().map(|tls| tls::server_config(&tls.cert_file, &tls.key_file)).transpose()?;
-        let socket = bind("[kafka] listen", listener.listen.0).await?;
+        let tls = listener.tls.as_ref().map(tls::server_config).transpose()?;
+        let socket = daemon::bind("[kafka] listen", listener.listen.0).await?;
         info!(address = %listener.listen, advertised = %format!("{advertised_host}:{advertised_port}"), "listening for Kafka");
         let name = listener.name.unwrap_or_else(|| listener.listen.to_string());
         let listener = Arc::new(Listener { name, advertised_host, advertised_port, tls });
@@ -250,8 +243,8 @@ async fn link(
 ) -> anyhow::Result<Arc<Ingest>> {
     let settings = IngestSettings { grants: grants(config)?, ..IngestSettings::default() };
     let ingest = Ingest::new(settings, shard.clone(), shard.clone(), catalogue.clone(), shard.clone(), wall_ms);
-    let tls = config.link.tls.as_ref().map(|tls| tls::server_config(&tls.cert_file, &tls.key_file)).transpose()?;
-    let socket = bind("[link] listen", config.link.listen.0).await?;
+    let tls = config.link.tls.as_ref().map(tls::server_config).transpose()?;
+    let socket = daemon::bind("[link] listen", config.link.listen.0).await?;
     info!(address = %config.link.listen, tls = tls.is_some(), "listening for edges");
     let serving = cloud::ingest::serve(ingest.clone(), socket, tls, stopping.clone());
     tasks.spawn(async move { serving.await.context("[link] listen") });

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use shared::batch::Compression;
-use shared::config::{ByteSize, ListenAddr, OneOrMany, Secret, Span};
+use shared::config::{ByteSize, ListenAddr, OneOrMany, Secret, Span, TlsFiles};
 use shared::name::EdgeId;
 
 use crate::streams::StreamSettings;
@@ -95,7 +95,7 @@ pub struct MqttListenerConfig {
     pub transport: Transport,
     /// Certificate and key for `transport = "tls"`.
     #[serde(default)]
-    pub tls: Option<TlsConfig>,
+    pub tls: Option<TlsFiles>,
     /// Open to a network without authentication.
     #[serde(default)]
     pub allow_anonymous: bool,
@@ -110,16 +110,6 @@ pub enum Transport {
     Tcp,
     /// TLS over TCP.
     Tls,
-}
-
-/// A certificate chain and its key, PEM files.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TlsConfig {
-    /// Certificate chain, the server's own first.
-    pub cert_file: PathBuf,
-    /// Private key.
-    pub key_file: PathBuf,
 }
 
 /// `[[mqtt.user]]`.

@@ -14,7 +14,6 @@ use edge::uplink::{Uplink, UplinkSettings};
 use mqtt::front::{Front, ListenerSettings, Settings, User};
 use shared::config::Loaded;
 use shared::name::EdgeId;
-use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
@@ -105,12 +104,6 @@ fn token(uplink: &UplinkConfig) -> anyhow::Result<Option<String>> {
     Ok(token.map(|token| token.reveal().to_owned()))
 }
 
-async fn bind(what: &str, address: std::net::SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
-        format!("{what} = \"{address}\" cannot be listened on: is another process using it, or is it not this host's?")
-    })
-}
-
 /// Everything that is opened before anything is served, so that a start either works or says why not.
 struct Started {
     gateway: Gateway,
@@ -170,7 +163,7 @@ async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
         None => None,
     };
     let gateway = Gateway { id, store, front, uplink };
-    let admin = bind("[admin] listen", config.admin.listen.0).await?;
+    let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(gateway.clone()), Box::new(gateway.clone()));
     let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), stopping);
@@ -210,10 +203,10 @@ async fn mqtt(
     let front = Front::new(settings, store)?;
     for listener in config.mqtt_listeners() {
         let tls = match (listener.transport, &listener.tls) {
-            (Transport::Tls, Some(tls)) => Some(tls::server_config(&tls.cert_file, &tls.key_file)?),
+            (Transport::Tls, Some(tls)) => Some(tls::server_config(tls)?),
             _ => None,
         };
-        let socket = bind("[mqtt] listen", listener.bind.0).await?;
+        let socket = daemon::bind("[mqtt] listen", listener.bind.0).await?;
         let settings = ListenerSettings { name: listener.bind.to_string(), allow_anonymous: listener.allow_anonymous };
         let serving = front.clone().serve(socket, tls, settings);
         tasks.spawn(async move { Ok(serving.await?) });

@@ -8,6 +8,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
@@ -394,6 +395,16 @@ impl<'de> Deserialize<'de> for ListenAddr {
             D::Error::custom(format!("{text:?} is not an address: expected IP:PORT as 127.0.0.1:1883 or [::1]:1883"))
         })
     }
+}
+
+/// A certificate chain and its key, PEM files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// Certificate chain, the server's own first.
+    pub cert_file: PathBuf,
+    /// Private key.
+    pub key_file: PathBuf,
 }
 
 /// One table or an array of them: `[uplink]` is the short form of `[[uplink]]`.

@@ -7,7 +7,11 @@ pub mod metrics;
 pub mod settings;
 pub mod tls;
 
+use std::net::SocketAddr;
 use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::TcpListener;
 
 /// Longest time a stop may take before the process ends anyway.
 pub const STOP_SECS_MAX: u64 = 10;
@@ -41,4 +45,11 @@ pub async fn stop_signal() -> anyhow::Result<()> {
         std::process::exit(1);
     });
     Ok(())
+}
+
+/// Listens on `address`; `what` is the setting's key.
+pub async fn bind(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!("{what} = \"{address}\" cannot be listened on: is another process using it, or is it not this host's?")
+    })
 }

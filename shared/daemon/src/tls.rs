@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use rustls::ServerConfig;
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use shared::config::TlsFiles;
 
 /// Makes ring the provider of every TLS user in the process. Two providers make rustls panic at run time.
 pub fn install_provider() {
@@ -15,7 +16,8 @@ pub fn install_provider() {
 }
 
 /// A server's TLS from its certificate chain and key.
-pub fn server_config(certificate: &Path, key: &Path) -> anyhow::Result<Arc<ServerConfig>> {
+pub fn server_config(files: &TlsFiles) -> anyhow::Result<Arc<ServerConfig>> {
+    let (certificate, key) = (&files.cert_file, &files.key_file);
     let chain = certificates(certificate)?;
     let secret = PrivateKeyDer::from_pem_file(key)
         .with_context(|| format!("{}: expected a private key in PEM", key.display()))?;
