@@ -240,6 +240,31 @@ pub fn latency(load: &Load, rate: u64, duration: Duration) -> Result<Latency> {
     Ok(Latency { puback: percentiles(join(acked)?), end_to_end: percentiles(join(receiving)?) })
 }
 
+/// One publisher that sends the next message when the last one is acknowledged: the times from PUBLISH to PUBACK.
+pub fn round_trips(load: &Load) -> Result<Percentiles> {
+    let mut link = Blocking::connect(load.address, "load-trip")?;
+    let (topic, payload) = (format!("{}/0", load.topic), vec![b'x'; load.size]);
+    let mut frame = BytesMut::new();
+    let parts = PublishParts {
+        topic: &topic,
+        payload: &payload,
+        qos: 1,
+        retain: false,
+        duplicate: false,
+        packet_id: 1, // Free again once it is acknowledged.
+        user: None,
+    };
+    packet::publish(&mut frame, &parts);
+    let mut times = Vec::with_capacity(load.messages as usize);
+    for _ in 0..load.messages {
+        let sent = Instant::now();
+        link.socket.write_all(&frame)?;
+        link.expect(packet::PUBACK)?;
+        times.push(sent.elapsed().as_micros() as u32);
+    }
+    Ok(percentiles(times))
+}
+
 fn ack_times(mut link: Blocking, count: u64, base: Instant, sent_at: &[AtomicU64]) -> Result<Vec<u32>> {
     let mut times = Vec::with_capacity(count as usize);
     link.socket.set_read_timeout(Some(Duration::from_secs(60)))?;

@@ -1,5 +1,7 @@
 //! The edge as an MQTT broker: against apt's mosquitto and a bare forwarder, with and without storing.
 
+mod slow_disk;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -30,6 +32,9 @@ pub struct Options {
     /// Also resident memory 60 s after a million stored messages.
     #[arg(long)]
     memory: bool,
+    /// Only the rows with a disk of 20 ms per sync.
+    #[arg(long)]
+    slow_disk: bool,
     #[arg(long, default_value = "target/bench-edge")]
     dir: PathBuf,
 }
@@ -88,10 +93,15 @@ const STORED: &[Row] = &[
 
 pub async fn run(options: Options) -> Result<()> {
     build_release()?;
+    slow_disk::build()?;
     std::fs::create_dir_all(&options.dir)?;
-    let mut table = Table::default();
+    let (mut table, mut slow) = (Table::default(), Table::default());
     for round in 1..=options.rounds {
         println!("round {round} of {}", options.rounds);
+        slow_disk::round(&options, &mut slow).await?;
+        if options.slow_disk {
+            continue;
+        }
         ours(&options, &mut table, round == 1).await?;
         mosquitto(&options, &mut table).await?;
         if let Some(program) = &options.forwarder {
@@ -103,6 +113,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
     }
     table.print();
+    slow.print();
     Ok(())
 }
 
