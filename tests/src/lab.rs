@@ -43,6 +43,7 @@ pub struct EdgePlan {
 pub struct CloudPlan {
     pub data_dir: PathBuf,
     pub kafka: SocketAddr,
+    pub kafka_extra: String,
     pub link: SocketAddr,
     pub link_extra: String,
     pub admin: SocketAddr,
@@ -65,6 +66,7 @@ impl Lab {
         let cloud = CloudPlan {
             data_dir: dir.join("cloud"),
             kafka: free_port()?,
+            kafka_extra: String::new(),
             link: free_port()?,
             link_extra: String::new(),
             admin: free_port()?,
@@ -112,8 +114,8 @@ impl Lab {
             None => String::new(),
         };
         let text = format!(
-            "node_id = 1\ndata_dir = {:?}\n{}\n[kafka]\nlisten = \"{}\"\n[admin]\nlisten = \"{}\"\n{archive}\n[link]\nlisten = \"{}\"\n{}\n",
-            c.data_dir, c.extra, c.kafka, c.admin, c.link, c.link_extra
+            "node_id = 1\ndata_dir = {:?}\n{}\n[kafka]\nlisten = \"{}\"\n{}\n[admin]\nlisten = \"{}\"\n{archive}\n[link]\nlisten = \"{}\"\n{}\n",
+            c.data_dir, c.extra, c.kafka, c.kafka_extra, c.admin, c.link, c.link_extra
         );
         let config = self.dir.join("cloud.toml");
         std::fs::write(&config, text)?;

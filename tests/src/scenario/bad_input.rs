@@ -69,7 +69,9 @@ pub async fn listener_beyond_loopback_is_refused_with_both_fixes(context: &Conte
     lab.edge.mqtt = beyond(lab.edge.mqtt);
     must_say(&refused(lab.edge()?).await?, &["allow_anonymous", "mqtt.user"])?;
     lab.cloud.kafka = beyond(lab.cloud.kafka);
-    // An unspecified address cannot be advertised to clients either.
+    must_say(&refused(lab.cloud()?).await?, &["allow_anonymous", "127.0.0.1"])?;
+    // Allowed, but no client can connect to an unspecified address.
+    lab.cloud.kafka_extra = "allow_anonymous = true\n".into();
     must_say(&refused(lab.cloud()?).await?, &["advertise"])?;
     Ok(String::new())
 }
