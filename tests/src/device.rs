@@ -20,6 +20,9 @@ pub struct Settings {
     pub v5: bool,
     /// QoS 1 and 2 messages under way at once.
     pub window: usize,
+    /// Takes the least free packet id, as small firmware does, and not the next one: an id that the edge should have
+    /// forgotten is then used again at once.
+    pub reuse_ids: bool,
 }
 
 /// A message under way.
@@ -119,6 +122,9 @@ impl Device {
         if message.qos == 0 {
             put(output, &message, 0, false, self.settings.v5);
             return;
+        }
+        if self.settings.reuse_ids {
+            self.next_id = 0;
         }
         loop {
             self.next_id = self.next_id.checked_add(1).unwrap_or(1);

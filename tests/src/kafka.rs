@@ -1,5 +1,6 @@
-//! A bare Kafka client for what libraries hide: raw record batches and their checksums, and offsets without a group.
-//! Metadata v1, ListOffsets v1 and Fetch v4 are the oldest versions that modern brokers still serve.
+//! A bare Kafka client for what libraries hide: raw record batches and their checksums, offsets without a group, and the
+//! very moment of a producer's acknowledgement. Metadata v1, Produce v3, ListOffsets v1 and Fetch v4 are the oldest
+//! versions that modern brokers still serve.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -99,6 +100,39 @@ impl Client {
         Ok(found)
     }
 
+    /// Names a topic, which creates it where that is allowed.
+    pub async fn touch(&mut self, topic: &str) -> Result<()> {
+        let mut body = BytesMut::new();
+        body.put_i32(1);
+        put_string(&mut body, topic);
+        self.call(3, 1, &body).await.map(drop)
+    }
+
+    /// Produces one record to partition 0 with `acks=all`; returns its offset. An error code is an error.
+    pub async fn produce(&mut self, topic: &str, value: &[u8]) -> Result<i64> {
+        let batch = batch_of_one(value);
+        let mut body = BytesMut::new();
+        body.put_i16(-1); // no transaction
+        body.put_i16(-1); // acks=all
+        body.put_i32(30_000);
+        body.put_i32(1);
+        put_string(&mut body, topic);
+        body.put_i32(1);
+        body.put_i32(0);
+        body.put_i32(batch.len() as i32);
+        body.put_slice(&batch);
+        let mut answer = self.call(0, 3, &body).await?;
+        i32_of(&mut answer)?;
+        string_of(&mut answer)?;
+        i32_of(&mut answer)?;
+        i32_of(&mut answer)?;
+        let error = i16_of(&mut answer)?;
+        if error != 0 {
+            bail!("Produce to {topic}: error {error}");
+        }
+        Ok(take(&mut answer, 8)?.get_i64())
+    }
+
     /// Offset at a time: -1 is the end (high watermark), -2 the log start.
     pub async fn list_offset(&mut self, topic: &str, partition: i32, at: i64) -> Result<i64> {
         let mut body = BytesMut::new();
@@ -189,6 +223,45 @@ impl Client {
         let length = i32_of(&mut answer)?;
         take(&mut answer, usize::try_from(length.max(0))?)
     }
+}
+
+/// A record batch that holds one record without key and headers, of no idempotent producer.
+fn batch_of_one(value: &[u8]) -> Vec<u8> {
+    // Attributes, timestamp delta and offset delta are 0, the key's length is -1.
+    let mut record = vec![0, 0, 0, 1];
+    put_varint(&mut record, value.len());
+    record.extend_from_slice(value);
+    record.push(0);
+    let now_ms = crate::lab::now_ms();
+    let mut covered = Vec::new();
+    covered.put_i16(0); // attributes
+    covered.put_i32(0); // last offset delta
+    covered.put_i64(now_ms);
+    covered.put_i64(now_ms);
+    covered.put_i64(-1); // producer id
+    covered.put_i16(-1);
+    covered.put_i32(-1);
+    covered.put_i32(1);
+    put_varint(&mut covered, record.len());
+    covered.extend_from_slice(&record);
+    let mut batch = Vec::new();
+    batch.put_i64(0);
+    batch.put_i32((covered.len() + 9) as i32);
+    batch.put_i32(-1);
+    batch.put_i8(2);
+    batch.put_u32(crc32c::crc32c(&covered));
+    batch.extend_from_slice(&covered);
+    batch
+}
+
+/// A length as a zigzag varint, as records have them.
+fn put_varint(out: &mut Vec<u8>, length: usize) {
+    let mut rest = length << 1;
+    while rest >= 128 {
+        out.push(rest as u8 | 128);
+        rest >>= 7;
+    }
+    out.push(rest as u8);
 }
 
 /// All whole batches of a record set; a cut one at the end is legal and left out. Wrong bytes are an error.

@@ -13,6 +13,7 @@ mod load;
 mod message;
 mod packet;
 mod process;
+mod producer;
 mod proxy;
 mod scenario;
 mod tools;

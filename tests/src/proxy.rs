@@ -32,6 +32,7 @@ struct Inner {
     lose: AtomicU64,
     repeated: AtomicU64,
     lost: AtomicU64,
+    appends: watch::Sender<u64>,
     sealed: Mutex<HashSet<BatchId>>,
 }
 
@@ -48,6 +49,7 @@ impl Proxy {
             lose: AtomicU64::new(0),
             repeated: AtomicU64::new(0),
             lost: AtomicU64::new(0),
+            appends: watch::channel(0).0,
             sealed: Mutex::new(HashSet::new()),
         });
         let shared = inner.clone();
@@ -95,6 +97,13 @@ impl Proxy {
         self.inner.lose.fetch_add(n, Ordering::Relaxed);
     }
 
+    /// Returns when the next append has been handed to the cloud.
+    pub async fn append_passed(&self) {
+        let mut appends = self.inner.appends.subscribe();
+        // The sender lives as long as this.
+        let _ = appends.changed().await;
+    }
+
     /// How many appends were repeated and how many answers lost so far.
     pub fn disturbed(&self) -> (u64, u64) {
         (self.inner.repeated.load(Ordering::Relaxed), self.inner.lost.load(Ordering::Relaxed))
@@ -126,6 +135,9 @@ impl Inner {
                 }
                 self.hold_back().await;
                 to_cloud.write_all(&request).await?;
+                if request.starts_with(b"POST /link/v1/append") {
+                    self.appends.send_modify(|n| *n += 1);
+                }
             }
             anyhow::Ok(to_cloud.shutdown().await?)
         };

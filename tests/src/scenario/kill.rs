@@ -14,6 +14,7 @@ use crate::kafka::Client;
 use crate::lab::{Lab, PATIENCE, Rng, until};
 use crate::message::{Alphabet, Id, Message};
 use crate::process::Broker;
+use crate::producer::{self, Producer};
 use crate::proxy::Proxy;
 use crate::tools::{Outsider, Reader};
 use crate::wire::Recorder;
@@ -60,11 +61,16 @@ pub async fn nothing_is_lost_or_doubled_on_kill_9(context: &Context) -> Result<S
 
     let messages = plan(&size);
     let fleet = Fleet::start(context, &lab, &recorder, &messages, &size)?;
-    let mut chaos = Chaos { edge: &mut edge, cloud: &mut cloud, link: &link, cloud_down: false };
+    let mut producer = Producer::start(lab.cloud.kafka);
+    let mut chaos =
+        Chaos { edge: &mut edge, cloud: &mut cloud, link: &link, producer: &mut producer, cloud_down: false };
     let outcome = disturb(&mut chaos, fleet, &recorder, &size, &mut rng).await;
     recorder.write_log(&lab.dir.join("wire.log"))?;
     outcome?;
 
+    let produced = producer.finish().await?;
+    let there = context.tools.read(Reader::Confluent, lab.cloud.kafka, producer::TOPIC).await?;
+    producer::judge(&produced, &there)?;
     drain(&lab, "telemetry").await?;
     let records = context.tools.read(Reader::Confluent, lab.cloud.kafka, "telemetry").await?;
     let verdict = judge_run(&lab, &messages, &recorder, &records)?;
@@ -79,7 +85,7 @@ pub async fn nothing_is_lost_or_doubled_on_kill_9(context: &Context) -> Result<S
     Ok(format!(
         "{} messages of {} devices in {published} PUBLISHes, {}+{} kills, {repeated} appends repeated, {lost} answers lost: \
          {} records in {batches} batches, {} acknowledged and all there, {} second copies each with its second PUBLISH, \
-         {rows} edge rows identical, {} of QoS 0 lost",
+         {rows} edge rows identical, {} of QoS 0 lost; {} produced records all there",
         messages.len(),
         size.devices,
         size.edge_kills,
@@ -87,7 +93,8 @@ pub async fn nothing_is_lost_or_doubled_on_kill_9(context: &Context) -> Result<S
         verdict.records,
         verdict.acked,
         verdict.repeated,
-        verdict.lost_qos0
+        verdict.lost_qos0,
+        produced.len()
     ))
 }
 
@@ -139,8 +146,12 @@ impl Fleet {
             } else if device == MOSQUITTO {
                 outsiders.push((Outsider::mosquitto_pub(tools, at, &client_id(device), &log)?, own));
             } else {
-                let settings =
-                    Settings { client_id: client_id(device), v5: is_v5(device), window: 1 + device as usize };
+                let settings = Settings {
+                    client_id: client_id(device),
+                    v5: is_v5(device),
+                    window: 1 + device as usize,
+                    reuse_ids: device % 4 < 2,
+                };
                 tasks.spawn(device::run(at, settings, own, allowance.clone()));
             }
         }
@@ -189,18 +200,29 @@ struct Chaos<'a> {
     edge: &'a mut Broker,
     cloud: &'a mut Broker,
     link: &'a Proxy,
+    producer: &'a mut Producer,
     cloud_down: bool,
 }
 
 impl Chaos<'_> {
+    /// Ends the disturbance before this one and makes the next.
     async fn strike(&mut self, event: Event, rng: &mut Rng) -> Result<()> {
+        if event == Event::KillEdge {
+            // Before anything is mended, which takes the time that the edge needs to come to rest.
+            self.edge.kill()?;
+        }
+        self.mend().await?;
         match event {
             Event::KillEdge => {
-                self.edge.kill()?;
                 self.edge.start().await?;
             }
             Event::KillCloud => {
+                self.producer.hurry().await?;
+                // In the middle of an append, if the edge makes one: somewhere between its write, its fsync and its answer.
+                let _ = tokio::time::timeout(Duration::from_secs(2), self.link.append_passed()).await;
+                tokio::time::sleep(Duration::from_millis(rng.below(8))).await;
                 self.cloud.kill()?;
+                self.producer.rest();
                 self.cloud_down = true;
                 // Now and then it stays away, and the edge fills up.
                 if rng.below(2) == 0 {
@@ -255,7 +277,6 @@ async fn disturb(
             }
             error = fleet.failed() => return Err(error.context(format!("before {event:?} number {i}"))),
         }
-        chaos.mend().await?;
         chaos.strike(*event, rng).await.with_context(|| format!("{event:?} number {i}"))?;
         before = upto;
     }
