@@ -20,6 +20,7 @@ use edge::uplink::{StreamSource, Uplink, UplinkSettings, UplinkStatus};
 use mqtt::store::{Admission, Publish, PublishProperties, SessionRef, Store};
 use parking_lot::Mutex;
 use shared::batch::{Batch, BatchBuilder, Compression};
+use shared::config::TlsFiles;
 use shared::link::frame::Limits;
 use shared::link::sender::{Row, Rows, StreamInfo};
 use shared::log::{BoxFuture, Chain, Log as _, ReadLimits};
@@ -196,7 +197,8 @@ impl Cloud {
         let ingest = Ingest::new(settings, shard.clone(), shard.clone(), topics.clone(), shard.clone(), || 7);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
-        let tls = tls.then(|| daemon::tls::server_config(&data("cert.pem"), &data("key.pem")).expect("a certificate"));
+        let files = TlsFiles { cert_file: data("cert.pem"), key_file: data("key.pem") };
+        let tls = tls.then(|| daemon::tls::server_config(&files).expect("a certificate"));
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(cloud::ingest::serve(ingest.clone(), listener, tls, stopped));
         Self { shard, topics, ingest, address, stop }
