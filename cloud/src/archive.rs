@@ -12,7 +12,7 @@ mod shipper;
 mod splitter;
 mod store;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use bytes::Bytes;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
@@ -20,7 +20,7 @@ use shared::name::{Offset, Partition, TimestampMs};
 
 pub use archiver::{Archive, ArchiveError, ArchiveSettings, ArchiveStatus};
 pub use cold::Cold;
-pub use store::{RequestSettings, Requests, Store, StoreError};
+pub use store::{RequestSettings, Requests, Store, StoreError, backoff};
 
 /// Archived batches, readable by offset and time. All answers are about whole batches with their CRC checked.
 pub trait ColdTier: Send + Sync + 'static {
@@ -235,4 +235,6 @@ pub enum Tail {
     /// These blocks, from the bucket. Acknowledged blocks may have been lost: the local WAL is emptied and begins with
     /// these, leader epochs are bumped, and offsets go on at each partition's end + 2^32.
     Bucket(Vec<StoredBlock>),
+    /// These blocks, which are the WAL itself: the object engine's. Nothing was lost.
+    Owned(Vec<StoredBlock>),
 }

@@ -1,7 +1,7 @@
 //! The shard: one ordered sequence of blocks, its partitions and the state that changes with them.
 //!
-//! Callers decide under one short lock (`flight`): is it new, where does it go, into which block. One thread
-//! (`committer`) takes the open block whenever the append before has ended - natural group commit -, copies the batches
+//! Callers decide under one short lock (`flight`): is it new, where does it go, into which block. One task on a thread
+//! of its own (`committer`) takes the open block whenever the append before has ended - natural group commit -, copies the batches
 //! together, makes the block durable without holding the lock, and only then moves what readers see. So every answer speaks
 //! of durable state, although repeats are recognised in flight.
 //!
@@ -10,11 +10,12 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use serde::Serialize;
+use shared::block_on::block_on;
 use shared::histogram::Histogram;
 use shared::log::{
     Append, AppendError, Appended, Bounds, BoxFuture, EpochEnd, Log, Read, ReadError, ReadLimits, StreamKey, TimePoint,
@@ -53,6 +54,9 @@ pub struct ShardSettings {
     pub nonce: u64,
     /// A block is closed before its batches exceed this; a single larger batch has a block of its own.
     pub block_bytes_max: usize,
+    /// Appends to the WAL begin at least so far apart, unless a block is full: what paces an engine whose appends cost
+    /// money. Needs a tokio runtime when it is not zero.
+    pub linger: Duration,
     /// Bytes of batches that wait for durability; beyond it appends are refused with [`AppendError::Full`].
     pub in_flight_bytes_max: usize,
     /// Bytes of recent blocks kept in memory for readers at the end; the oldest go first.
@@ -78,6 +82,7 @@ impl Default for ShardSettings {
             shard: 0,
             nonce: 0,
             block_bytes_max: 8 << 20,
+            linger: Duration::ZERO,
             in_flight_bytes_max: 128 << 20,
             tail_bytes_max: 64 << 20,
             read_cache_bytes_max: 32 << 20,
@@ -145,7 +150,7 @@ struct Core {
     wal_reserve: u64,
     inner: Mutex<Inner>,
     /// Something is open, or the shard is closing: for the committer.
-    work: Condvar,
+    work: Notify,
     /// A block became durable, or the shard stopped.
     committed: Arc<Notify>,
     /// What is safe moved.
@@ -216,14 +221,37 @@ impl Shard {
         cold: Option<Arc<dyn ColdTier>>,
         clock: Clock,
     ) -> Result<Arc<Self>, OpenError> {
+        let (shard, commit) = Self::open_driven(settings, wal, recovered, cold, clock)?;
+        let thread = std::thread::Builder::new().name(format!("shard-{}", shard.core.settings.shard));
+        // The object engine's requests and pauses need the runtime's timers.
+        let runtime = tokio::runtime::Handle::try_current();
+        let commit = move || match runtime {
+            Ok(runtime) => runtime.block_on(commit),
+            Err(_) => block_on(commit),
+        };
+        let committer = thread.spawn(commit).map_err(|error| OpenError::Thread(error.to_string()))?;
+        *shard.committer.lock() = Some(committer);
+        Ok(shard)
+    }
+
+    /// The same without a thread: the caller drives the committer, the future returned. It ends some time after
+    /// [`Shard::begin_close`].
+    pub fn open_driven(
+        settings: ShardSettings,
+        wal: Box<dyn BlockLog>,
+        recovered: Recovered,
+        cold: Option<Arc<dyn ColdTier>>,
+        clock: Clock,
+    ) -> Result<(Arc<Self>, impl Future<Output = ()> + Send + 'static), OpenError> {
         let cold = cold.unwrap_or_else(|| Arc::new(NothingCold));
         let core = Arc::new(recover::recover(settings, wal, recovered, cold, clock)?);
-        let thread = std::thread::Builder::new().name(format!("shard-{}", core.settings.shard));
-        let committer = {
-            let core = core.clone();
-            thread.spawn(move || core.commit_blocks()).map_err(|error| OpenError::Thread(error.to_string()))?
-        };
-        Ok(Arc::new(Self { core, committer: Mutex::new(Some(committer)) }))
+        let shard = Arc::new(Self { core: core.clone(), committer: Mutex::new(None) });
+        Ok((shard, async move { core.commit_blocks().await }))
+    }
+
+    /// Takes nothing more; what is in flight becomes durable if it can.
+    pub fn begin_close(&self) {
+        self.core.begin_close();
     }
 
     /// Makes durable what is in flight, ends all waits and lets go of the WAL. What is called afterwards is refused.
@@ -387,7 +415,7 @@ impl LocalBlocks for LocalWal<'_> {
     }
 
     fn read(&self, seq: u64) -> Result<Bytes, SourceError> {
-        self.0.read(seq).map_err(source::source_error)
+        block_on(self.0.read(seq)).map_err(source::source_error)
     }
 }
 

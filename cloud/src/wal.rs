@@ -1,34 +1,46 @@
 //! The block log: where a shard's blocks become durable.
 //!
 //! A [`BlockLog`] keeps numbered blocks in order. It knows nothing of what is in them but that a block ends with the
-//! CRC-32C of what comes before (see `block`). Calls block: the shard's committer thread makes them, one append at a time.
+//! CRC-32C of what comes before (see `block`). One append is in flight at a time, made by the shard's committer.
+//!
+//! Three engines: `file` (fsync on a local disk), `object` (one conditional PUT per block) and `memory` (nothing outlives
+//! the process). They differ in what "durable" means and in nothing else.
 
 use bytes::Bytes;
+use shared::log::BoxFuture;
 
 pub mod disk;
 pub mod file;
 pub mod memory;
+pub mod object;
 
 #[cfg(test)]
 pub(crate) mod powercut;
 
-/// Numbered blocks, durable when [`BlockLog::append`] returns.
+/// Numbered blocks, durable when [`BlockLog::append`] resolves.
 pub trait BlockLog: Send + Sync + 'static {
     /// Appends a block. `seq` is the number after the newest block's, or the first of a log without blocks. When
-    /// this returns `Ok`, the block survives a power cut; after [`WalError::Full`] nothing of it was stored and a later append
-    /// of the same number may succeed; after any other error the log takes nothing more until it is opened again.
-    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError>;
+    /// this is `Ok`, the block survives what the engine promises to survive; after [`WalError::Full`] nothing of it was
+    /// stored and a later append of the same number may succeed; after any other error the log takes nothing more until it
+    /// is opened again.
+    fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>>;
 
     /// Number of the first block that can be read, and the number after the newest; `None` without blocks.
     fn bounds(&self) -> Option<(u64, u64)>;
 
     /// A whole block.
-    fn read(&self, seq: u64) -> Result<Bytes, WalError>;
+    fn read(&self, seq: u64) -> BoxFuture<'_, Result<Bytes, WalError>>;
 
     /// `bytes` bytes of a block from `position` on.
-    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError>;
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>>;
 
-    /// Blocks below `below` are not needed any more. The newest block is kept all the same.
+    /// Whether reads wait for a disk inside the first poll: then they belong off the async threads.
+    fn blocks_threads(&self) -> bool {
+        false
+    }
+
+    /// Blocks below `below` are not needed any more. The newest block is kept all the same if the log
+    /// [keeps it](BlockLog::keeps_newest).
     fn trim(&self, below: u64) -> Result<(), WalError>;
 
     /// Throws all blocks away; the next append has the number `next`. Until [`BlockLog::settle`] is called the log is
@@ -38,8 +50,16 @@ pub trait BlockLog: Send + Sync + 'static {
     /// What was appended since [`BlockLog::reset`] is whole and stays.
     fn settle(&self) -> Result<(), WalError>;
 
+    /// Whether the newest block is never trimmed: where an empty log must not be taken for a new one.
+    fn keeps_newest(&self) -> bool {
+        true
+    }
+
     /// How much is kept.
     fn usage(&self) -> Usage;
+
+    /// The log is about to be closed: an append that may never end has a few seconds left.
+    fn hurry(&self) {}
 
     /// Ends background work and lets go of locks. What is called afterwards is refused.
     fn close(&self);
@@ -91,6 +111,9 @@ pub enum WalError {
     /// Another process uses the same directory.
     #[error("{0} is in use by another process: stop it, or give this one a data_dir of its own")]
     Locked(String),
+    /// Another owner has taken the log over.
+    #[error("another node has taken this log over with epoch {0}")]
+    Fenced(u32),
     /// The log was closed.
     #[error("the WAL is closed")]
     Closed,

@@ -1,6 +1,7 @@
 //! The words both Tributary brokers use. Pure: bytes in, bytes out, `now` passed in; no sockets, threads or clocks.
 
 pub mod batch;
+pub mod block_on;
 pub mod config;
 pub mod histogram;
 pub mod limits;

@@ -17,9 +17,11 @@ use super::shipper::Shipper;
 use super::splitter::Splitter;
 use super::store::backoff;
 use super::{
-    Cold, ColdTier, LocalBlocks, RequestSettings, Source, SourceError, Store, StoreError, StoredBlock, identity,
+    Cold, ColdTier, LocalBlocks, Recovered, RequestSettings, Source, SourceError, Store, StoreError, StoredBlock, Tail,
+    identity,
 };
 use crate::manifest::{Index, Keys, PagePointer, Root, sequence_of};
+use crate::wal::object::{ObjectWal, ObjectWalSettings};
 
 /// How an archive behaves.
 #[derive(Debug, Clone)]
@@ -32,6 +34,9 @@ pub struct ArchiveSettings {
     pub data_dir: PathBuf,
     /// The shard.
     pub shard: u32,
+    /// The shard's WAL is its blocks in the store (the object engine): there is nothing to ship, and a start takes over
+    /// what is there.
+    pub owns_wal: bool,
     /// How far the bucket may be behind the log: what a dead disk can cost.
     pub max_lag: Duration,
     /// Largest object of shipped blocks, unless one block is larger.
@@ -55,6 +60,7 @@ impl Default for ArchiveSettings {
             store_options: Vec::new(),
             data_dir: "data/cloud".into(),
             shard: 0,
+            owns_wal: false,
             max_lag: Duration::from_secs(10),
             ship_bytes: 8 << 20,
             segment_bytes: 64 << 20,
@@ -250,6 +256,10 @@ impl Archive {
     /// Opens the archive that `settings` name: checks that the store qualifies and belongs to this system.
     /// A store that cannot be reached is no error where a local start is possible.
     pub async fn open(settings: ArchiveSettings) -> Result<Arc<Self>, ArchiveError> {
+        if let Some(url) = settings.url.as_ref().filter(|_| settings.owns_wal) {
+            let store = Store::open(url, &settings.store_options, settings.requests)?;
+            return Self::with_stores(settings, store, None).await;
+        }
         let local = RequestSettings { attempts: 1, ..settings.requests };
         let mirror = Store::directory(&settings.data_dir.join("manifest"), local)?;
         let segments = settings.data_dir.join("segments");
@@ -277,7 +287,7 @@ impl Archive {
         store: Store,
         mirror: Option<Store>,
     ) -> Result<Arc<Self>, ArchiveError> {
-        let ships = mirror.is_some();
+        let ships = mirror.is_some() || settings.owns_wal;
         let keys = Keys::new(store.prefix().clone(), settings.shard);
         if ships {
             match store.probe().await {
@@ -319,6 +329,16 @@ impl Archive {
     /// What the shard reads below its WAL.
     pub fn cold(&self) -> Arc<dyn ColdTier> {
         self.cold.clone()
+    }
+
+    /// The log of blocks that goes on after what [`Archive::take_over`] returned.
+    pub fn object_wal(&self, recovered: &Recovered, settings: ObjectWalSettings) -> ObjectWal {
+        let blocks: &[StoredBlock] = match &recovered.tail {
+            Tail::Local => &[],
+            Tail::Bucket(blocks) | Tail::Owned(blocks) => blocks,
+        };
+        let sizes = blocks.iter().map(|block| (block.seq, block.bytes.len() as u32));
+        ObjectWal::new(self.store.clone(), self.keys.clone(), settings, sizes)
     }
 
     /// Makes segments of what there is now, however little and young.

@@ -7,12 +7,13 @@
 //! then always on record.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tracing::{info, warn};
 
 use super::archiver::Held;
-use super::store::random;
+use super::store::{backoff, random};
 use super::{Archive, ArchiveError, LocalBlocks, Recovered, Snapshot, StoreError, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockHeader};
 use crate::manifest::{self, Fence, Index, IndexPage, OBJECT_BYTES_MAX, PagePointer, Root, sequence_of};
@@ -55,7 +56,20 @@ pub(super) fn judge(bucket_next: u64, local: Option<(u64, u64)>) -> Judgement {
     }
 }
 
+/// What a bucket has of a shard.
+struct Loaded {
+    index: Index,
+    snapshot: Option<Snapshot>,
+    /// Blocks from the root's WAL object on.
+    blocks: Vec<StoredBlock>,
+}
+
 impl View {
+    /// Of a shard that is not there yet.
+    fn of_nothing(root: Root) -> Self {
+        Self { next: root.trim, root, last: Vec::new() }
+    }
+
     /// Whether block `seq`, locally `bytes`, is the one the bucket has; `None` if the bucket no longer says.
     fn agrees(&self, chain: &[StoredBlock], seq: u64, bytes: &Bytes) -> Option<bool> {
         if let Some(block) = chain.iter().chain(&self.last).find(|block| block.seq == seq) {
@@ -163,26 +177,63 @@ impl Archive {
         check: Option<u64>,
         epoch: u32,
     ) -> Result<Option<Recovered>, ArchiveError> {
-        let loaded = async {
-            let index = self.load_index(&view.root).await?;
-            let snapshot = self.load_snapshot(&view.root).await?;
-            Ok((index, snapshot, self.chain(&view.root, view.next).await?))
-        };
-        let (index, snapshot, mut blocks) = match loaded.await {
-            // Cleared away by an owner that has published since: look again.
-            Err(ArchiveError::Store(StoreError::Missing(_))) if !self.is_newest(view.root.seq).await? => {
-                return Ok(None);
-            }
-            loaded => loaded?,
-        };
+        let Some(loaded) = self.load(view).await? else { return Ok(None) };
         if let Some(seq) = check {
             let bytes = local.read(seq).map_err(|error| ArchiveError::Local(error.to_string()))?;
-            match view.agrees(&blocks, seq, &bytes) {
+            match view.agrees(&loaded.blocks, seq, &bytes) {
                 Some(true) => {}
                 Some(false) => return Err(self.diverged(seq)),
                 None => warn!(seq, "the local WAL is too old to be compared with the archive; it is set aside"),
             }
         }
+        let Some((snapshot, blocks, epoch)) = self.take(view, loaded, epoch).await? else { return Ok(None) };
+        info!(epoch, blocks = blocks.len(), "restored from the archive");
+        Ok(Some(Recovered { snapshot, tail: Tail::Bucket(blocks), epoch }))
+    }
+
+    /// Takes the shard over whose WAL is in the store, from whoever had it: from here on an append of theirs fails. A
+    /// shard that is not there yet begins.
+    pub async fn take_over(&self) -> Result<Recovered, ArchiveError> {
+        for attempt in 0..CLAIM_ATTEMPTS as u32 {
+            if attempt > 0 {
+                info!("another owner was quicker in the bucket, looking again");
+                tokio::time::sleep(backoff(Duration::from_millis(20), attempt)).await;
+            }
+            let view = self.view().await?.unwrap_or_else(|| View::of_nothing(self.first_root(0)));
+            if view.root.cluster_id != self.cluster_id || view.root.shard != self.settings.shard {
+                return Err(self.mismatch(view.root.cluster_id));
+            }
+            let Some(loaded) = self.load(&view).await? else { continue };
+            let epoch = view.root.epoch + 1;
+            if let Some((snapshot, blocks, epoch)) = self.take(&view, loaded, epoch).await? {
+                info!(shard = self.settings.shard, epoch, blocks = blocks.len(), "took the shard over");
+                return Ok(Recovered { snapshot, tail: Tail::Owned(blocks), epoch });
+            }
+        }
+        Err(ArchiveError::Contended)
+    }
+
+    /// What the bucket has of the shard; `None` if an owner that has published since has cleared it away.
+    async fn load(&self, view: &View) -> Result<Option<Loaded>, ArchiveError> {
+        let loaded = async {
+            let index = self.load_index(&view.root).await?;
+            let snapshot = self.load_snapshot(&view.root).await?;
+            Ok(Loaded { index, snapshot, blocks: self.chain(&view.root, view.next).await? })
+        };
+        match loaded.await {
+            Err(ArchiveError::Store(StoreError::Missing(_))) if !self.is_newest(view.root.seq).await? => Ok(None),
+            loaded => loaded.map(Some),
+        }
+    }
+
+    /// Claims the shard and fences its WAL. Returns what to begin from and the epoch; `None` when another owner was quicker.
+    async fn take(
+        &self,
+        view: &View,
+        loaded: Loaded,
+        epoch: u32,
+    ) -> Result<Option<(Option<Snapshot>, Vec<StoredBlock>, u32)>, ArchiveError> {
+        let Loaded { index, snapshot, mut blocks } = loaded;
         let newest = newest_in(&blocks)?.unwrap_or(0);
         let epoch = epoch.max(newest + 1);
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(None) };
@@ -190,7 +241,7 @@ impl Archive {
         if self.ships {
             let fence = fence_block(self.settings.shard, epoch, next, self.now_ms());
             match self.store.create(&self.keys.wal(next), std::slice::from_ref(&fence)).await {
-                // The old owner shipped once more before it noticed; its blocks count.
+                // The old owner appended or shipped once more before it noticed; its blocks count.
                 Err(StoreError::Taken(_)) => return Ok(None),
                 created => created?,
             }
@@ -201,10 +252,12 @@ impl Archive {
             }
         }
         blocks.retain(|block| block.seq >= root.trim);
-        info!(epoch, from = root.trim, blocks = blocks.len(), "restored from the archive");
+        if self.settings.owns_wal {
+            self.wals.lock().extend(blocks.iter().map(|block| block.seq));
+        }
         self.write_mirror(&root, &HashMap::new()).await?;
         self.hold(Some(Held { root, index, claimed: true, shipped: next }), epoch);
-        Ok(Some(Recovered { snapshot, tail: Tail::Bucket(blocks), epoch }))
+        Ok(Some((snapshot, blocks, epoch)))
     }
 
     /// The bucket is away: what is here must do.
@@ -269,7 +322,15 @@ impl Archive {
 
     /// The first claim of a shard that the bucket does not know: its WAL begins with block `first`.
     async fn claim_first(&self, first: u64, epoch: u32) -> Result<Option<Held>, ArchiveError> {
-        let root = Root {
+        let root = self.first_root(first);
+        let Some(root) = self.claim_from(&root, epoch, first).await? else { return Ok(None) };
+        self.write_mirror(&root, &HashMap::new()).await?;
+        Ok(Some(Held { root, index: Index::default(), claimed: true, shipped: first }))
+    }
+
+    /// What a shard that the bucket does not know is claimed after. It is not in the bucket.
+    fn first_root(&self, first: u64) -> Root {
+        Root {
             cluster_id: self.cluster_id.clone(),
             shard: self.settings.shard,
             epoch: 0,
@@ -281,10 +342,7 @@ impl Archive {
             snapshot: None,
             pages: Vec::new(),
             fences: Vec::new(),
-        };
-        let Some(root) = self.claim_from(&root, epoch, first).await? else { return Ok(None) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        Ok(Some(Held { root, index: Index::default(), claimed: true, shipped: first }))
+        }
     }
 
     /// Makes the root that claims the shard after `old`. `None` when another owner was quicker.

@@ -44,7 +44,7 @@ impl<'a> Shipper<'a> {
                 // What another owner has shipped counts as our own until we collide with it.
                 self.source.wait(self.next).await;
                 self.archive.facts.behind_since_ms.store(self.archive.now_ms().max(1) as u64, Ordering::Relaxed);
-                if self.archive.ships && !self.full && !self.first {
+                if self.archive.ships && !self.archive.settings.owns_wal && !self.full && !self.first {
                     tokio::time::sleep(self.archive.settings.max_lag / 2).await;
                 }
             }
@@ -87,8 +87,13 @@ impl<'a> Shipper<'a> {
 
     /// Ships one object.
     async fn ship(&mut self) -> Result<(), ArchiveError> {
-        if !self.archive.ships {
-            self.shipped(self.source.durable().next_seq);
+        if !self.archive.ships || self.archive.settings.owns_wal {
+            let next = self.source.durable().next_seq;
+            if self.archive.settings.owns_wal {
+                // Each block is an object of its own, and for the collection to delete.
+                self.archive.wals.lock().extend(self.next..next);
+            }
+            self.shipped(next);
             return Ok(());
         }
         let bytes_max = if self.first { 1 } else { self.archive.settings.ship_bytes };

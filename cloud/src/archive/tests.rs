@@ -1,8 +1,8 @@
 //! The archive's promises, on a shard double and a store that fails on order.
 
-mod faulty;
+pub(crate) mod faulty;
 mod node;
-mod s3;
+pub(crate) mod s3;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,6 +13,11 @@ use super::*;
 use faulty::Faulty;
 use node::{Home, NoBlocks, Node, partition, settings};
 use object_store::{ObjectStore, ObjectStoreExt};
+
+/// What tells one writer's blocks from another's.
+pub(crate) fn nonce() -> u64 {
+    super::store::random()
+}
 
 /// Some blocks: a busy partition, and quiet ones.
 fn produce(node: &Node, rounds: u8) {

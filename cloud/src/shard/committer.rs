@@ -1,7 +1,9 @@
-//! The one thread that writes: takes the open block when the append before has ended, makes it durable, then moves what
+//! The one task that writes: takes the open block when the append before has ended, makes it durable, then moves what
 //! readers see.
 
-use std::time::Instant;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use shared::log::{AppendError, StreamKey};
 use shared::name::Partition;
@@ -26,9 +28,9 @@ impl Drop for StopOnEnd<'_> {
 
 impl Core {
     /// Runs until the shard is closed or its WAL fails.
-    pub fn commit_blocks(&self) {
+    pub async fn commit_blocks(&self) {
         let _guard = StopOnEnd(self);
-        while let Some((seq, mut open)) = self.take_open() {
+        while let Some((seq, mut open)) = self.take_open().await {
             for (key, (partition, next, chain)) in open.streams.drain() {
                 open.builder.change(Change::StreamPosition { key, partition, next, chain });
             }
@@ -43,7 +45,7 @@ impl Core {
             };
             let block = open.builder.finish(header);
             let begun = Instant::now();
-            let appended = self.wal.append(seq, block.bytes());
+            let appended = self.wal.append(seq, block.bytes()).await;
             let micros = begun.elapsed().as_micros() as u64;
             match appended {
                 Ok(()) => self.publish(block, batches, micros),
@@ -53,26 +55,32 @@ impl Core {
     }
 
     /// Waits for something to write. `None` when there will be nothing more.
-    fn take_open(&self) -> Option<(u64, OpenBlock)> {
-        let mut inner = self.inner.lock();
+    async fn take_open(&self) -> Option<(u64, OpenBlock)> {
         loop {
-            if inner.stopped.is_some() {
-                return None;
+            // Registered first, then looked: nothing is missed in between.
+            let mut work = std::pin::pin!(self.work.notified());
+            work.as_mut().enable();
+            let wait = {
+                let mut inner = self.inner.lock();
+                if inner.stopped.is_some() {
+                    return None;
+                }
+                match inner.linger_left(&self.settings) {
+                    Some(Duration::ZERO) => return inner.take_open(&self.settings),
+                    None if inner.closing => {
+                        inner.stop(AppendError::Closed);
+                        self.committed.notify_waiters();
+                        return None;
+                    }
+                    wait => wait,
+                }
+            };
+            match wait {
+                None => work.await,
+                Some(left) => {
+                    let _ = tokio::time::timeout(left, work).await;
+                }
             }
-            if let Some(mut open) = inner.open.pop_front() {
-                inner.committing = Some(Committing {
-                    outcome: open.outcome.clone(),
-                    batch_bytes: open.builder.batch_bytes(),
-                    producers: std::mem::take(&mut open.producers),
-                });
-                return Some((inner.next_seq, open));
-            }
-            if inner.closing {
-                inner.stop(AppendError::Closed);
-                self.committed.notify_waiters();
-                return None;
-            }
-            self.work.wait(&mut inner);
         }
     }
 
@@ -113,6 +121,11 @@ impl Core {
                 inner.counters.refused_full += 1;
                 inner.discard(&AppendError::Full(full));
             }
+            WalError::Fenced(epoch) => {
+                error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
+                inner.stop(AppendError::Fenced(epoch));
+                self.committed.notify_waiters();
+            }
             error => {
                 error!(%error, "the WAL failed: the shard stops, restart when the disk is well");
                 inner.stop(AppendError::Storage(error.to_string()));
@@ -123,13 +136,35 @@ impl Core {
 
     /// Takes nothing more, and lets the committer end when it has written what there is.
     pub fn begin_close(&self) {
-        let mut inner = self.inner.lock();
-        inner.closing = true;
-        self.work.notify_all();
+        self.inner.lock().closing = true;
+        self.wal.hurry();
+        self.work.notify_one();
     }
 }
 
 impl Inner {
+    /// How long the oldest open block is still kept open for more; `None` when there is nothing to write.
+    ///
+    /// Where an append costs money, appends begin at least `linger` apart. A block that comes after a pause does not wait.
+    fn linger_left(&self, settings: &ShardSettings) -> Option<Duration> {
+        let open = self.open.front()?;
+        let is_full = self.open.len() > 1 || open.builder.batch_bytes() * 2 > settings.block_bytes_max;
+        let begun = self.append_begun.filter(|_| !is_full && !self.closing);
+        Some(begun.map_or(Duration::ZERO, |begun| settings.linger.saturating_sub(begun.elapsed())))
+    }
+
+    /// Hands the oldest open block to the committer.
+    fn take_open(&mut self, settings: &ShardSettings) -> Option<(u64, OpenBlock)> {
+        let mut open = self.open.pop_front()?;
+        self.append_begun = (settings.linger > Duration::ZERO).then(Instant::now);
+        self.committing = Some(Committing {
+            outcome: open.outcome.clone(),
+            batch_bytes: open.builder.batch_bytes(),
+            producers: std::mem::take(&mut open.producers),
+        });
+        Some((self.next_seq, open))
+    }
+
     /// What was in flight with this block is durable now: the overlay forgets it.
     fn land(&mut self, block: &Block, committing: &Committing, seq: u64) {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(committing.batch_bytes);

@@ -37,6 +37,8 @@ pub struct Inner {
     pub committing: Option<Committing>,
     /// Blocks that wait for the committer, oldest first; the last one is being filled.
     pub open: VecDeque<OpenBlock>,
+    /// When the newest append to the WAL began, where appends are paced.
+    pub append_begun: Option<tokio::time::Instant>,
     /// What is in flight, the block being committed included.
     pub overlay: Overlay,
     /// Bytes of batches in flight.
@@ -144,6 +146,7 @@ impl Inner {
             tail: Tail::default(),
             committing: None,
             open: VecDeque::new(),
+            append_begun: None,
             overlay: Overlay::default(),
             in_flight_bytes: 0,
             wal_free_bytes: u64::MAX,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use shared::batch::Batch;
+use shared::block_on::block_on;
 use shared::log::memory::first_at_or_after;
 use shared::log::{Bounds, Read, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
@@ -145,28 +146,26 @@ impl Core {
         Err(ReadError::Corrupt(text))
     }
 
-    /// Gets what is not at hand, off the async threads where there are any.
+    /// Gets what is not at hand, off the async threads where that waits for a disk.
     async fn fetch(self: &Arc<Self>, pieces: Vec<Piece>) -> Result<Vec<Bytes>, WalError> {
-        if pieces.iter().all(|piece| matches!(piece, Piece::Here(_))) {
-            return self.fetch_now(pieces);
-        }
+        let at_hand = pieces.iter().all(|piece| matches!(piece, Piece::Here(_)));
         match tokio::runtime::Handle::try_current() {
-            Err(_) => self.fetch_now(pieces),
-            Ok(runtime) => {
+            Ok(runtime) if !at_hand && self.wal.blocks_threads() => {
                 let core = self.clone();
-                let fetched = runtime.spawn_blocking(move || core.fetch_now(pieces)).await;
+                let fetched = runtime.spawn_blocking(move || block_on(core.fetch_here(pieces))).await;
                 fetched.unwrap_or(Err(WalError::Closed))
             }
+            _ => self.fetch_here(pieces).await,
         }
     }
 
     /// All pieces, or those before the first that fails: damage hurts only who reads it.
-    fn fetch_now(&self, pieces: Vec<Piece>) -> Result<Vec<Bytes>, WalError> {
+    async fn fetch_here(&self, pieces: Vec<Piece>) -> Result<Vec<Bytes>, WalError> {
         let mut fetched = Vec::with_capacity(pieces.len());
         for piece in pieces {
             match piece {
                 Piece::Here(bytes) => fetched.push(bytes),
-                Piece::Stored(run) => match self.load(&run) {
+                Piece::Stored(run) => match self.load(&run).await {
                     Ok(bytes) => fetched.push(bytes),
                     Err(error) if fetched.is_empty() => return Err(error),
                     Err(_) => break,
@@ -177,11 +176,12 @@ impl Core {
     }
 
     /// Reads a run back from the WAL and checks every batch in it.
-    fn load(&self, run: &Run) -> Result<Bytes, WalError> {
-        if let Some(bytes) = self.read_cache.lock().find(run) {
+    async fn load(&self, run: &Run) -> Result<Bytes, WalError> {
+        let known = self.read_cache.lock().find(run);
+        if let Some(bytes) = known {
             return Ok(bytes);
         }
-        let bytes = self.wal.read_part(run.seq, run.position, run.bytes)?;
+        let bytes = self.wal.read_part(run.seq, run.position, run.bytes).await?;
         let mut rest = bytes.clone();
         while let Some(_sound) = Batch::split_first(&mut rest).map_err(|error| {
             WalError::Corrupt(format!("block {} of the WAL, offsets {} ..= {}: {error}", run.seq, run.base, run.last))

@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::BytesMut;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use shared::batch::{Batch, BatchBuilder, Compression};
+use shared::block_on::block_on;
 use shared::name::TimestampMs;
 use tokio::sync::Notify;
 use tracing::{info, warn};
@@ -41,6 +42,7 @@ pub fn recover(
     match tail {
         Tail::Local => recovery.replay_local(&*wal, start)?,
         Tail::Bucket(blocks) => recovery.restore(&*wal, start, blocks, (clock)())?,
+        Tail::Owned(blocks) => recovery.replay(blocks)?,
     }
     let Recovery { mut inner, epoch, newest_ms, .. } = recovery;
     let usage = wal.usage();
@@ -63,7 +65,7 @@ pub fn recover(
         epoch,
         wal_reserve: (usage.bytes_max / 16).min(WAL_RESERVE_MAX),
         inner: Mutex::new(inner),
-        work: Condvar::new(),
+        work: Notify::new(),
         committed: Arc::new(Notify::new()),
         safety: Arc::new(Notify::new()),
     })
@@ -100,7 +102,7 @@ impl Recovery<'_> {
             return Err(OpenError::Hole { first, next, snapshot: start });
         }
         for seq in first..next {
-            let block = self.parse(seq, wal.read(seq)?)?;
+            let block = self.parse(seq, block_on(wal.read(seq))?)?;
             if seq >= start {
                 self.absorb(seq, block)?;
             } else {
@@ -113,6 +115,23 @@ impl Recovery<'_> {
         Ok(())
     }
 
+    /// The blocks are the WAL: they say it all.
+    fn replay(&mut self, blocks: Vec<StoredBlock>) -> Result<(), OpenError> {
+        for stored in blocks {
+            let (seq, block) = self.next(stored)?;
+            self.absorb(seq, block)?;
+        }
+        Ok(())
+    }
+
+    /// The block that must come next.
+    fn next(&mut self, StoredBlock { seq, bytes }: StoredBlock) -> Result<(u64, Block), OpenError> {
+        if seq != self.inner.next_seq {
+            return Err(OpenError::Hole { first: seq, next: seq, snapshot: self.inner.next_seq });
+        }
+        Ok((seq, self.parse(seq, bytes)?))
+    }
+
     /// The bucket says it all, and acknowledged blocks may have been lost: offsets go on where none was used before.
     fn restore(&mut self, wal: &dyn BlockLog, start: u64, blocks: Vec<StoredBlock>, now: i64) -> Result<(), OpenError> {
         warn!(
@@ -123,12 +142,9 @@ impl Recovery<'_> {
         );
         // Until the log is settled a start finds it empty and comes here again: the raised epoch cannot be forgotten.
         wal.reset(start)?;
-        for StoredBlock { seq, bytes } in blocks {
-            if seq != self.inner.next_seq {
-                return Err(OpenError::Hole { first: seq, next: seq, snapshot: self.inner.next_seq });
-            }
-            let block = self.parse(seq, bytes)?;
-            wal.append(seq, block.bytes())?;
+        for stored in blocks {
+            let (seq, block) = self.next(stored)?;
+            block_on(wal.append(seq, block.bytes()))?;
             self.absorb(seq, block)?;
         }
         // All of this came from the bucket.
@@ -139,7 +155,7 @@ impl Recovery<'_> {
         let seq = self.inner.next_seq;
         let ShardSettings { shard, nonce, .. } = *self.settings;
         let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });
-        wal.append(seq, block.bytes())?;
+        block_on(wal.append(seq, block.bytes()))?;
         self.absorb(seq, block)?;
         self.mark_beginnings(wal, now)?;
         wal.settle()?;
@@ -164,7 +180,7 @@ impl Recovery<'_> {
         let (seq, ShardSettings { shard, nonce, .. }) = (self.inner.next_seq, self.settings);
         let header = BlockHeader { shard: *shard, epoch: self.epoch, nonce: *nonce, seq, append_ms: now };
         let block = builder.finish(header);
-        wal.append(seq, block.bytes())?;
+        block_on(wal.append(seq, block.bytes()))?;
         self.absorb(seq, block)
     }
 

@@ -1,6 +1,7 @@
 //! The shard as the archiver sees it, and what it can tell the link about safety.
 
 use bytes::Bytes;
+use shared::block_on::block_on;
 use shared::log::{AppendError, BoxFuture, StreamKey};
 use shared::name::{Offset, Partition};
 use tracing::{error, warn};
@@ -14,21 +15,24 @@ use crate::wal::WalError;
 pub fn source_error(error: WalError) -> SourceError {
     match error {
         WalError::NotThere { requested, first, .. } => SourceError::Trimmed { requested, first },
-        WalError::Closed => SourceError::Closed,
+        WalError::Closed | WalError::Fenced(_) => SourceError::Closed,
         error => SourceError::Storage(error.to_string()),
     }
 }
 
 impl Core {
-    fn block(&self, seq: u64) -> Result<Bytes, SourceError> {
+    async fn block(&self, seq: u64) -> Result<Bytes, SourceError> {
         let recent = self.inner.lock().tail.block(seq).map(|block| block.bytes().clone());
-        recent.map_or_else(|| self.wal.read(seq).map_err(source_error), Ok)
+        match recent {
+            Some(bytes) => Ok(bytes),
+            None => self.wal.read(seq).await.map_err(source_error),
+        }
     }
 
-    fn blocks(&self, from: u64, next: u64, bytes_max: usize) -> Result<Vec<StoredBlock>, SourceError> {
+    async fn blocks(&self, from: u64, next: u64, bytes_max: usize) -> Result<Vec<StoredBlock>, SourceError> {
         let (mut blocks, mut bytes) = (Vec::new(), 0);
         for seq in from..next {
-            let block = self.block(seq)?;
+            let block = self.block(seq).await?;
             if !blocks.is_empty() && bytes + block.len() > bytes_max {
                 break;
             }
@@ -96,12 +100,12 @@ impl Source for Shard {
             let recent = self.core.inner.lock().tail.block(from).is_some();
             match tokio::runtime::Handle::try_current() {
                 // What is not recent comes from the disk: off the async threads where there are any.
-                Ok(runtime) if !recent => {
+                Ok(runtime) if !recent && self.core.wal.blocks_threads() => {
                     let core = self.core.clone();
-                    let read = runtime.spawn_blocking(move || core.blocks(from, next, bytes_max));
+                    let read = runtime.spawn_blocking(move || block_on(core.blocks(from, next, bytes_max)));
                     read.await.unwrap_or(Err(SourceError::Closed))
                 }
-                _ => self.core.blocks(from, next, bytes_max),
+                _ => self.core.blocks(from, next, bytes_max).await,
             }
         })
     }
@@ -128,11 +132,11 @@ impl Source for Shard {
 
     fn published(&self, trim: u64) {
         let trim = trim.min(self.core.inner.lock().next_seq);
-        // The index first: who looks from here on asks the cold tier. The newest block stays in both.
+        // The index first: who looks from here on asks the cold tier. A newest block that stays in one stays in both.
         {
             let mut inner = self.core.inner.lock();
-            let newest = inner.next_seq.saturating_sub(1);
-            inner.index.trim_blocks(trim.min(newest));
+            let kept = inner.next_seq - u64::from(self.core.wal.keeps_newest() && inner.next_seq > 0);
+            inner.index.trim_blocks(trim.min(kept));
         }
         if let Err(error) = self.core.wal.trim(trim) {
             warn!(%error, trim, "the WAL could not be trimmed");
@@ -145,7 +149,7 @@ impl Source for Shard {
         error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
         let mut inner = self.core.inner.lock();
         inner.stop(AppendError::Fenced(epoch));
-        self.core.work.notify_all();
+        self.core.work.notify_one();
         self.core.committed.notify_waiters();
     }
 

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicI64, Ordering};
 
+use parking_lot::Condvar;
 use shared::batch::Batch;
 use shared::log::conformance::{
     self, Engine, batch, block_on, from_edge, from_producer, poll_once, produced, read_all, sized, split, stream,
@@ -185,26 +186,28 @@ impl HeldWal {
 }
 
 impl BlockLog for HeldWal {
-    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
-        *self.entered.lock() += 1;
-        self.given.notify_all();
-        let mut orders = self.orders.lock();
-        loop {
-            match orders.pop_front() {
-                Some(Ok(())) => return self.inner.append(seq, block),
-                Some(Err(error)) => return Err(error),
-                None => self.given.wait(&mut orders),
+    fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>> {
+        Box::pin(async move {
+            *self.entered.lock() += 1;
+            self.given.notify_all();
+            let mut orders = self.orders.lock();
+            loop {
+                match orders.pop_front() {
+                    Some(Ok(())) => return self.inner.append(seq, block),
+                    Some(Err(error)) => return Err(error),
+                    None => self.given.wait(&mut orders),
+                }
             }
-        }
+        })
     }
     fn bounds(&self) -> Option<(u64, u64)> {
         self.inner.bounds()
     }
-    fn read(&self, seq: u64) -> Result<Bytes, WalError> {
-        self.inner.read(seq)
+    fn read(&self, seq: u64) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        BlockLog::read(&self.inner, seq)
     }
-    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
-        self.inner.read_part(seq, position, bytes)
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        BlockLog::read_part(&self.inner, seq, position, bytes)
     }
     fn trim(&self, below: u64) -> Result<(), WalError> {
         self.inner.trim(below)
@@ -273,7 +276,7 @@ fn what_comes_while_one_append_runs_is_one_block() {
         block_on(call).unwrap();
     });
     assert_eq!(wal.bounds(), Some((0, 3)));
-    assert_eq!(Block::parse(wal.read(2).unwrap()).unwrap().entries()[0].batches, 50);
+    assert_eq!(Block::parse(wal.inner.read(2).unwrap()).unwrap().entries()[0].batches, 50);
 }
 
 #[test]
@@ -640,23 +643,25 @@ fn a_damaged_block_is_named_and_the_rest_is_served() {
 struct Damaged(MemoryWal);
 
 impl BlockLog for Damaged {
-    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
-        self.0.append(seq, block)
+    fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>> {
+        BlockLog::append(&self.0, seq, block)
     }
     fn bounds(&self) -> Option<(u64, u64)> {
         self.0.bounds()
     }
-    fn read(&self, seq: u64) -> Result<Bytes, WalError> {
-        self.0.read(seq)
+    fn read(&self, seq: u64) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        BlockLog::read(&self.0, seq)
     }
-    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
-        let mut part = self.0.read_part(seq, position, bytes)?.to_vec();
-        if seq == 2
-            && let Some(byte) = part.last_mut()
-        {
-            *byte ^= 4;
-        }
-        Ok(part.into())
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        Box::pin(async move {
+            let mut part = self.0.read_part(seq, position, bytes)?.to_vec();
+            if seq == 2
+                && let Some(byte) = part.last_mut()
+            {
+                *byte ^= 4;
+            }
+            Ok(part.into())
+        })
     }
     fn trim(&self, below: u64) -> Result<(), WalError> {
         self.0.trim(below)

@@ -32,6 +32,7 @@ use std::thread::JoinHandle;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use parking_lot::Mutex;
+use shared::log::BoxFuture;
 use tracing::warn;
 
 use super::disk::{Disk, DiskFile};
@@ -60,7 +61,7 @@ pub struct FileWalSettings {
     pub hasty_file_bytes: u64,
     /// Bytes all files may take together; beyond it appends are refused with [`WalError::Full`].
     pub bytes_max: u64,
-    /// Zero-fill the next file on a thread before it is needed.
+    /// Threads may be used: to zero-fill the next file before it is needed, and for readers to wait on.
     pub background: bool,
 }
 
@@ -392,8 +393,9 @@ impl Shared {
     }
 }
 
-impl BlockLog for FileWal {
-    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
+impl FileWal {
+    /// [`BlockLog::append`], which waits for the disk in the call.
+    pub fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
         let _one = self.appending.lock();
         self.shared.check()?;
         let expected = self.shared.ring.lock().next().unwrap_or(seq);
@@ -437,12 +439,8 @@ impl BlockLog for FileWal {
         Ok(())
     }
 
-    fn bounds(&self) -> Option<(u64, u64)> {
-        let ring = self.shared.ring.lock();
-        if ring.blocks.is_empty() { None } else { ring.first.zip(ring.next()) }
-    }
-
-    fn read(&self, seq: u64) -> Result<Bytes, WalError> {
+    /// [`BlockLog::read`], which waits for the disk in the call.
+    pub fn read(&self, seq: u64) -> Result<Bytes, WalError> {
         let bytes = self.shared.ring.lock().locate(seq)?.0.bytes;
         let block = self.read_part(seq, 0, bytes)?;
         if !is_sound(&block) {
@@ -451,7 +449,8 @@ impl BlockLog for FileWal {
         Ok(block)
     }
 
-    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
+    /// [`BlockLog::read_part`], which waits for the disk in the call.
+    pub fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
         let (location, file) = self.shared.ring.lock().locate(seq)?;
         if u64::from(position) + u64::from(bytes) > u64::from(location.bytes) {
             let text = format!("block {seq} has {} bytes, {bytes} at {position} were asked for", location.bytes);
@@ -463,6 +462,29 @@ impl BlockLog for FileWal {
         // A file is written again only after its blocks left the ring: still there means that the bytes are the block's.
         self.shared.ring.lock().locate(seq)?;
         Ok(buffer.into())
+    }
+}
+
+impl BlockLog for FileWal {
+    fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>> {
+        Box::pin(async move { self.append(seq, block) })
+    }
+
+    fn bounds(&self) -> Option<(u64, u64)> {
+        let ring = self.shared.ring.lock();
+        if ring.blocks.is_empty() { None } else { ring.first.zip(ring.next()) }
+    }
+
+    fn read(&self, seq: u64) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        Box::pin(async move { self.read(seq) })
+    }
+
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        Box::pin(async move { self.read_part(seq, position, bytes) })
+    }
+
+    fn blocks_threads(&self) -> bool {
+        self.shared.settings.background
     }
 
     fn trim(&self, below: u64) -> Result<(), WalError> {

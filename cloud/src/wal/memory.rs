@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use shared::log::BoxFuture;
 
 use super::{BlockLog, Usage, WalError};
 
@@ -42,8 +43,9 @@ impl MemoryWal {
     }
 }
 
-impl BlockLog for MemoryWal {
-    fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
+impl MemoryWal {
+    /// [`BlockLog::append`], which never waits here.
+    pub fn append(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
         let mut inner = self.inner.lock();
         let expected = inner.next().unwrap_or(seq);
         if expected != seq {
@@ -58,16 +60,13 @@ impl BlockLog for MemoryWal {
         Ok(())
     }
 
-    fn bounds(&self) -> Option<(u64, u64)> {
-        let inner = self.inner.lock();
-        if inner.blocks.is_empty() { None } else { inner.first.zip(inner.next()) }
-    }
-
-    fn read(&self, seq: u64) -> Result<Bytes, WalError> {
+    /// [`BlockLog::read`], which never waits here.
+    pub fn read(&self, seq: u64) -> Result<Bytes, WalError> {
         self.inner.lock().find(seq)
     }
 
-    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
+    /// [`BlockLog::read_part`], which never waits here.
+    pub fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
         let block = self.inner.lock().find(seq)?;
         let (from, to) = (position as usize, position as usize + bytes as usize);
         if to > block.len() {
@@ -77,6 +76,25 @@ impl BlockLog for MemoryWal {
             )));
         }
         Ok(block.slice(from..to))
+    }
+}
+
+impl BlockLog for MemoryWal {
+    fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>> {
+        Box::pin(async move { self.append(seq, block) })
+    }
+
+    fn bounds(&self) -> Option<(u64, u64)> {
+        let inner = self.inner.lock();
+        if inner.blocks.is_empty() { None } else { inner.first.zip(inner.next()) }
+    }
+
+    fn read(&self, seq: u64) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        Box::pin(async move { self.read(seq) })
+    }
+
+    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>> {
+        Box::pin(async move { self.read_part(seq, position, bytes) })
     }
 
     fn trim(&self, below: u64) -> Result<(), WalError> {

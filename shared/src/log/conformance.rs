@@ -4,11 +4,9 @@
 //! needs a runtime: futures are driven by [`block_on`]. Panics name the promise that was broken.
 
 use std::collections::BTreeMap;
-use std::future::Future;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{self, Thread};
+use std::task::{Context, Poll, Waker};
+use std::thread;
 
 use bytes::{Bytes, BytesMut};
 
@@ -17,6 +15,7 @@ use super::{
     StreamKey, TrimError,
 };
 use crate::batch::{Batch, BatchBuilder, Compression};
+pub use crate::block_on::block_on;
 use crate::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TopicId};
 
 /// What the suite needs of an engine under test.
@@ -156,26 +155,6 @@ pub fn split(read: &Read) -> Vec<Batch> {
         }
     }
     batches
-}
-
-/// Drives a future on this thread.
-pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    let waker = Waker::from(Arc::new(Unpark(thread::current())));
-    loop {
-        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            Poll::Ready(value) => return value,
-            Poll::Pending => thread::park(),
-        }
-    }
-}
-
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
-    }
 }
 
 /// Polls a future once.
