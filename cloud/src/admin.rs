@@ -14,19 +14,23 @@ use shared::name::{EdgeId, Offset, StreamName, TimestampMs, TopicName};
 use crate::archive::{Archive, ArchiveStatus};
 use crate::front::{Broker, FrontStatus};
 use crate::groups::GroupsStatus;
+use crate::ingest::Safety as _;
 use crate::ingest::{Ingest, IngestStatus};
-use crate::shard::{PartitionStatus, Shard, ShardStatus};
-use crate::state::StateLog as _;
+use crate::shard::{PartitionStatus, ShardStatus};
+use crate::shards::{Member, Shards};
+use crate::state::{Engine, StateLog as _};
 
 /// Everything a running cloud node can be asked about.
 #[derive(Clone)]
 pub struct Node {
     /// This node's number.
     pub node_id: i32,
+    /// Which system it belongs to.
+    pub cluster_id: String,
     /// The log.
-    pub shard: Arc<Shard>,
-    /// What rests in the bucket.
-    pub archive: Arc<Archive>,
+    pub shards: Arc<Shards>,
+    /// What rests in the bucket, by shard.
+    pub archives: BTreeMap<u32, Arc<Archive>>,
     /// The Kafka front.
     pub broker: Arc<Broker>,
     /// The link.
@@ -39,8 +43,7 @@ struct Status {
     node_id: i32,
     cluster_id: String,
     ready: Result<(), String>,
-    shard: ShardStatus,
-    archive: ArchiveStatus,
+    shards: Vec<ShardRow>,
     kafka: FrontStatus,
     groups: GroupsStatus,
     link: IngestStatus,
@@ -49,8 +52,17 @@ struct Status {
 }
 
 #[derive(Serialize)]
+struct ShardRow {
+    engine: Engine,
+    #[serde(flatten)]
+    shard: ShardStatus,
+    archive: Option<ArchiveStatus>,
+}
+
+#[derive(Serialize)]
 struct TopicStatus {
     name: String,
+    engine: Engine,
     partitions: Vec<PartitionRow>,
 }
 
@@ -83,24 +95,22 @@ struct StreamRow {
 impl Node {
     fn edges(&self) -> Vec<EdgeStatus> {
         let mut edges: BTreeMap<EdgeId, EdgeStatus> = BTreeMap::new();
-        let mut streams = Vec::new();
-        self.shard.with_state(&mut |state| {
+        let streams = self.shards.streams();
+        let mut names = BTreeMap::new();
+        self.shards.with_state(&mut |state| {
             for (id, edge) in state.edges() {
                 let status = EdgeStatus { id: id.clone(), seen_ms: edge.seen_ms, streams: Vec::new() };
                 edges.insert(id.clone(), status);
             }
-            for (key, stream) in state.streams() {
-                let topic = state.topic(stream.partition.topic).map(|topic| topic.name.clone());
-                streams.push((key.clone(), *stream, topic));
-            }
+            names.extend(state.topics().map(|topic| (topic.id, topic.name.clone())));
         });
-        for (key, stream, topic) in streams {
+        for (key, stream) in streams {
             let Some(edge) = edges.get_mut(&key.edge) else { continue };
             edge.streams.push(StreamRow {
-                safe: self.shard.safe(&key),
+                safe: self.shards.safe(&key),
                 stream: key.stream,
                 incarnation: key.incarnation.to_string(),
-                topic,
+                topic: names.get(&stream.partition.topic).cloned(),
                 partition: stream.partition.index,
                 next: stream.next,
             });
@@ -109,38 +119,52 @@ impl Node {
     }
 
     fn topics(&self) -> Vec<TopicStatus> {
-        let mut topics: Vec<TopicStatus> = Vec::new();
-        for PartitionStatus { topic, index, log_start, high_watermark, bytes, archived } in self.shard.partitions() {
-            let row = PartitionRow { partition: index, log_start, high_watermark, bytes, archived };
-            match topics.last_mut().filter(|last| last.name == topic) {
-                Some(last) => last.partitions.push(row),
-                None => topics.push(TopicStatus { name: topic, partitions: vec![row] }),
+        let mut topics: BTreeMap<String, TopicStatus> = BTreeMap::new();
+        for member in self.shards.members() {
+            for status in member.shard.partitions() {
+                let PartitionStatus { topic, index, log_start, high_watermark, bytes, archived } = status;
+                let row = PartitionRow { partition: index, log_start, high_watermark, bytes, archived };
+                let new = |name| TopicStatus { name, engine: member.engine, partitions: Vec::new() };
+                topics.entry(topic.clone()).or_insert_with(|| new(topic)).partitions.push(row);
             }
         }
+        let mut topics: Vec<TopicStatus> = topics.into_values().collect();
+        topics.iter_mut().for_each(|topic| topic.partitions.sort_by_key(|row| row.partition));
         topics
+    }
+
+    fn shards(&self) -> Vec<ShardRow> {
+        let row = |member: &Member| ShardRow {
+            engine: member.engine,
+            shard: member.shard.status(),
+            archive: self.archives.get(&member.number).map(|archive| archive.status()),
+        };
+        self.shards.members().iter().map(row).collect()
     }
 }
 
 impl Observed for Node {
     fn ready(&self) -> Result<(), String> {
-        let status = self.shard.status();
-        match status.stopped {
-            Some(why) => Err(format!("the log takes nothing more: {why}")),
-            None if status.wal.bytes >= status.wal.bytes_max => {
-                Err(format!("the log is full ({} bytes): is the archive reachable?", status.wal.bytes))
+        for Member { number, engine, shard } in self.shards.members() {
+            let status = shard.status();
+            if let Some(why) = status.stopped {
+                return Err(format!("shard {number} ({engine}) takes nothing more: {why}"));
             }
-            None => Ok(()),
+            if status.wal.bytes >= status.wal.bytes_max && *engine != Engine::Memory {
+                let bytes = status.wal.bytes;
+                return Err(format!("shard {number} ({engine}) is full ({bytes} bytes): is the archive reachable?"));
+            }
         }
+        Ok(())
     }
 
     fn status(&self) -> serde_json::Value {
         let status = Status {
             version: env!("CARGO_PKG_VERSION"),
             node_id: self.node_id,
-            cluster_id: self.archive.cluster_id().to_owned(),
+            cluster_id: self.cluster_id.clone(),
             ready: self.ready(),
-            shard: self.shard.status(),
-            archive: self.archive.status(),
+            shards: self.shards(),
             kafka: self.broker.status(),
             groups: self.broker.groups.status(),
             link: self.ingest.status(),
@@ -168,45 +192,57 @@ impl Collector for Node {
 
 impl Node {
     fn shard_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
-        let shard = self.shard.status();
         let ready = if self.ready().is_ok() { 1.0 } else { 0.0 };
         metrics.gauge("tributary_cloud_ready", "1 while records can be stored", ready)?;
-        metrics.gauge("tributary_cloud_leader_epoch", "The newest leader epoch", f64::from(shard.leader_epoch))?;
-        metrics.gauge("tributary_cloud_wal_bytes", "Bytes of blocks in the local log", shard.wal.bytes as f64)?;
-        let ratio = shard.wal.bytes as f64 / shard.wal.bytes_max.max(1) as f64;
-        metrics.gauge("tributary_cloud_wal_budget_ratio", "Part of the local log's bound that is taken", ratio)?;
-        let in_flight = shard.in_flight_bytes as f64;
-        metrics.gauge("tributary_cloud_in_flight_bytes", "Bytes that wait for durability", in_flight)?;
-        metrics.counter("tributary_cloud_written_bytes", "Bytes of blocks made durable", shard.block_bytes)?;
-        metrics.counter("tributary_cloud_batches", "Batches made durable", shard.batches)?;
-        metrics.histogram(
+        let shards = PerShard(self.shards.members().iter().map(|m| (labels(m), m.shard.status())).collect());
+        shards.gauge(metrics, "tributary_cloud_leader_epoch", "The newest leader epoch", |s| s.leader_epoch.into())?;
+        shards.gauge(metrics, "tributary_cloud_wal_bytes", "Bytes of blocks in the log", |s| s.wal.bytes as f64)?;
+        let ratio = |s: &ShardStatus| s.wal.bytes as f64 / s.wal.bytes_max.max(1) as f64;
+        shards.gauge(metrics, "tributary_cloud_wal_budget_ratio", "Part of the log's bound that is taken", ratio)?;
+        let waits = |s: &ShardStatus| s.in_flight_bytes as f64;
+        shards.gauge(metrics, "tributary_cloud_in_flight_bytes", "Bytes that wait for durability", waits)?;
+        shards.counter(metrics, "tributary_cloud_written_bytes", "Bytes of blocks made durable", |s| s.block_bytes)?;
+        shards.counter(metrics, "tributary_cloud_batches", "Batches made durable", |s| s.batches)?;
+        shards
+            .counter(metrics, "tributary_cloud_refused_full", "Appends refused for lack of room", |s| s.refused_full)?;
+        metrics.histograms(
             "tributary_cloud_commit_seconds",
-            "Time an append to the local log took",
-            &shard.commit_seconds,
-        )?;
-        metrics.counter("tributary_cloud_refused_full", "Appends refused for lack of room", shard.refused_full)
+            "Time an append to the log took",
+            shards.0.iter().map(|(labels, status)| (borrowed(labels), &status.commit_seconds)),
+        )
     }
 
     fn archive_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
-        let archive = self.archive.status();
-        let lag = archive.lag_ms as f64 / 1e3;
-        metrics.gauge("tributary_cloud_archive_lag_seconds", "How far the bucket is behind the log", lag)?;
-        let claimed = if archive.state == "claimed" { 1.0 } else { 0.0 };
-        metrics.gauge("tributary_cloud_archive_claimed", "1 while this node owns the shard in the bucket", claimed)?;
-        metrics.gauge("tributary_cloud_archive_segments", "Segment objects", archive.segments as f64)?;
-        metrics.gauge("tributary_cloud_archive_segment_bytes", "Bytes of them", archive.segment_bytes as f64)?;
-        metrics.counter("tributary_cloud_archive_errors", "Rounds that failed and are repeated", archive.errors)?;
-        let requests = [
-            ("put", archive.puts),
-            ("get", archive.gets),
-            ("list", archive.lists),
-            ("delete", archive.deletes),
-            ("failed", archive.request_errors),
-        ];
-        let requests = requests.map(|(kind, count)| (vec![("request", kind)], count));
+        let members = self.shards.members().iter();
+        let archived = members.filter_map(|m| Some((labels(m), self.archives.get(&m.number)?.status())));
+        let archives = PerShard(archived.collect());
+        let lag = |a: &ArchiveStatus| a.lag_ms as f64 / 1e3;
+        archives.gauge(metrics, "tributary_cloud_archive_lag_seconds", "How far the bucket is behind the log", lag)?;
+        let claimed = |a: &ArchiveStatus| if a.state == "claimed" { 1.0 } else { 0.0 };
+        let help = "1 while this node owns the shard in the bucket";
+        archives.gauge(metrics, "tributary_cloud_archive_claimed", help, claimed)?;
+        archives.gauge(metrics, "tributary_cloud_archive_segments", "Segment objects", |a| a.segments as f64)?;
+        archives
+            .gauge(metrics, "tributary_cloud_archive_segment_bytes", "Bytes of them", |a| a.segment_bytes as f64)?;
+        let help = "Rounds that failed and are repeated";
+        archives.counter(metrics, "tributary_cloud_archive_errors", help, |a| a.errors)?;
+        let requests = archives.0.iter().flat_map(|(labels, a)| {
+            let kinds = [
+                ("put", a.puts),
+                ("get", a.gets),
+                ("list", a.lists),
+                ("delete", a.deletes),
+                ("failed", a.request_errors),
+            ];
+            kinds.map(|(kind, count)| {
+                let mut labels = borrowed(labels);
+                labels.push(("request", kind));
+                (labels, count)
+            })
+        });
         metrics.counters("tributary_cloud_archive_requests", "Requests to the object store", requests)?;
-        metrics.counter("tributary_cloud_archive_written_bytes", "Bytes put", archive.put_bytes)?;
-        metrics.counter("tributary_cloud_archive_read_bytes", "Bytes got", archive.get_bytes)
+        archives.counter(metrics, "tributary_cloud_archive_written_bytes", "Bytes put", |a| a.put_bytes)?;
+        archives.counter(metrics, "tributary_cloud_archive_read_bytes", "Bytes got", |a| a.get_bytes)
     }
 
     fn front_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
@@ -234,6 +270,30 @@ impl Node {
     }
 }
 
+/// What tells one shard's series from another's.
+type ShardLabels = [(&'static str, String); 2];
+
+fn labels(member: &Member) -> ShardLabels {
+    [("shard", member.number.to_string()), ("engine", member.engine.name().to_owned())]
+}
+
+fn borrowed(labels: &ShardLabels) -> Vec<(&'static str, &str)> {
+    labels.iter().map(|(name, value)| (*name, value.as_str())).collect()
+}
+
+/// One status per shard, written as one series each.
+struct PerShard<T>(Vec<(ShardLabels, T)>);
+
+impl<T> PerShard<T> {
+    fn gauge(&self, metrics: &mut Metrics<'_>, name: &str, help: &str, value: impl Fn(&T) -> f64) -> fmt::Result {
+        metrics.gauges(name, help, self.0.iter().map(|(labels, status)| (borrowed(labels), value(status))))
+    }
+
+    fn counter(&self, metrics: &mut Metrics<'_>, name: &str, help: &str, value: impl Fn(&T) -> u64) -> fmt::Result {
+        metrics.counters(name, help, self.0.iter().map(|(labels, status)| (borrowed(labels), value(status))))
+    }
+}
+
 /// What `tributary-cloud status` prints.
 pub fn render(status: &serde_json::Value) -> String {
     let text = |value: &serde_json::Value| match value {
@@ -244,21 +304,30 @@ pub fn render(status: &serde_json::Value) -> String {
     let heading = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
     let list = |value: &serde_json::Value| value.as_array().cloned().unwrap_or_default();
     let mut out = String::new();
-    let archive = &status["archive"];
-    let _ = writeln!(
-        out,
-        "node {}  cluster {}  log {} blocks, {} bytes  archive {} ({}, lag {} ms)",
-        text(&status["node_id"]),
-        text(&status["cluster_id"]),
-        text(&status["shard"]["next_seq"]),
-        text(&status["shard"]["wal"]["bytes"]),
-        text(&archive["archive"]),
-        if archive["ships"] == true { text(&archive["state"]) } else { "local: safe means durable".to_owned() },
-        text(&archive["lag_ms"]),
-    );
+    let _ = writeln!(out, "node {}  cluster {}", text(&status["node_id"]), text(&status["cluster_id"]));
     if let Some(why) = status["ready"]["Err"].as_str() {
         let _ = writeln!(out, "NOT READY: {why}");
     }
+    let mut rows = vec![heading(&["SHARD", "ENGINE", "EPOCH", "BLOCKS", "WAL BYTES", "ARCHIVE", "STATE", "LAG MS"])];
+    for shard in list(&status["shards"]) {
+        let archive = &shard["archive"];
+        let state = match (&archive["ships"], shard["engine"].as_str()) {
+            (serde_json::Value::Bool(true), _) => text(&archive["state"]),
+            (_, Some("memory")) => "nothing survives a restart".to_owned(),
+            _ => "local: safe means durable".to_owned(),
+        };
+        rows.push(vec![
+            text(&shard["shard"]),
+            text(&shard["engine"]),
+            text(&shard["epoch"]),
+            text(&shard["next_seq"]),
+            text(&shard["wal"]["bytes"]),
+            text(&archive["archive"]),
+            state,
+            text(&archive["lag_ms"]),
+        ]);
+    }
+    let _ = write!(out, "\n{}", table(&rows));
     let mut rows = vec![heading(&["TOPIC", "PARTITION", "LOG START", "HIGH WATERMARK", "BYTES", "ARCHIVED"])];
     for topic in list(&status["topics"]) {
         for row in list(&topic["partitions"]) {

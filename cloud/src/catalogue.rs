@@ -12,11 +12,13 @@ use shared::name::{NameError, Partition, TimestampMs, TopicId, TopicName};
 use tokio::sync::{Mutex, OwnedMutexGuard};
 use tracing::info;
 
-use crate::state::{Change, StateLog, TOPIC_PARTITIONS_MAX, Topic, read_state};
+use crate::state::{CATALOGUE, Change, StateLog, TOPIC_PARTITIONS_MAX, Topic, read_state};
 
 pub mod configs;
+pub mod placement;
 
 pub use configs::TopicConfig;
+pub use placement::{ENGINE_SETTING, EngineRule, Placement};
 
 /// Largest `max.message.bytes`: batches are held whole in memory on their way.
 pub const MESSAGE_BYTES_LIMIT: usize = 32 * 1024 * 1024;
@@ -38,6 +40,8 @@ pub struct CatalogueSettings {
     pub retention_bytes: i64,
     /// Default of `max.message.bytes`.
     pub max_message_bytes: usize,
+    /// Which shards new topics go to.
+    pub placement: Placement,
 }
 
 impl Default for CatalogueSettings {
@@ -50,6 +54,7 @@ impl Default for CatalogueSettings {
             retention_ms: 7 * 24 * 3600 * 1000,
             retention_bytes: -1,
             max_message_bytes: shared::limits::BATCH_BYTES_MAX,
+            placement: Placement::default(),
         }
     }
 }
@@ -177,7 +182,9 @@ impl Catalogue {
     }
 
     fn counts(&self) -> (usize, usize) {
-        read_state(&*self.state, |state| (state.topics().count(), state.partitions().count()))
+        read_state(&*self.state, |state| {
+            (state.topics().count(), state.topics().map(|topic| topic.partitions as usize).sum())
+        })
     }
 
     /// Makes a topic; resolves when it is durable.
@@ -205,19 +212,25 @@ impl Catalogue {
         let guard = self.changing.clone().lock_owned().await;
         let mut counts = self.counts();
         let mut made: Vec<Topic> = Vec::new();
+        let mut changes: Vec<Change> = Vec::new();
         let mut results: Vec<Result<Topic, CatalogueError>> = Vec::with_capacity(wanted.len());
         for topic in wanted {
             let result = self.prepare(topic, counts, &made);
-            if let Ok(topic) = &result {
+            if let Ok((topic, shards)) = &result {
                 counts = (counts.0 + 1, counts.1 + topic.partitions as usize);
                 made.push(topic.clone());
+                changes.push(match shards[..] == [CATALOGUE] {
+                    true => Change::TopicCreated(topic.clone()),
+                    false => {
+                        Change::TopicPlaced { topic: topic.clone(), shards: shards.clone(), own: CATALOGUE, from: 0 }
+                    }
+                });
             }
-            results.push(result);
+            results.push(result.map(|(topic, _)| topic));
         }
         if validate_only || made.is_empty() {
             return results;
         }
-        let changes = made.into_iter().map(Change::TopicCreated).collect();
         let stored = self.commit(guard, changes).await;
         for result in &mut results {
             match (&stored, &result) {
@@ -229,7 +242,13 @@ impl Catalogue {
         results
     }
 
-    fn prepare(&self, wanted: NewTopic, counts: (usize, usize), made: &[Topic]) -> Result<Topic, CatalogueError> {
+    /// The topic, and the shards its partitions go to.
+    fn prepare(
+        &self,
+        wanted: NewTopic,
+        counts: (usize, usize),
+        made: &[Topic],
+    ) -> Result<(Topic, Vec<u32>), CatalogueError> {
         let name = TopicName::parse(&wanted.name)?;
         if made.iter().any(|topic| topic.name == name) || self.topic(name.as_str()).is_some() {
             return Err(CatalogueError::AlreadyExists(name));
@@ -242,8 +261,14 @@ impl Catalogue {
             return Err(CatalogueError::Bound(format!("there are {} topics, the most allowed", counts.0)));
         }
         self.check_room(counts.1, partitions)?;
-        let configs = configs::check(&wanted.configs).map_err(CatalogueError::InvalidConfig)?;
-        Ok(Topic { id: fresh_topic_id()?, name, partitions, configs, created_ms: wall_ms() })
+        let mut configs = configs::check(&wanted.configs).map_err(CatalogueError::InvalidConfig)?;
+        let placement = &self.settings.placement;
+        let (engine, shards) = placement.place(&name, &configs).map_err(CatalogueError::InvalidConfig)?;
+        if engine != placement.default_engine() {
+            // Whatever rules say later, the topic says what it is.
+            configs.insert(ENGINE_SETTING.to_owned(), engine.name().to_owned());
+        }
+        Ok((Topic { id: fresh_topic_id()?, name, partitions, configs, created_ms: wall_ms() }, shards))
     }
 
     fn check_room(&self, there: usize, more: u32) -> Result<(), CatalogueError> {
@@ -325,8 +350,8 @@ mod tests {
     use tokio::sync::Notify;
 
     use super::*;
-    use crate::state::State;
     use crate::state::memory::MemoryStateLog;
+    use crate::state::{Engine, State};
 
     fn new(name: &str, partitions: u32) -> NewTopic {
         NewTopic { name: name.to_owned(), partitions: Some(partitions), configs: Vec::new() }
@@ -433,6 +458,35 @@ mod tests {
 
     fn codes(results: &[Result<Topic, CatalogueError>]) -> Vec<i16> {
         results.iter().map(|result| result.as_ref().err().map_or(0, CatalogueError::code)).collect()
+    }
+
+    #[tokio::test]
+    async fn an_engine_is_chosen_when_a_topic_is_made_and_shown_ever_after() {
+        let rule = EngineRule { pattern: "cache.*".to_owned(), engine: Engine::Memory };
+        let shards = [(0, Engine::File), (1, Engine::Object), (2, Engine::Object), (3, Engine::Memory)];
+        let placement = Placement::new(shards, vec![rule]);
+        let log = Arc::new(MemoryStateLog::new());
+        let settings = CatalogueSettings { placement, ..CatalogueSettings::default() };
+        let catalogue = Catalogue::new(log.clone(), settings);
+        let with = |name: &str, engine: &str| NewTopic {
+            configs: vec![(ENGINE_SETTING.to_owned(), Some(engine.to_owned()))],
+            ..new(name, 4)
+        };
+        for (wanted, engine, placed) in [
+            (new("plain", 4), "file", vec![0, 0, 0, 0]),
+            (new("cache.a", 4), "memory", vec![3, 3, 3, 3]),
+            (with("cache.b", "object"), "object", vec![1, 2, 1, 2]),
+        ] {
+            let topic = catalogue.create(wanted).await.unwrap();
+            let described = configs::describe(&topic.configs, catalogue.settings());
+            let shown = described.iter().find(|entry| entry.name == ENGINE_SETTING).unwrap();
+            assert_eq!((shown.value.as_str(), shown.read_only), (engine, true));
+            let shard = |index| read_state(&*log, |state| state.shard_of(Partition { topic: topic.id, index }));
+            assert_eq!((0..4).map(shard).collect::<Vec<_>>(), placed);
+        }
+        assert!(matches!(catalogue.create(with("t", "tape")).await, Err(CatalogueError::InvalidConfig(_))));
+        let few = super::Catalogue::new(log, CatalogueSettings::default());
+        assert!(matches!(few.create(with("t", "memory")).await, Err(CatalogueError::InvalidConfig(_))));
     }
 
     #[tokio::test]

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use shared::config::{ByteSize, ListenAddr, Secret, Span, TlsFiles};
 use shared::name::{EdgeId, TopicName};
 
+use crate::state::Engine;
+
 /// `cloud.toml`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -25,6 +27,10 @@ pub struct CloudConfig {
     pub archive: ArchiveConfig,
     /// The local log.
     pub wal: WalConfig,
+    /// How many shards there are of each engine.
+    pub shards: ShardsConfig,
+    /// What new topics are like, by name.
+    pub topic: Vec<TopicRuleConfig>,
 }
 
 impl Default for CloudConfig {
@@ -37,6 +43,8 @@ impl Default for CloudConfig {
             admin: AdminConfig::default(),
             archive: ArchiveConfig::default(),
             wal: WalConfig::default(),
+            shards: ShardsConfig::default(),
+            topic: Vec::new(),
         }
     }
 }
@@ -170,7 +178,79 @@ impl Default for WalConfig {
     }
 }
 
+/// `[shards]`. They may become more, never fewer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ShardsConfig {
+    /// Shards on the local disk, synced before an answer. The first is the catalogue's.
+    pub file: u32,
+    /// Shards whose every block is one conditional PUT to the archive's store. Without a file shard the first is the
+    /// catalogue's, and the node keeps nothing that matters on its disk.
+    pub object: u32,
+    /// Shards in memory: nothing in them survives a restart.
+    pub memory: u32,
+    /// PUTs of an object shard begin at least so far apart, unless a block is full: what a PUT costs against how long an
+    /// answer takes.
+    pub object_linger: Span,
+    /// Bytes that one memory shard keeps; then its oldest records go.
+    pub memory_bytes_max: ByteSize,
+}
+
+impl Default for ShardsConfig {
+    fn default() -> Self {
+        Self { file: 1, object: 0, memory: 0, object_linger: Span::millis(100), memory_bytes_max: ByteSize(256 << 20) }
+    }
+}
+
+/// `[[topic]]`: what new topics are like whose name matches. The first that matches counts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TopicRuleConfig {
+    /// A topic's name, in which `*` stands for any characters.
+    pub name: String,
+    /// Where its records are durable: `file`, `object` or `memory`.
+    pub engine: Engine,
+}
+
+impl ShardsConfig {
+    /// How many of each engine; the catalogue's comes first.
+    pub fn wanted(&self) -> [(Engine, u32); 3] {
+        [(Engine::File, self.file), (Engine::Object, self.object), (Engine::Memory, self.memory)]
+    }
+}
+
+/// Most shards of one engine on a node: each has a committer, caches and a WAL of its own.
+const SHARDS_MAX: u32 = 64;
+
 impl CloudConfig {
+    fn check_shards(&self) -> Result<(), String> {
+        let shards = &self.shards;
+        for (engine, count) in shards.wanted() {
+            if count > SHARDS_MAX {
+                return Err(format!("[shards] {engine} = {count}: expected {SHARDS_MAX} at most"));
+            }
+        }
+        if shards.file == 0 && shards.object == 0 {
+            let text = "[shards] file = 0 and object = 0: the catalogue of topics must survive a restart; set one to 1 or more";
+            return Err(text.to_owned());
+        }
+        if shards.object > 0 && self.archive_url()?.is_none() {
+            let text = "[shards] object: its blocks lie in the archive's store, and [archive] url is \"off\"; \
+                        set a url, or object = 0";
+            return Err(text.to_owned());
+        }
+        for rule in &self.topic {
+            if !shards.wanted().contains(&(rule.engine, 0)) {
+                continue;
+            }
+            let TopicRuleConfig { name, engine } = rule;
+            return Err(format!(
+                "[[topic]] name = {name:?} wants the engine {engine}: set [shards] {engine} = 1 or more"
+            ));
+        }
+        Ok(())
+    }
+
     /// The Kafka listeners, the short form included.
     pub fn kafka_listeners(&self) -> Vec<KafkaListenerConfig> {
         let short = || KafkaListenerConfig {
@@ -221,6 +301,7 @@ impl CloudConfig {
                 return Err(format!("[[link.edge]] id = \"{}\": expected token_file (or token)", edge.id));
             }
         }
+        self.check_shards()?;
         self.archive_url().map(drop)
     }
 }
@@ -298,6 +379,24 @@ mod tests {
         let open = "[kafka]\nlisten = \"0.0.0.0:9092\"\nallow_anonymous = true";
         assert!(parse(open).check().unwrap_err().contains("advertise"));
         parse(&format!("{open}\nadvertise = \"broker.example:9092\"")).check().unwrap();
+    }
+
+    #[test]
+    fn shards_that_cannot_work_are_refused_with_what_to_do() {
+        for (text, wanted) in [
+            ("[shards]\nfile = 0", "set one to 1"),
+            ("[shards]\nfile = 0\nmemory = 1", "catalogue"),
+            ("[shards]\nobject = 1\n[archive]\nurl = \"off\"", "set a url"),
+            ("[shards]\nmemory = 65", "64 at most"),
+            ("[[topic]]\nname = \"a.*\"\nengine = \"memory\"", "[shards] memory = 1"),
+        ] {
+            let refused = parse(text).check().unwrap_err();
+            assert!(refused.contains(wanted), "{text}: {refused}");
+        }
+        parse("[shards]\nfile = 0\nobject = 2\nmemory = 1\n[[topic]]\nname = \"a.*\"\nengine = \"memory\"")
+            .check()
+            .unwrap();
+        assert!(toml::from_str::<CloudConfig>("[[topic]]\nname = \"a\"\nengine = \"tape\"").is_err());
     }
 
     #[test]

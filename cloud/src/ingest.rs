@@ -516,11 +516,7 @@ impl Ingest {
     }
 
     fn position(&self, key: &StreamKey) -> Option<Position> {
-        let mut position = None;
-        self.state.with_state(&mut |state| {
-            position = state.stream(key).map(|stream| Position { next: stream.next, chain: stream.chain });
-        });
-        position
+        self.state.stream(key).map(|stream| Position { next: stream.next, chain: stream.chain })
     }
 
     fn known(&self, key: &StreamKey) -> (Option<Position>, Option<Offset>) {

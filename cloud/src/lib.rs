@@ -11,5 +11,6 @@ pub mod ingest;
 pub mod manifest;
 pub mod segment;
 pub mod shard;
+pub mod shards;
 pub mod state;
 pub mod wal;

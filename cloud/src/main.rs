@@ -1,22 +1,19 @@
-//! `tributary-cloud`: the command line, and the one place that names engines and puts the parts together.
+//! `tributary-cloud`: the command line, and the one place that puts the parts together. Engines are named in `open`.
 
 use std::future::Future;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
 use cloud::admin::{Node, render};
-use cloud::archive::{Archive, ArchiveSettings};
-use cloud::catalogue::{Catalogue, CatalogueSettings};
+use cloud::catalogue::{Catalogue, CatalogueSettings, EngineRule, Placement};
 use cloud::config::CloudConfig;
 use cloud::front::{Broker, FrontSettings, Listener};
 use cloud::groups::{GroupSettings, Groups};
 use cloud::ingest::{EdgeGrant, Grants, Ingest, IngestSettings};
-use cloud::shard::{Clock, LocalWal, Shard, ShardSettings};
-use cloud::wal::disk::Directory;
-use cloud::wal::file::{FileWal, FileWalSettings};
+use cloud::shard::{Clock, ShardSettings};
+use cloud::shards::Shards;
 use daemon::settings::SettingsArgs;
 use daemon::tls;
 use shared::config::Loaded;
@@ -25,9 +22,11 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
+mod open;
+
+use open::Opened;
+
 const ENV_PREFIX: &str = "TRIBUTARY_CLOUD";
-/// The catalogue's shard, the only one so far.
-const SHARD: u32 = 0;
 const RETENTION_CHECK: Duration = Duration::from_secs(30);
 
 /// The cloud broker: receives edges, serves Kafka clients, archives to object storage.
@@ -108,7 +107,7 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
         started = start(&config) => started?,
         stopped = &mut signal => return stopped,
     };
-    let shard = started.node.shard.clone();
+    let shards = started.node.shards.clone();
     let result = tokio::select! {
         stopped = signal => stopped,
         // A listener or the log that ends by itself ends the node: half a broker would look like a whole one.
@@ -124,7 +123,12 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
             warn!("{cause:#}");
         }
     }
-    tokio::task::spawn_blocking(move || shard.close()).await?;
+    // All at once: one that waits for a bucket must not keep the others.
+    let mut closing = JoinSet::new();
+    for member in shards.members().iter().cloned() {
+        closing.spawn_blocking(move || member.shard.close());
+    }
+    closing.join_all().await;
     info!("stopped");
     result
 }
@@ -133,43 +137,34 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     let data_dir = std::path::absolute(&config.data_dir)?;
     std::fs::create_dir_all(&data_dir)
         .with_context(|| format!("data_dir = \"{}\" cannot be made or written", data_dir.display()))?;
-    let mut random = [0; 16];
-    getrandom::fill(&mut random).map_err(|cause| anyhow!("no randomness from the system: {cause}"))?;
-    let (nonce, wal_id) = (u64::from_le_bytes(random[..8].try_into()?), u64::from_le_bytes(random[8..].try_into()?));
-
-    let wal = open_wal(config, &data_dir, wal_id)?;
-    let archive = Archive::open(archive_settings(config, &data_dir)?).await?;
-    let recovered = archive.recover(&LocalWal(&wal)).await?;
-    let shard_settings = ShardSettings {
-        shard: SHARD,
-        nonce,
-        tail_bytes_max: config.wal.tail_cache_bytes.0 as usize,
-        archived: archive.ships(),
-        ..ShardSettings::default()
-    };
     let clock: Clock = Arc::new(wall_ms);
-    let cold = archive.cold();
-    let shard =
-        tokio::task::spawn_blocking(move || Shard::open(shard_settings, Box::new(wal), recovered, Some(cold), clock))
-            .await??;
-    info!(node = config.node_id, cluster = archive.cluster_id(), data_dir = %data_dir.display(), "log is open");
+    let Opened { shards, archives, cluster_id } = open::open(config, &data_dir, clock).await?;
+    info!(node = config.node_id, cluster = cluster_id, shards = shards.members().len(), data_dir = %data_dir.display(), "log is open");
 
     let (stop, stopping) = watch::channel(false);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
-    tasks.spawn(until_stopped(archive.clone().run(shard.clone(), stopped(stopping.clone())), stopping.clone()));
-    tasks.spawn(retention(shard.clone(), stopping.clone()));
+    for member in shards.members() {
+        if let Some(archive) = archives.get(&member.number) {
+            let run = archive.clone().run(member.shard.clone(), stopped(stopping.clone()));
+            tasks.spawn(until_stopped(run, stopping.clone()));
+        }
+    }
+    tasks.spawn(retention(shards.clone(), stopping.clone()));
 
     let defaults = ShardSettings::default();
+    let rules = config.topic.iter().map(|rule| EngineRule { pattern: rule.name.clone(), engine: rule.engine });
+    let members = shards.members().iter().map(|member| (member.number, member.engine));
     let catalogue = CatalogueSettings {
         retention_ms: defaults.retention_ms,
         retention_bytes: defaults.retention_bytes,
+        placement: Placement::new(members, rules.collect()),
         ..CatalogueSettings::default()
     };
-    let catalogue = Arc::new(Catalogue::new(shard.clone(), catalogue));
-    let broker = kafka(config, &shard, &archive, &catalogue, &mut tasks, &stopping).await?;
-    let ingest = link(config, &shard, &catalogue, &mut tasks, &stopping).await?;
+    let catalogue = Arc::new(Catalogue::new(shards.clone(), catalogue));
+    let broker = kafka(config, &shards, &cluster_id, &catalogue, &mut tasks, &stopping).await?;
+    let ingest = link(config, &shards, &catalogue, &mut tasks, &stopping).await?;
 
-    let node = Node { node_id: config.node_id, shard, archive, broker, ingest };
+    let node = Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest };
     let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(node.clone()), Box::new(node.clone()));
@@ -178,33 +173,10 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     Ok(Started { node, stop, tasks })
 }
 
-fn open_wal(config: &CloudConfig, data_dir: &Path, wal_id: u64) -> anyhow::Result<FileWal> {
-    let directory = Directory::open(&data_dir.join("wal"))?;
-    let settings = FileWalSettings {
-        file_bytes: config.wal.file_bytes.0,
-        bytes_max: config.wal.bytes_max.0,
-        ..FileWalSettings::default()
-    };
-    Ok(FileWal::open(Box::new(directory), settings, wal_id)?)
-}
-
-fn archive_settings(config: &CloudConfig, data_dir: &Path) -> anyhow::Result<ArchiveSettings> {
-    Ok(ArchiveSettings {
-        url: config.archive_url().map_err(|text| anyhow!(text))?,
-        store_options: std::env::vars().filter(|(name, _)| name.starts_with("AWS_")).collect(),
-        data_dir: data_dir.to_owned(),
-        shard: SHARD,
-        max_lag: config.archive.max_lag.0,
-        segment_bytes: config.archive.segment_bytes.0,
-        segment_age: config.archive.segment_age.0,
-        ..ArchiveSettings::default()
-    })
-}
-
 async fn kafka(
     config: &CloudConfig,
-    shard: &Arc<Shard>,
-    archive: &Archive,
+    shards: &Arc<Shards>,
+    cluster_id: &str,
     catalogue: &Arc<Catalogue>,
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stopping: &watch::Receiver<bool>,
@@ -213,14 +185,13 @@ async fn kafka(
     if let Some(delay) = config.kafka.group_initial_rebalance_delay {
         groups.initial_rebalance_delay_ms = delay.0.as_millis() as u64;
     }
-    let groups = Groups::new(shard.clone(), groups);
+    let groups = Groups::new(shards.clone(), groups);
     let mut settings = FrontSettings::default();
     if let Some(auto_create) = config.kafka.auto_create_topics {
         settings.auto_create_topics = auto_create;
     }
-    let cluster_id = archive.cluster_id().to_owned();
-    let log = shard.clone();
-    let broker = Broker::new(log, shard.clone(), catalogue.clone(), groups, config.node_id, cluster_id, settings);
+    let (log, state, cluster_id) = (shards.clone(), shards.clone(), cluster_id.to_owned());
+    let broker = Broker::new(log, state, catalogue.clone(), groups, config.node_id, cluster_id, settings);
     let broker = Arc::new(broker);
     for listener in config.kafka_listeners() {
         let (advertised_host, advertised_port) = listener.advertised().map_err(|text| anyhow!(text))?;
@@ -236,13 +207,13 @@ async fn kafka(
 
 async fn link(
     config: &CloudConfig,
-    shard: &Arc<Shard>,
+    shards: &Arc<Shards>,
     catalogue: &Arc<Catalogue>,
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stopping: &watch::Receiver<bool>,
 ) -> anyhow::Result<Arc<Ingest>> {
     let settings = IngestSettings { grants: grants(config)?, ..IngestSettings::default() };
-    let ingest = Ingest::new(settings, shard.clone(), shard.clone(), catalogue.clone(), shard.clone(), wall_ms);
+    let ingest = Ingest::new(settings, shards.clone(), shards.clone(), catalogue.clone(), shards.clone(), wall_ms);
     let tls = config.link.tls.as_ref().map(tls::server_config).transpose()?;
     let socket = daemon::bind("[link] listen", config.link.listen.0).await?;
     info!(address = %config.link.listen, tls = tls.is_some(), "listening for edges");
@@ -263,8 +234,8 @@ async fn until_stopped(task: impl Future<Output = ()>, stopping: watch::Receiver
     Ok(())
 }
 
-/// Applies retention now and then, and ends the node when its log has stopped: a restart reads again what is on disk.
-async fn retention(shard: Arc<Shard>, stopping: watch::Receiver<bool>) -> anyhow::Result<()> {
+/// Applies retention now and then, and ends the node when one of its logs has stopped: a restart reads again what is there.
+async fn retention(shards: Arc<Shards>, stopping: watch::Receiver<bool>) -> anyhow::Result<()> {
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     let mut due = tokio::time::Instant::now() + RETENTION_CHECK;
     while !*stopping.borrow() {
@@ -272,13 +243,20 @@ async fn retention(shard: Arc<Shard>, stopping: watch::Receiver<bool>) -> anyhow
             _ = tick.tick() => {}
             () = stopped(stopping.clone()) => break,
         }
-        if let Some(why) = shard.status().stopped {
-            anyhow::bail!("the log has stopped: {why}");
+        for member in shards.members() {
+            if let Some(why) = member.shard.status().stopped {
+                anyhow::bail!("the log of shard {} ({}) has stopped: {why}", member.number, member.engine);
+            }
+        }
+        if let Err(cause) = shards.raise_ceilings().await {
+            warn!(%cause, "no more offsets were reserved for shards in memory, trying again");
         }
         if tokio::time::Instant::now() >= due {
             due += RETENTION_CHECK;
-            if let Err(cause) = shard.apply_retention().await {
-                warn!(%cause, "retention was not applied, trying again later");
+            for member in shards.members() {
+                if let Err(cause) = member.shard.apply_retention().await {
+                    warn!(shard = member.number, %cause, "retention was not applied, trying again later");
+                }
             }
         }
     }

@@ -5,7 +5,7 @@
 //! <prefix>/shards/{shard}/manifest/{seq:020}                       roots: the one with the greatest seq is in force
 //! <prefix>/shards/{shard}/pages/{seq:020}-{number:04}-{nonce:016x} index pages and state snapshots
 //! <prefix>/shards/{shard}/segments/{seq:020}-{epoch:08}-{number:04}-{nonce:016x}
-//! <prefix>/shards/{shard}/wal/{first_seq:020}                      blocks as the shard wrote them, concatenated
+//! <prefix>/shards/{shard}/wal/{first_seq:020}                      blocks as the shard wrote them, concatenated; one each by the object engine
 //!
 //! root      "TRBROOT\n", payload length u32, payload (postcard), crc32c u32 of all before it
 //! page      "TRBPAGE\n", payload length u32, kind u8 (1 index, 2 snapshot), payload, crc32c u32 of all before it

@@ -9,6 +9,7 @@
 //! archiver sees it as [`crate::archive::Source`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,7 +27,7 @@ use tokio::sync::Notify;
 
 use crate::archive::{ColdTier, LocalBlocks, NothingCold, Recovered, SourceError};
 use crate::block::BlockError;
-use crate::state::{Change, State, StateError, StateLog};
+use crate::state::{Change, State, StateError, StateLog, StreamState};
 use crate::wal::{BlockLog, Usage, WalError};
 
 mod clock;
@@ -74,6 +75,8 @@ pub struct ShardSettings {
     pub producer_expiry_ms: i64,
     /// Whether blocks are shipped to a bucket. If not, what is durable is as safe as it gets.
     pub archived: bool,
+    /// When the WAL fills up its oldest records go, instead of new ones being refused: for a shard without an archive.
+    pub drops_oldest: bool,
 }
 
 impl Default for ShardSettings {
@@ -91,6 +94,7 @@ impl Default for ShardSettings {
             retention_bytes: -1,
             producer_expiry_ms: 24 * 3600 * 1000,
             archived: true,
+            drops_oldest: false,
         }
     }
 }
@@ -148,6 +152,8 @@ struct Core {
     epoch: u32,
     /// Bytes of the WAL that only changes may use.
     wal_reserve: u64,
+    /// Offsets from here on may not be used yet.
+    offsets_max: AtomicI64,
     inner: Mutex<Inner>,
     /// Something is open, or the shard is closing: for the committer.
     work: Notify,
@@ -316,6 +322,24 @@ impl Shard {
     pub fn safety_changed(&self) -> BoxFuture<'static, ()> {
         // Registered by the call, not by the first poll: nothing is missed in between.
         Box::pin(self.core.safety.clone().notified_owned())
+    }
+
+    /// Goes on with a stream whose newest records lie in another shard, if this one does not know of later ones. The batches
+    /// that are appended after this call must adjoin them.
+    pub fn adopt(&self, key: &StreamKey, stream: StreamState) {
+        self.core.adopt(key, stream);
+    }
+
+    /// Offsets from `max` on are not used until this is called with more. Without a call there is no bound.
+    pub fn allow_offsets_below(&self, max: Offset) {
+        self.core.offsets_max.store(max, Ordering::Relaxed);
+    }
+
+    /// The greatest offset that any partition has reached, what is in flight included.
+    pub fn highest_offset(&self) -> Offset {
+        let inner = self.core.inner.lock();
+        let durable = inner.state.partitions().map(|(_, partition)| partition.high_watermark);
+        durable.chain(inner.overlay.ends.values().map(|(end, _)| *end)).max().unwrap_or(0)
     }
 
     /// Moves log starts to where topics' `retention.ms` and `retention.bytes` put them, and forgets producers that went away.

@@ -8,7 +8,7 @@
 //! changes in a block            snapshot in a manifest
 //! +---------+----------+---     +---------+--------------------------+
 //! | version | count    | ...    | version | State, postcard          |
-//! | u8 = 1  | varint   |        | u8 = 1  |                          |
+//! | u8 = 1  | varint   |        | u8 = 2  |                          |
 //! +---------+----------+---     +---------+--------------------------+
 //! ```
 //! Each change is postcard (varint variant number, then its fields in order). A variant is never edited or moved; what
@@ -23,7 +23,7 @@ use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, Timestamp
 pub mod memory;
 
 const CHANGES_VERSION: u8 = 1;
-const SNAPSHOT_VERSION: u8 = 1;
+const SNAPSHOT_VERSION: u8 = 2;
 
 /// Most partitions one topic may have: bounds what a damaged or hostile change can make us allocate.
 pub const TOPIC_PARTITIONS_MAX: u32 = 100_000;
@@ -134,6 +134,77 @@ pub enum Change {
         /// Offsets that are left out because they may have been used by records that were lost; 0 if nothing was.
         skip: i64,
     },
+    /// A topic exists, its partitions in the shards named: partition `i` in `shards[i % shards.len()]`. Written to the
+    /// catalogue and to each of these shards; a shard keeps the partitions that are its own. Where the topic is known,
+    /// what it lacks of them is added.
+    TopicPlaced {
+        /// The topic.
+        topic: Topic,
+        /// Where its partitions lie. Never empty, and never changed.
+        shards: Vec<u32>,
+        /// The shard this is written to.
+        own: u32,
+        /// Where new partitions begin: above 0 where records of this topic may have been lost.
+        from: Offset,
+    },
+    /// All shards have let go of a deleted topic.
+    TopicGone {
+        /// Which.
+        id: TopicId,
+    },
+    /// A shard exists, with its engine for ever.
+    ShardAdded {
+        /// Its number.
+        shard: u32,
+        /// Its engine.
+        engine: Engine,
+    },
+    /// Offsets below `ceiling` may be used by a shard that keeps nothing, in this leader epoch and before.
+    OffsetsReserved {
+        /// Which.
+        shard: u32,
+        /// The newest leader epoch it may use.
+        epoch: i32,
+        /// Where it begins when it is started again.
+        ceiling: Offset,
+    },
+}
+
+/// Where a shard's blocks rest, and so what its acknowledgements promise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// On the local disk, synced before an answer.
+    File,
+    /// In the object store, one conditional PUT per block before an answer.
+    Object,
+    /// In memory: nothing survives a restart.
+    Memory,
+}
+
+impl Engine {
+    /// All there are.
+    pub const ALL: [Self; 3] = [Self::File, Self::Object, Self::Memory];
+
+    /// Its name in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Object => "object",
+            Self::Memory => "memory",
+        }
+    }
+
+    /// The engine of that name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|engine| engine.name() == name)
+    }
+}
+
+impl std::fmt::Display for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// A topic.
@@ -259,8 +330,9 @@ pub struct PartitionState {
 }
 
 impl PartitionState {
-    fn new(epoch: i32) -> Self {
-        Self { epochs: vec![EpochStart { epoch, start: 0, before: 0 }], ..Self::default() }
+    fn new(epoch: i32, from: Offset) -> Self {
+        let epochs = vec![EpochStart { epoch, start: from, before: from }];
+        Self { log_start: from, high_watermark: from, epochs, ..Self::default() }
     }
 
     /// The leader epoch in force.
@@ -280,6 +352,37 @@ impl PartitionState {
     }
 }
 
+/// Which shards a topic's partitions lie in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hosting {
+    /// Partition `i` lies in `shards[i % shards.len()]`.
+    pub shards: Vec<u32>,
+    /// The shard whose state this is.
+    pub own: u32,
+}
+
+impl Hosting {
+    /// The shard of a partition.
+    pub fn shard_of(&self, index: u32) -> u32 {
+        let at = usize::try_from(index).unwrap_or_default() % self.shards.len().max(1);
+        self.shards.get(at).copied().unwrap_or(CATALOGUE)
+    }
+}
+
+/// A shard, as the catalogue knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// Its engine.
+    pub engine: Engine,
+    /// The newest leader epoch that a shard which keeps nothing may have used.
+    pub epoch: i32,
+    /// Offsets below may have been used by it.
+    pub ceiling: Offset,
+}
+
+/// The shard that keeps the catalogue.
+pub const CATALOGUE: u32 = 0;
+
 /// All changes so far, folded together.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct State {
@@ -292,13 +395,51 @@ pub struct State {
     edges: BTreeMap<EdgeId, Edge>,
     placements: BTreeMap<(EdgeId, StreamName), Partition>,
     streams: BTreeMap<StreamKey, StreamState>,
+    /// Of topics that are not in the catalogue's shard alone.
+    hosting: BTreeMap<TopicId, Hosting>,
+    /// Deleted topics that a shard may still hold.
+    leaving: BTreeMap<TopicId, Vec<u32>>,
+    shards: BTreeMap<u32, ShardEntry>,
+    /// Offsets left out by all epochs together.
+    skipped: Offset,
+}
+
+/// What a snapshot of version 1 holds.
+#[derive(Deserialize)]
+struct StateV1 {
+    leader_epoch: i32,
+    next_producer_id: i64,
+    topics: BTreeMap<TopicId, Topic>,
+    topic_ids: BTreeMap<TopicName, TopicId>,
+    partitions: BTreeMap<Partition, PartitionState>,
+    groups: BTreeMap<String, Group>,
+    edges: BTreeMap<EdgeId, Edge>,
+    placements: BTreeMap<(EdgeId, StreamName), Partition>,
+    streams: BTreeMap<StreamKey, StreamState>,
+}
+
+impl From<StateV1> for State {
+    fn from(old: StateV1) -> Self {
+        Self {
+            leader_epoch: old.leader_epoch,
+            next_producer_id: old.next_producer_id,
+            topics: old.topics,
+            topic_ids: old.topic_ids,
+            partitions: old.partitions,
+            groups: old.groups,
+            edges: old.edges,
+            placements: old.placements,
+            streams: old.streams,
+            ..Self::default()
+        }
+    }
 }
 
 /// Why stored state was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// Written by a newer Tributary.
-    #[error("state has format version {0}, this build reads up to 1: start the newer build again")]
+    #[error("state has format version {0}, this build reads up to 2: start the newer build again")]
     Version(u8),
     /// Not what any version writes.
     #[error("state is malformed: {0}")]
@@ -382,6 +523,31 @@ impl State {
         self.streams.iter()
     }
 
+    /// Where a topic's partitions lie; `None` if all of them are in the catalogue's shard.
+    pub fn hosting(&self, id: TopicId) -> Option<&Hosting> {
+        self.hosting.get(&id)
+    }
+
+    /// The shard a partition lies in.
+    pub fn shard_of(&self, partition: Partition) -> u32 {
+        self.hosting.get(&partition.topic).map_or(CATALOGUE, |hosting| hosting.shard_of(partition.index))
+    }
+
+    /// Deleted topics that shards may still hold, and which.
+    pub fn leaving(&self) -> impl Iterator<Item = (TopicId, &[u32])> {
+        self.leaving.iter().map(|(id, shards)| (*id, &shards[..]))
+    }
+
+    /// All shards there ever were, as far as they were noted.
+    pub fn shards(&self) -> impl Iterator<Item = (u32, &ShardEntry)> {
+        self.shards.iter().map(|(shard, entry)| (*shard, entry))
+    }
+
+    /// Offsets that all epochs so far have left out: a partition that may have been lost begins there.
+    pub fn skipped(&self) -> Offset {
+        self.skipped
+    }
+
     /// Ids below this may have been given out.
     pub fn next_producer_id(&self) -> i64 {
         self.next_producer_id
@@ -436,7 +602,34 @@ impl State {
                 self.streams.insert(key.clone(), state);
             }
             Change::EpochStarted { epoch, skip } => self.start_epoch(*epoch, *skip),
+            Change::TopicPlaced { topic, shards, own, from } => self.place(topic, shards, *own, *from),
+            Change::TopicGone { id } => {
+                self.leaving.remove(id);
+            }
+            Change::ShardAdded { shard, engine } => {
+                let new = ShardEntry { engine: *engine, epoch: 0, ceiling: 0 };
+                self.shards.entry(*shard).or_insert(new);
+            }
+            Change::OffsetsReserved { shard, epoch, ceiling } => {
+                if let Some(entry) = self.shards.get_mut(shard) {
+                    entry.epoch = entry.epoch.max(*epoch);
+                    entry.ceiling = entry.ceiling.max(*ceiling);
+                }
+            }
         }
+    }
+
+    fn place(&mut self, topic: &Topic, shards: &[u32], own: u32, from: Offset) {
+        let known = self.topics.contains_key(&topic.id);
+        if shards.is_empty() || !known && self.topic_ids.contains_key(&topic.name) {
+            return;
+        }
+        if !known {
+            self.topic_ids.insert(topic.name.clone(), topic.id);
+            self.topics.insert(topic.id, Topic { partitions: 0, ..topic.clone() });
+            self.hosting.insert(topic.id, Hosting { shards: shards.to_vec(), own });
+        }
+        self.grow(topic.id, topic.partitions, from.max(0));
     }
 
     fn create(&mut self, topic: &Topic) {
@@ -451,6 +644,12 @@ impl State {
     fn delete(&mut self, id: TopicId) {
         let Some(topic) = self.topics.remove(&id) else { return };
         self.topic_ids.remove(&topic.name);
+        if let Some(mut hosting) = self.hosting.remove(&id)
+            && hosting.own == CATALOGUE
+        {
+            hosting.shards.retain(|shard| *shard != CATALOGUE);
+            self.leaving.insert(id, hosting.shards);
+        }
         self.partitions.retain(|partition, _| partition.topic != id);
         self.placements.retain(|_, partition| partition.topic != id);
         for group in self.groups.values_mut() {
@@ -459,10 +658,17 @@ impl State {
     }
 
     fn add_partitions(&mut self, id: TopicId, count: u32) {
+        self.grow(id, count, 0);
+    }
+
+    fn grow(&mut self, id: TopicId, count: u32, from: Offset) {
         let Some(topic) = self.topics.get_mut(&id) else { return };
         let count = count.min(TOPIC_PARTITIONS_MAX);
+        let hosting = self.hosting.get(&id);
         for index in topic.partitions..count {
-            self.partitions.insert(Partition { topic: id, index }, PartitionState::new(self.leader_epoch));
+            if hosting.is_none_or(|hosting| hosting.shard_of(index) == hosting.own) {
+                self.partitions.insert(Partition { topic: id, index }, PartitionState::new(self.leader_epoch, from));
+            }
         }
         topic.partitions = topic.partitions.max(count);
     }
@@ -472,6 +678,7 @@ impl State {
             return;
         }
         self.leader_epoch = epoch;
+        self.skipped = self.skipped.saturating_add(skip.max(0));
         for partition in self.partitions.values_mut() {
             let before = partition.high_watermark;
             partition.high_watermark = before.saturating_add(skip.max(0));
@@ -519,18 +726,23 @@ impl State {
     /// Reads what [`State::encode`] wrote. Nothing is allocated that the bytes do not back.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
         let (version, body) = bytes.split_first().ok_or(StateError::Malformed("empty snapshot"))?;
-        if *version != SNAPSHOT_VERSION {
-            return Err(StateError::Version(*version));
-        }
-        let (state, rest) =
-            postcard::take_from_bytes::<Self>(body).map_err(|_| StateError::Malformed("snapshot does not decode"))?;
-        if !rest.is_empty() {
-            return Err(StateError::Malformed("bytes after the snapshot"));
-        }
+        let state = match version {
+            1 => decode_whole::<StateV1>(body)?.into(),
+            &SNAPSHOT_VERSION => decode_whole::<Self>(body)?,
+            _ => return Err(StateError::Version(*version)),
+        };
         if state.partitions.values().any(|partition| partition.epochs.is_empty()) {
             return Err(StateError::Malformed("partition without an epoch"));
         }
         Ok(state)
+    }
+}
+
+fn decode_whole<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, StateError> {
+    match postcard::take_from_bytes(body) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(StateError::Malformed("bytes after the snapshot")),
+        Err(_) => Err(StateError::Malformed("snapshot does not decode")),
     }
 }
 
@@ -563,12 +775,28 @@ pub trait StateLog: Send + Sync + 'static {
     /// are durable and visible in [`StateLog::with_state`].
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>>;
 
-    /// Shows the durable state, under a lock: copy what is needed and return.
+    /// Shows the durable state, under a lock: copy what is needed and return. Where there are several shards it is the
+    /// catalogue's: of partitions and of streams' positions it knows only those in its own shard.
     fn with_state(&self, read: &mut dyn FnMut(&State));
+
+    /// How far a stream's records are stored, whichever shard they are in.
+    fn stream(&self, key: &StreamKey) -> Option<StreamState> {
+        read_state(self, |state| state.stream(key).copied())
+    }
+
+    /// Every stream that has stored anything, those of one edge together.
+    fn streams(&self) -> Vec<(StreamKey, StreamState)> {
+        read_state(self, |state| state.streams().map(|(key, stream)| (key.clone(), *stream)).collect())
+    }
+
+    /// The incarnations of one stream that have stored anything.
+    fn incarnations(&self, edge: &EdgeId, stream: &StreamName) -> Vec<Incarnation> {
+        read_state(self, |state| state.incarnations(edge, stream).collect())
+    }
 }
 
 /// Reads something out of the durable state.
-pub fn read_state<T>(log: &dyn StateLog, read: impl FnOnce(&State) -> T) -> T {
+pub fn read_state<T, L: StateLog + ?Sized>(log: &L, read: impl FnOnce(&State) -> T) -> T {
     let mut read = Some(read);
     let mut out = None;
     log.with_state(&mut |state| {

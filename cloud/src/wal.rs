@@ -43,6 +43,12 @@ pub trait BlockLog: Send + Sync + 'static {
     /// [keeps it](BlockLog::keeps_newest).
     fn trim(&self, below: u64) -> Result<(), WalError>;
 
+    /// The first block that would be kept if the oldest went, `bytes` of them or a little more; `None` where an engine
+    /// does not let its oldest go.
+    fn after_oldest(&self, _bytes: u64) -> Option<u64> {
+        None
+    }
+
     /// Throws all blocks away; the next append has the number `next`. Until [`BlockLog::settle`] is called the log is
     /// provisional: a start before that finds it empty.
     fn reset(&self, next: u64) -> Result<(), WalError>;

@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 
 use super::CatalogueSettings;
+use super::placement::ENGINE_SETTING;
+use crate::state::Engine;
 
 /// Kafka's `ConfigDef.Type`, as DescribeConfigs numbers it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +82,8 @@ enum Takes {
     Number { min: i64, max: i64, of_broker: fn(&CatalogueSettings) -> i64 },
     /// Only this: it is how things are done here.
     Only(&'static str),
+    /// One of these, and only when the topic is made.
+    AtCreation { values: fn() -> Vec<&'static str>, of_broker: fn(&CatalogueSettings) -> &'static str },
 }
 
 const DEFINITIONS: &[Definition] = &[
@@ -102,7 +106,7 @@ const DEFINITIONS: &[Definition] = &[
         broker_name: "log.flush.interval.messages",
         kind: ConfigType::Long,
         takes: Takes::Only("1"),
-        documentation: "Every batch is durable before it is acknowledged.",
+        documentation: "Every batch is acknowledged when its topic's tributary.engine has it.",
     },
     Definition {
         name: "max.message.bytes",
@@ -165,6 +169,17 @@ const DEFINITIONS: &[Definition] = &[
         documentation: "Records go when this many milliseconds have passed since they were appended here; -1 keeps all.",
     },
     Definition {
+        name: ENGINE_SETTING,
+        broker_name: ENGINE_SETTING,
+        kind: ConfigType::String,
+        takes: Takes::AtCreation {
+            values: || Engine::ALL.map(Engine::name).to_vec(),
+            of_broker: |settings| settings.placement.default_engine().name(),
+        },
+        documentation: "Where records are durable before they are acknowledged: the local disk (file), the object store \
+                        (object), or nowhere (memory). It is chosen when the topic is made and stays.",
+    },
+    Definition {
         name: "unclean.leader.election.enable",
         broker_name: "unclean.leader.election.enable",
         kind: ConfigType::Boolean,
@@ -205,6 +220,10 @@ impl Takes {
             },
             Self::Only(only) if value == *only => Ok((*only).to_owned()),
             Self::Only(only) => Err(format!("{name} = {shown:?} is not offered: on this broker it is always {only}")),
+            Self::AtCreation { values, .. } => match values().contains(&value) {
+                true => Ok(value.to_owned()),
+                false => Err(format!("{name} = {shown:?}: expected one of {}", values().join(", "))),
+            },
         }
     }
 
@@ -212,6 +231,7 @@ impl Takes {
         match self {
             Self::Number { of_broker, .. } => of_broker(settings).to_string(),
             Self::Only(only) => (*only).to_owned(),
+            Self::AtCreation { of_broker, .. } => of_broker(settings).to_owned(),
         }
     }
 }
@@ -240,7 +260,7 @@ pub fn describe(configs: &BTreeMap<String, String>, settings: &CatalogueSettings
                 value,
                 kind: definition.kind,
                 source,
-                read_only: matches!(definition.takes, Takes::Only(_)),
+                read_only: matches!(definition.takes, Takes::Only(_) | Takes::AtCreation { .. }),
                 synonyms,
                 documentation: definition.documentation,
             }
@@ -288,6 +308,7 @@ mod tests {
             ("retention.ms", "a week", "whole number"),
             ("retention.ms", "-2", "from -1"),
             ("max.message.bytes", "9999999999", "whole number"),
+            ("tributary.engine", "tape", "file, object, memory"),
         ] {
             let refused = one(name, value).unwrap_err();
             assert!(refused.contains(wanted) && refused.contains(name), "{refused}");

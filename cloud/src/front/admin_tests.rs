@@ -15,8 +15,11 @@ use kafka_wire::offset_commit::{
     OffsetCommitRequest, OffsetCommitRequestPartition, OffsetCommitRequestTopic, OffsetCommitResponse,
 };
 use kafka_wire::offset_fetch::{OffsetFetchRequest, OffsetFetchRequestGroup, OffsetFetchRequestTopic};
+use kafka_wire::produce::{PartitionProduceData, ProduceRequest, TopicProduceData};
 use kafka_wire::{ErrorCode, Uuid};
 use shared::batch::{Batch, BatchBuilder, Compression};
+use shared::log::conformance;
+use shared::log::faulty::{Fault, FaultyLog};
 use shared::log::memory::MemoryLog;
 use shared::log::{Append, AppendError, BoxFuture, Source};
 use shared::name::Partition;
@@ -446,4 +449,28 @@ async fn this_node_is_cluster_and_coordinator() {
     assert_eq!((cluster.cluster_id.as_str(), cluster.controller_id, cluster.brokers[0].port), ("cluster", 7, 9092));
     let cluster = describe_cluster::handle(&broker, &version(2), request(2)).await;
     assert_eq!(cluster.error_code, ErrorCode::MISMATCHED_ENDPOINT_TYPE);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_store_that_does_not_answer_costs_a_producer_its_time_out_and_no_more() {
+    let mut broker = broker();
+    let log = Arc::new(FaultyLog::new(broker.log.clone()));
+    broker.log = log.clone();
+    broker.catalogue.find_or_create("t", Some(1)).await.unwrap();
+    let request = |acks, timeout_ms| {
+        let records = Some(conformance::batch(1, 1).into_bytes());
+        let topic =
+            TopicProduceData { name: "t".to_owned(), partition_data: vec![PartitionProduceData { index: 0, records }] };
+        ProduceRequest { acks, timeout_ms, topic_data: vec![topic], ..Default::default() }
+    };
+    for (timeout_ms, waited) in [(30_000, 30), (0, 1), (-1, 1), (i32::MAX, 300)] {
+        log.script([Fault::Hold]);
+        let began = tokio::time::Instant::now();
+        let begun = super::produce::begin(&broker, &version(9), request(-1, timeout_ms));
+        let answer = begun.answer().await.unwrap().unwrap();
+        assert_eq!(answer.responses[0].partition_responses[0].error_code, ErrorCode::REQUEST_TIMED_OUT);
+        assert_eq!(began.elapsed().as_secs(), waited, "{timeout_ms}");
+    }
+    let answer = super::produce::begin(&broker, &version(9), request(1, 1)).answer().await.unwrap().unwrap();
+    assert_eq!(answer.responses[0].partition_responses[0].error_code, ErrorCode::NONE);
 }

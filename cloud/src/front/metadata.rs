@@ -18,7 +18,7 @@ use shared::name::{Partition, TopicId, TopicName};
 use tracing::info;
 
 use super::{Broker, RequestContext, operations};
-use crate::state::{State, Topic, read_state};
+use crate::state::Topic;
 
 /// The first version that asks by id.
 const BY_ID_VERSION_MIN: i16 = 12;
@@ -77,7 +77,8 @@ struct View {
 
 impl View {
     fn all(&self, broker: &Broker) -> Vec<MetadataResponseTopic> {
-        read_state(&*broker.state, |state| state.topics().map(|topic| self.topic(state, topic)).collect())
+        let topics = broker.catalogue.topics();
+        topics.iter().map(|topic| self.topic(broker, topic)).collect()
     }
 
     async fn named(&self, broker: &Broker, name: String, create: bool) -> MetadataResponseTopic {
@@ -105,7 +106,7 @@ impl View {
     }
 
     fn find(&self, broker: &Broker, name: &TopicName) -> Option<MetadataResponseTopic> {
-        read_state(&*broker.state, |state| state.topic_named(name).map(|topic| self.topic(state, topic)))
+        broker.catalogue.topic(name.as_str()).map(|topic| self.topic(broker, &topic))
     }
 
     fn identified(&self, broker: &Broker, version: i16, asked: &MetadataRequestTopic) -> MetadataResponseTopic {
@@ -113,8 +114,7 @@ impl View {
         if version < BY_ID_VERSION_MIN || id.is_zero() {
             return self.missing(ErrorCode::INVALID_REQUEST, None, id);
         }
-        let found =
-            read_state(&*broker.state, |state| state.topic(TopicId(id.0)).map(|topic| self.topic(state, topic)));
+        let found = broker.catalogue.topic_by_id(TopicId(id.0)).map(|topic| self.topic(broker, &topic));
         found.unwrap_or_else(|| self.missing(ErrorCode::UNKNOWN_TOPIC_ID, None, id))
     }
 
@@ -122,13 +122,13 @@ impl View {
         MetadataResponseTopic { error_code, name, topic_id, ..Default::default() }
     }
 
-    fn topic(&self, state: &State, topic: &Topic) -> MetadataResponseTopic {
+    fn topic(&self, broker: &Broker, topic: &Topic) -> MetadataResponseTopic {
         let partitions = (0..topic.partitions).map(|index| {
-            let partition = state.partition(Partition { topic: topic.id, index });
+            let bounds = broker.log.bounds(Partition { topic: topic.id, index });
             MetadataResponsePartition {
                 partition_index: index as i32,
                 leader_id: self.node_id,
-                leader_epoch: partition.map_or(state.leader_epoch(), |partition| partition.leader_epoch()),
+                leader_epoch: bounds.map_or(-1, |bounds| bounds.leader_epoch),
                 replica_nodes: vec![self.node_id],
                 isr_nodes: vec![self.node_id],
                 ..Default::default()

@@ -5,8 +5,12 @@
 //! - One batch per partition, RecordBatch v2. Its header, length and CRC are checked, its records are not looked into:
 //!   they pass through as the producer sealed them.
 //! - v0 to v2 carry older formats: each partition is answered UNSUPPORTED_VERSION.
+//! - The request's own time-out bounds how long its answer waits for a slow disk or store: REQUEST_TIMED_OUT, which clients
+//!   retry. The batch may still become durable; an idempotent producer's repeat is then recognised.
 //! - Duplicates are recognised by the log and answered with their first offset, as a success.
 //! - Transactions are not served: transactional and control batches are refused.
+
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
@@ -16,6 +20,7 @@ use kafka_wire::produce::{
 };
 use shared::batch::{Batch, BatchError, Compression};
 use shared::log::{Append, AppendError, Appended, BoxFuture, Source};
+use tokio::time::{Instant, timeout_at};
 use tracing::{error, warn};
 
 use super::{Broker, RequestContext, Route};
@@ -25,9 +30,14 @@ const VERSION_MIN: i16 = 3;
 /// The first version whose clients know zstd (KIP-110).
 const ZSTD_VERSION_MIN: i16 = 7;
 
+/// Bounds on the time-out that a request may give.
+const TIMEOUT_MIN: Duration = Duration::from_secs(1);
+const TIMEOUT_MAX: Duration = Duration::from_secs(300);
+
 /// Appends under way.
 pub(super) struct Begun {
     acks: i16,
+    timeout: Duration,
     topics: Vec<(String, Vec<PartitionBegun>)>,
 }
 
@@ -52,6 +62,9 @@ impl From<ErrorCode> for Refusal {
 /// Checks the batches and starts their appends, in the order they are in.
 pub(super) fn begin(broker: &Broker, context: &RequestContext, request: ProduceRequest) -> Begun {
     let refuse_all = refuse_request(context.api_version, &request);
+    // Without an answer nobody's time can be up.
+    let millis = if request.acks == 0 { u64::MAX } else { u64::try_from(request.timeout_ms).unwrap_or(0) };
+    let timeout = Duration::from_millis(millis).clamp(TIMEOUT_MIN, TIMEOUT_MAX);
     let routes = broker.routes_named(request.topic_data.iter().map(|topic| &topic.name[..]));
     let topics = request.topic_data.into_iter().zip(routes).map(|(topic, route)| {
         let partitions = topic.partition_data.into_iter().map(|data| {
@@ -67,7 +80,7 @@ pub(super) fn begin(broker: &Broker, context: &RequestContext, request: ProduceR
         });
         (topic.name, partitions.collect())
     });
-    Begun { acks: request.acks, topics: topics.collect() }
+    Begun { acks: request.acks, timeout, topics: topics.collect() }
 }
 
 /// What is wrong with the request as a whole.
@@ -169,8 +182,10 @@ impl Begun {
     /// has none and something failed.
     pub(super) async fn answer(self) -> Result<Option<ProduceResponse>, ErrorCode> {
         let mut responses = Vec::with_capacity(self.topics.len());
+        let deadline = Instant::now() + self.timeout;
         for (name, partitions) in self.topics {
-            let partition_responses = join_all(partitions.into_iter().map(PartitionBegun::answer)).await;
+            let answers = partitions.into_iter().map(|partition| partition.answer(deadline));
+            let partition_responses = join_all(answers).await;
             responses.push(TopicProduceResponse { name, partition_responses });
         }
         if self.acks != 0 {
@@ -186,16 +201,22 @@ impl Begun {
 }
 
 impl PartitionBegun {
-    async fn answer(self) -> PartitionProduceResponse {
+    async fn answer(self, deadline: Instant) -> PartitionProduceResponse {
         let appended = match self.append {
-            Ok(append) => append.await.map_err(|error| {
-                match &error {
-                    AppendError::Storage(_) => error!(%error, "an append failed"),
-                    AppendError::Full(_) => warn!(%error, "a producer is told to try again later"),
-                    _ => {}
-                }
-                refuse_append(&error)
-            }),
+            Ok(append) => match timeout_at(deadline, append).await {
+                Ok(appended) => appended.map_err(|error| {
+                    match &error {
+                        AppendError::Storage(_) => error!(%error, "an append failed"),
+                        AppendError::Full(_) => warn!(%error, "a producer is told to try again later"),
+                        _ => {}
+                    }
+                    refuse_append(&error)
+                }),
+                Err(_) => Err(Refusal {
+                    code: ErrorCode::REQUEST_TIMED_OUT,
+                    message: Some("the batch is not durable yet, and may still become so".into()),
+                }),
+            },
             Err(refusal) => Err(refusal),
         };
         match appended {

@@ -9,7 +9,7 @@ use tracing::warn;
 
 use super::{Ingest, IngestError, count};
 use crate::catalogue::{Catalogue, CatalogueError};
-use crate::state::Change;
+use crate::state::{Change, read_state};
 
 /// Makes topics.
 pub trait Topics: Send + Sync + 'static {
@@ -87,24 +87,20 @@ impl Ingest {
 
     /// The partition a stream has in a topic, or else the one with the fewest streams; and whether it is a new one.
     fn index(&self, key: &StreamKey, topic: TopicId, partitions: u32, placing: &[Change]) -> (u32, bool) {
-        let mut found = (0, true);
-        self.state.with_state(&mut |state| {
-            match state.placement(&key.edge, &key.stream) {
-                Some(placed) if placed.topic == topic && placed.index < partitions => {
-                    found = (placed.index, false);
-                    // A known place but an unknown incarnation: the edge's data were restored, copied or set aside.
-                    let is_new = state.stream(key).is_none();
-                    if is_new && state.incarnations(&key.edge, &key.stream).next().is_some() {
-                        count(&self.counters.new_incarnations, 1);
-                        warn!(
-                            edge = %key.edge, stream = %key.stream, incarnation = %key.incarnation,
-                            "stream goes on under a new incarnation; records may be there twice"
-                        );
-                    }
-                    return;
-                }
-                _ => {}
+        let placed = read_state(&*self.state, |state| state.placement(&key.edge, &key.stream));
+        if let Some(placed) = placed.filter(|placed| placed.topic == topic && placed.index < partitions) {
+            // A known place but an unknown incarnation: the edge's data were restored, copied or set aside.
+            let known = self.state.incarnations(&key.edge, &key.stream);
+            if !known.is_empty() && !known.contains(&key.incarnation) {
+                count(&self.counters.new_incarnations, 1);
+                warn!(
+                    edge = %key.edge, stream = %key.stream, incarnation = %key.incarnation,
+                    "stream goes on under a new incarnation; records may be there twice"
+                );
             }
+            return (placed.index, false);
+        }
+        read_state(&*self.state, |state| {
             let mut load: BTreeMap<u32, usize> = BTreeMap::new();
             let placed = state.placements().filter(|(_, at)| at.topic == topic).map(|(_, at)| at.index);
             let coming = placing.iter().filter_map(|change| match change {
@@ -113,8 +109,7 @@ impl Ingest {
             });
             placed.chain(coming).for_each(|index| *load.entry(index).or_default() += 1);
             let index = (0..partitions.max(1)).min_by_key(|index| load.get(index).copied().unwrap_or(0));
-            found = (index.unwrap_or(0), true);
-        });
-        found
+            (index.unwrap_or(0), true)
+        })
     }
 }

@@ -34,6 +34,7 @@ impl Core {
             for (key, (partition, next, chain)) in open.streams.drain() {
                 open.builder.change(Change::StreamPosition { key, partition, next, chain });
             }
+            let dropped = self.drop_oldest(&mut open);
             let batches = open.builder.batches() as u64;
             let settings = &self.settings;
             let header = BlockHeader {
@@ -48,7 +49,7 @@ impl Core {
             let appended = self.wal.append(seq, block.bytes()).await;
             let micros = begun.elapsed().as_micros() as u64;
             match appended {
-                Ok(()) => self.publish(block, batches, micros),
+                Ok(()) => self.publish(block, batches, micros, dropped),
                 Err(error) => self.fail(error),
             }
         }
@@ -85,7 +86,8 @@ impl Core {
     }
 
     /// The block is durable: from here on it is seen, and those who wait for it are answered.
-    fn publish(&self, block: Block, batches: u64, micros: u64) {
+    /// Blocks below `dropped` are not needed from here on.
+    fn publish(&self, block: Block, batches: u64, micros: u64, dropped: Option<u64>) {
         let bytes = block.bytes().len() as u64;
         let usage = self.wal.usage();
         let mut inner = self.inner.lock();
@@ -106,11 +108,32 @@ impl Core {
         inner.counters.batches += batches;
         inner.counters.commit_seconds.add(micros as f64 / 1e6);
         drop(inner);
+        if let Some(below) = dropped {
+            self.published(below);
+        }
         committing.outcome.complete(Ok(()));
         self.committed.notify_waiters();
         if !self.settings.archived {
             self.safety.notify_waiters();
         }
+    }
+
+    /// Where the oldest records make room: when less than a quarter of the WAL is free, moves log starts so that half of
+    /// it will be. Returns the first block that is kept.
+    fn drop_oldest(&self, open: &mut OpenBlock) -> Option<u64> {
+        let usage = self.wal.usage();
+        if !self.settings.drops_oldest || usage.free_bytes >= usage.bytes_max / 4 {
+            return None;
+        }
+        let below = self.wal.after_oldest(usage.bytes_max / 2 - usage.free_bytes)?;
+        let inner = self.inner.lock();
+        for (partition, start) in inner.index.starts_without(below) {
+            let end = || inner.state.partition(partition).map(|partition| partition.high_watermark);
+            if let Some(offset) = start.or_else(end) {
+                open.builder.change(Change::LogStartMoved { partition, offset });
+            }
+        }
+        Some(below)
     }
 
     fn fail(&self, error: WalError) {

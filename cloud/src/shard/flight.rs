@@ -4,6 +4,7 @@
 //! append fails it is thrown away, and what is left is what the log says.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
 use shared::batch::Batch;
@@ -18,7 +19,7 @@ use super::index::WalIndex;
 use super::tail::Tail;
 use super::{Core, PartitionStatus, ShardStatus};
 use crate::block::{BlockBuilder, Placed};
-use crate::state::{Change, State};
+use crate::state::{Change, State, StreamState};
 
 /// Changes that one block takes besides batches.
 const CHANGES_MAX: usize = 10_000;
@@ -374,6 +375,10 @@ impl Core {
             }
             Ok(Verdict::Fresh) => {}
         }
+        let offsets_max = self.offsets_max.load(Ordering::Relaxed);
+        if end.saturating_add(i64::from(append.batch.last_offset_delta())) >= offsets_max {
+            return Admitted::now(Err(AppendError::Full(format!("offsets below {offsets_max} are reserved so far"))));
+        }
         if let Some(full) = self.full(inner, append.batch.len()) {
             inner.counters.refused_full += 1;
             return Admitted::now(Err(AppendError::Full(full)));
@@ -420,6 +425,23 @@ impl Core {
         inner.overlay.deleting.extend(deleted);
         self.work.notify_one();
         Admitted { answer: Ok(()), after }
+    }
+
+    /// Takes a stream's position over from another shard, in the order of appends.
+    pub fn adopt(&self, key: &StreamKey, stream: StreamState) {
+        let mut inner = self.inner.lock();
+        let inner = &mut *inner;
+        let flying = inner.overlay.streams.get(key).map(|(next, _)| *next);
+        let known = flying.or_else(|| inner.state.stream(key).map(|stream| stream.next));
+        if inner.refuses().is_some() || known.is_some_and(|known| known >= stream.next) {
+            return;
+        }
+        let StreamState { partition, next, chain } = stream;
+        let block = inner.open_block(0, self.settings.block_bytes_max);
+        block.builder.change(Change::StreamPosition { key: key.clone(), partition, next, chain });
+        let seq = inner.open_seq();
+        inner.overlay.streams.insert(key.clone(), (next, seq));
+        self.work.notify_one();
     }
 
     /// Begins to move a log start.

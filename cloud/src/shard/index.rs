@@ -83,6 +83,15 @@ impl WalIndex {
         self.partitions.retain(|_, runs| !runs.is_empty());
     }
 
+    /// Partitions with records in blocks below `seq`, and where each begins without them; `None` where nothing is left.
+    pub fn starts_without(&self, seq: u64) -> impl Iterator<Item = (Partition, Option<Offset>)> {
+        let touched = self.partitions.iter().filter(move |(_, runs)| runs.front().is_some_and(|run| run.seq < seq));
+        touched.map(move |(partition, runs)| {
+            let first = runs.partition_point(|run| run.seq < seq);
+            (*partition, runs.get(first).map(|run| run.base))
+        })
+    }
+
     /// A partition's runs from the one that contains `from` (or the first after it) on.
     pub fn from(&self, partition: Partition, from: Offset) -> impl Iterator<Item = &Run> {
         let runs = self.partitions.get(&partition);

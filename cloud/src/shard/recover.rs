@@ -1,6 +1,7 @@
 //! Bringing a shard back: snapshot, then every block after it, by the same code that a living shard commits with.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::Instant;
 
 use bytes::BytesMut;
@@ -63,6 +64,7 @@ pub fn recover(
         cold,
         clock,
         epoch,
+        offsets_max: AtomicI64::new(i64::MAX),
         wal_reserve: (usage.bytes_max / 16).min(WAL_RESERVE_MAX),
         inner: Mutex::new(inner),
         work: Notify::new(),

@@ -42,6 +42,22 @@ impl Core {
         Ok(blocks)
     }
 
+    /// Batches in blocks below `trim` are not read from the WAL any more.
+    pub fn published(&self, trim: u64) {
+        let trim = trim.min(self.inner.lock().next_seq);
+        // The index first: who looks from here on asks the cold tier. A newest block that stays in one stays in both.
+        {
+            let mut inner = self.inner.lock();
+            let kept = inner.next_seq - u64::from(self.wal.keeps_newest() && inner.next_seq > 0);
+            inner.index.trim_blocks(trim.min(kept));
+        }
+        if let Err(error) = self.wal.trim(trim) {
+            warn!(%error, trim, "the WAL could not be trimmed");
+        }
+        let usage = self.wal.usage();
+        self.inner.lock().wal_free_bytes = usage.free_bytes;
+    }
+
     fn is_closed(&self) -> bool {
         self.inner.lock().stopped == Some(AppendError::Closed)
     }
@@ -131,18 +147,7 @@ impl Source for Shard {
     }
 
     fn published(&self, trim: u64) {
-        let trim = trim.min(self.core.inner.lock().next_seq);
-        // The index first: who looks from here on asks the cold tier. A newest block that stays in one stays in both.
-        {
-            let mut inner = self.core.inner.lock();
-            let kept = inner.next_seq - u64::from(self.core.wal.keeps_newest() && inner.next_seq > 0);
-            inner.index.trim_blocks(trim.min(kept));
-        }
-        if let Err(error) = self.core.wal.trim(trim) {
-            warn!(%error, trim, "the WAL could not be trimmed");
-        }
-        let usage = self.core.wal.usage();
-        self.core.inner.lock().wal_free_bytes = usage.free_bytes;
+        self.core.published(trim);
     }
 
     fn fenced(&self, epoch: u32) {

@@ -47,6 +47,10 @@ fn one_of_each() -> Vec<Change> {
             chain: Chain(0xfeed),
         },
         Change::EpochStarted { epoch: 1, skip: 1 << 32 },
+        Change::TopicPlaced { topic: topic(2, "u", 3), shards: vec![0, 4], own: 0, from: 8 },
+        Change::TopicGone { id: id(8) },
+        Change::ShardAdded { shard: 4, engine: Engine::Object },
+        Change::OffsetsReserved { shard: 4, epoch: 2, ceiling: 1 << 32 },
     ]
 }
 
@@ -75,6 +79,10 @@ fn golden_bytes_of_every_change() {
         format!("0b 0467772d31 0974656c656d65747279 {t1} 01"),
         format!("0c 0467772d31 0974656c656d65747279 {} {t1}01 54 edfd03", "07".repeat(16)),
         "0d 02 8080808020".into(),
+        format!("0e {}0175 03 00 0a 02 00 04 00 10", "02".repeat(16)),
+        format!("0f {}", "08".repeat(16)),
+        "10 04 01".into(),
+        "11 04 04 8080808020".into(),
     ];
     for (change, expected) in one_of_each().iter().zip(golden) {
         let hex: String = encode_changes(std::slice::from_ref(change)).iter().map(|b| format!("{b:02x}")).collect();
@@ -89,6 +97,43 @@ fn changes_and_snapshots_are_read_back() {
     assert_eq!(State::decode(&state().encode()).unwrap(), state());
 }
 
+/// Version 1 is version 2 without what it ends with.
+#[test]
+fn a_snapshot_of_version_1_is_read() {
+    let mut old = State::default();
+    one_of_each()[..14].iter().for_each(|change| old.apply(change));
+    old.skipped = 0;
+    let mut bytes = old.encode();
+    // No hosting, nothing leaving, no shards, nothing skipped.
+    assert_eq!(bytes.split_off(bytes.len() - 4), [0; 4]);
+    bytes[0] = 1;
+    assert_eq!(State::decode(&bytes).unwrap(), old);
+    bytes.push(0);
+    assert_eq!(State::decode(&bytes), Err(StateError::Malformed("bytes after the snapshot")));
+}
+
+#[test]
+fn a_shard_keeps_the_partitions_that_are_its_own() {
+    let shards = vec![0, 4, 5];
+    for (own, indexes) in [(0, vec![0, 3]), (4, vec![1, 4]), (5, vec![2])] {
+        let mut state = State::default();
+        state.apply(&Change::TopicPlaced { topic: topic(2, "u", 3), shards: shards.clone(), own, from: 0 });
+        state.apply(&Change::PartitionsAdded { id: id(2), count: 5 });
+        let kept: Vec<u32> = state.partitions().map(|(partition, _)| partition.index).collect();
+        assert_eq!((kept, state.topic(id(2)).unwrap().partitions), (indexes, 5));
+        assert_eq!(state.shard_of(partition(2, 4)), 4);
+        // Told again, where it is known: only what is missing is added, and nothing begins anew.
+        state.advance(partition(2, own % 4), 9);
+        let before = state.clone();
+        state.apply(&Change::TopicPlaced { topic: topic(2, "u", 5), shards: shards.clone(), own, from: 7 });
+        assert_eq!(state, before);
+        state.apply(&Change::TopicDeleted { id: id(2) });
+        assert_eq!(state.partitions().count() + state.topics().count(), 0);
+        let leaving: Vec<_> = state.leaving().map(|(id, shards)| (id, shards.to_vec())).collect();
+        assert_eq!(leaving, if own == 0 { vec![(id(2), vec![4, 5])] } else { vec![] });
+    }
+}
+
 #[test]
 fn a_newer_version_is_named() {
     assert_eq!(decode_changes(&[2, 0]), Err(StateError::Version(2)));
@@ -101,7 +146,7 @@ fn a_deleted_topic_takes_its_offsets_and_placements_along() {
     state.apply(&Change::TopicDeleted { id: id(1) });
     let (edge, name) = stream();
     assert!(state.topic_named(&TopicName::parse("t").unwrap()).is_none());
-    assert_eq!(state.partitions().count(), 0);
+    assert!(state.partitions().all(|(partition, _)| partition.topic != id(1)));
     assert!(state.committed("g", partition(1, 0)).is_none());
     assert!(state.placement(&edge, &name).is_none());
     assert_eq!(state.streams().count(), 1, "what was stored stays stored");
@@ -110,9 +155,10 @@ fn a_deleted_topic_takes_its_offsets_and_placements_along() {
 #[test]
 fn a_topic_made_twice_is_the_first() {
     let mut state = state();
-    state.apply(&Change::TopicCreated(topic(2, "t", 9)));
+    state.apply(&Change::TopicCreated(topic(3, "t", 9)));
+    state.apply(&Change::TopicPlaced { topic: topic(4, "t", 9), shards: vec![1], own: 1, from: 0 });
     assert_eq!(state.topic_named(&TopicName::parse("t").unwrap()).unwrap().id, id(1));
-    assert_eq!(state.topics().count(), 1);
+    assert_eq!(state.topics().count(), 2, "t and u");
 }
 
 #[test]

@@ -107,6 +107,18 @@ impl BlockLog for MemoryWal {
         Ok(())
     }
 
+    fn after_oldest(&self, bytes: u64) -> Option<u64> {
+        let inner = self.inner.lock();
+        let mut left = bytes;
+        let gone = inner.blocks.iter().take_while(|block| {
+            let goes = left > 0;
+            left = left.saturating_sub(block.len() as u64);
+            goes
+        });
+        let gone = gone.count() as u64;
+        inner.first.map(|first| first + gone)
+    }
+
     fn reset(&self, next: u64) -> Result<(), WalError> {
         *self.inner.lock() = Inner { first: Some(next), ..Inner::default() };
         Ok(())

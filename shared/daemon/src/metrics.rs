@@ -44,10 +44,21 @@ impl<'a> Metrics<'a> {
 
     /// How values were spread, as counted since the start.
     pub fn histogram(&mut self, name: &str, help: &str, values: &Histogram) -> fmt::Result {
-        let mut encoder = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
-        let bounds = values.bounds.iter().copied().chain([f64::INFINITY]);
-        let buckets: Vec<(f64, u64)> = bounds.zip(values.counts.iter().copied()).collect();
-        encoder.encode_histogram::<NoLabelSet>(values.sum, values.count(), &buckets, None)
+        encode_histogram(self.0.encode_descriptor(name, help, None, MetricType::Histogram)?, values)
+    }
+
+    /// One spread per label set.
+    pub fn histograms<'l, 'h>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = Labelled<'l, &'h Histogram>>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        for (labels, values) in values {
+            encode_histogram(labelled(&mut family, &labels)?, values)?;
+        }
+        Ok(())
     }
 
     /// A count since the start. `name` is given without `_total`, which the text format adds.
@@ -69,6 +80,12 @@ impl<'a> Metrics<'a> {
         }
         Ok(())
     }
+}
+
+fn encode_histogram(mut encoder: MetricEncoder<'_>, values: &Histogram) -> fmt::Result {
+    let bounds = values.bounds.iter().copied().chain([f64::INFINITY]);
+    let buckets: Vec<(f64, u64)> = bounds.zip(values.counts.iter().copied()).collect();
+    encoder.encode_histogram::<NoLabelSet>(values.sum, values.count(), &buckets, None)
 }
 
 fn labelled<'e>(
@@ -96,6 +113,7 @@ mod tests {
             let mut values = Histogram::new(&[1.0, 10.0]);
             [0.5, 5.0, 50.0].into_iter().for_each(|value| values.add(value));
             metrics.histogram("h_seconds", "H", &values)?;
+            metrics.histograms("i_seconds", "I", [(vec![("shard", "1")], &values)])?;
             metrics.counter("c", "C", 7)
         }
     }
@@ -114,6 +132,7 @@ mod tests {
             "h_seconds_bucket{le=\"10.0\"} 2",
             "h_seconds_bucket{le=\"+Inf\"} 3",
             "h_seconds_count 3",
+            "i_seconds_count{shard=\"1\"} 3",
         ] {
             assert!(text.lines().any(|l| l == line), "{line:?} not in\n{text}");
         }
