@@ -154,7 +154,7 @@ fn trace<M: Model>(model: &M, seen: &Seen, last: Origin) -> String {
         let mut tale = Tale { told: Some(String::new()) };
         let action = actions.get(usize::from(origin.action)).expect("the action that was taken here before");
         let after = model.step(&state, *action, &mut tale);
-        let _ = writeln!(lines, "{:>4}. {}", number + 1, tale.told.unwrap_or_default());
+        let _ = writeln!(lines, "{:>4}. {}", number + 1, tale.told.unwrap_or_default().trim_end_matches(", "));
         match after {
             Ok(after) => state = after,
             Err(broken) => {
