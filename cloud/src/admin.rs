@@ -206,7 +206,17 @@ impl Node {
         let requests = requests.map(|(kind, count)| (vec![("request", kind)], count));
         metrics.counters("tributary_cloud_archive_requests", "Requests to the object store", requests)?;
         metrics.counter("tributary_cloud_archive_written_bytes", "Bytes put", archive.put_bytes)?;
-        metrics.counter("tributary_cloud_archive_read_bytes", "Bytes got", archive.get_bytes)
+        metrics.counter("tributary_cloud_archive_read_bytes", "Bytes got", archive.get_bytes)?;
+        let cache = archive.cache;
+        let tiers = |memory, disk| [(vec![("cache", "memory")], memory), (vec![("cache", "disk")], disk)];
+        let (hits, misses) = (tiers(cache.memory_hits, cache.disk_hits), tiers(cache.memory_misses, cache.disk_misses));
+        metrics.counters("tributary_cloud_archive_cache_hits", "Chunks of archived records found in a cache", hits)?;
+        metrics.counters("tributary_cloud_archive_cache_misses", "Chunks not found there", misses)?;
+        metrics.counter("tributary_cloud_archive_read_ahead", "Chunks fetched before they were wanted", cache.ahead)?;
+        let bytes = cache.disk_bytes as f64;
+        metrics.gauge("tributary_cloud_archive_disk_cache_bytes", "Archived records kept on the local disk", bytes)?;
+        let is_off = if cache.disk_is_off { 1.0 } else { 0.0 };
+        metrics.gauge("tributary_cloud_archive_disk_cache_off", "1 since the disk refused to hold the cache", is_off)
     }
 
     fn front_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {

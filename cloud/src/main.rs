@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
 use cloud::admin::{Node, render};
-use cloud::archive::{Archive, ArchiveSettings};
+use cloud::archive::{Archive, ArchiveSettings, DiskCache};
 use cloud::catalogue::{Catalogue, CatalogueSettings};
 use cloud::config::CloudConfig;
 use cloud::front::{Broker, FrontSettings, Listener};
@@ -139,6 +139,9 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
 
     let wal = open_wal(config, &data_dir, wal_id)?;
     let archive = Archive::open(archive_settings(config, &data_dir)?).await?;
+    if let Some(cache) = disk_cache(config, &data_dir) {
+        archive.use_disk_cache(cache);
+    }
     let recovered = archive.recover(&LocalWal(&wal)).await?;
     let shard_settings = ShardSettings {
         shard: SHARD,
@@ -199,6 +202,21 @@ fn archive_settings(config: &CloudConfig, data_dir: &Path) -> anyhow::Result<Arc
         segment_age: config.archive.segment_age.0,
         ..ArchiveSettings::default()
     })
+}
+
+/// A cache that cannot be had is no reason not to start.
+fn disk_cache(config: &CloudConfig, data_dir: &Path) -> Option<Arc<DiskCache>> {
+    let (directory, bytes_max) = (data_dir.join("cache"), config.disk_cache_bytes());
+    if bytes_max == 0 && !directory.exists() {
+        return None;
+    }
+    match DiskCache::open(&directory, bytes_max) {
+        Ok(cache) => (bytes_max > 0).then_some(cache),
+        Err(cause) => {
+            warn!(%cause, directory = %directory.display(), "no disk cache; archived records come from the bucket");
+            None
+        }
+    }
 }
 
 async fn kafka(

@@ -17,7 +17,8 @@ use super::shipper::Shipper;
 use super::splitter::Splitter;
 use super::store::backoff;
 use super::{
-    Cold, ColdTier, LocalBlocks, RequestSettings, Source, SourceError, Store, StoreError, StoredBlock, identity,
+    CacheStatus, Cold, ColdTier, DiskCache, LocalBlocks, RequestSettings, Source, SourceError, Store, StoreError,
+    StoredBlock, identity,
 };
 use crate::manifest::{Index, Keys, PagePointer, Root, sequence_of};
 
@@ -244,6 +245,8 @@ pub struct ArchiveStatus {
     pub deletes: u64,
     /// Requests that failed.
     pub request_errors: u64,
+    /// What the caches of archived records did.
+    pub cache: CacheStatus,
 }
 
 impl Archive {
@@ -319,6 +322,11 @@ impl Archive {
     /// What the shard reads below its WAL.
     pub fn cold(&self) -> Arc<dyn ColdTier> {
         self.cold.clone()
+    }
+
+    /// Keeps what is read from the bucket on the local disk as well. Only the first cache counts.
+    pub fn use_disk_cache(&self, disk: Arc<DiskCache>) {
+        self.cold.use_disk(disk);
     }
 
     /// Makes segments of what there is now, however little and young.
@@ -537,6 +545,7 @@ impl Archive {
             lists: load(&requests.lists),
             deletes: load(&requests.deletes),
             request_errors: load(&requests.errors),
+            cache: self.cold.cache_status(),
         }
     }
 }
