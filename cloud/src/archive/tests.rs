@@ -3,6 +3,7 @@
 mod faulty;
 mod node;
 mod s3;
+mod tiers;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;

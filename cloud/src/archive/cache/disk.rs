@@ -390,15 +390,15 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let cache = open(&directory);
         let path = cache.path(&id(1));
-        let damages: [&dyn Fn(&mut Vec<u8>); 6] = [
-            &|file| file[700] ^= 4,
-            &|file| file[14] ^= 4,
-            &|file| file[5] ^= 4,
-            &|file| file.truncate(900),
-            &|file| file.clear(),
-            &|file| file.push(0),
-        ];
-        for (number, damage) in damages.iter().enumerate() {
+        for number in 0..6 {
+            let damage = |file: &mut Vec<u8>| match number {
+                0 => file[700] ^= 4,
+                1 => file[14] ^= 4,
+                2 => file[5] ^= 4,
+                3 => file.truncate(900),
+                4 => file.clear(),
+                _ => file.push(0),
+            };
             cache.keep(id(1), bytes(1));
             cache.settled().await;
             assert_eq!(cache.get(id(1), LENGTH).await, Some(bytes(1)));
