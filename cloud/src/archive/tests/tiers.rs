@@ -265,6 +265,7 @@ async fn a_reader_that_goes_on_finds_the_next_chunk_there() {
 #[tokio::test(start_paused = true)]
 async fn nothing_is_fetched_ahead_of_a_reader_that_jumps() {
     let bucket = Bucket::filled(3, 160).await;
+    bucket.store.plan.lock().latency = LATENCY;
     let cold = bucket.cold(64 * MIB);
     let mut at = 7;
     for _ in 0..200 {
