@@ -11,7 +11,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 use serde::Serialize;
 use shared::name::{EdgeId, Offset, StreamName, TimestampMs, TopicName};
 
-use crate::archive::{Archive, ArchiveStatus};
+use crate::archive::{Archive, ArchiveStatus, CacheStatus};
 use crate::front::{Broker, FrontStatus};
 use crate::groups::GroupsStatus;
 use crate::ingest::Safety as _;
@@ -242,7 +242,28 @@ impl Node {
         });
         metrics.counters("tributary_cloud_archive_requests", "Requests to the object store", requests)?;
         archives.counter(metrics, "tributary_cloud_archive_written_bytes", "Bytes put", |a| a.put_bytes)?;
-        archives.counter(metrics, "tributary_cloud_archive_read_bytes", "Bytes got", |a| a.get_bytes)
+        archives.counter(metrics, "tributary_cloud_archive_read_bytes", "Bytes got", |a| a.get_bytes)?;
+        let per_cache = |count: fn(&CacheStatus) -> [u64; 2]| {
+            archives.0.iter().flat_map(move |(labels, a)| {
+                ["memory", "disk"].into_iter().zip(count(&a.cache)).map(|(cache, count)| {
+                    let mut labels = borrowed(labels);
+                    labels.push(("cache", cache));
+                    (labels, count)
+                })
+            })
+        };
+        let hits = per_cache(|cache| [cache.memory_hits, cache.disk_hits]);
+        metrics.counters("tributary_cloud_archive_cache_hits", "Chunks of archived records found in a cache", hits)?;
+        let misses = per_cache(|cache| [cache.memory_misses, cache.disk_misses]);
+        metrics.counters("tributary_cloud_archive_cache_misses", "Chunks not found there", misses)?;
+        let help = "Chunks fetched before they were wanted";
+        archives.counter(metrics, "tributary_cloud_archive_read_ahead", help, |a| a.cache.ahead)?;
+        // All shards share one disk cache.
+        let disk = archives.0.first().map(|(_, archive)| &archive.cache);
+        let bytes = disk.map_or(0.0, |disk| disk.disk_bytes as f64);
+        metrics.gauge("tributary_cloud_archive_disk_cache_bytes", "Archived records kept on the local disk", bytes)?;
+        let is_off = if disk.is_some_and(|disk| disk.disk_is_off) { 1.0 } else { 0.0 };
+        metrics.gauge("tributary_cloud_archive_disk_cache_off", "1 since the disk refused to hold the cache", is_off)
     }
 
     fn front_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {

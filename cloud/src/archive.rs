@@ -5,6 +5,7 @@
 //! as an opaque snapshot.
 
 mod archiver;
+mod cache;
 mod claim;
 mod cold;
 mod identity;
@@ -19,6 +20,8 @@ use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
 
 pub use archiver::{Archive, ArchiveError, ArchiveSettings, ArchiveStatus};
+pub(crate) use cache::TwoQueue;
+pub use cache::{CacheStatus, DiskCache};
 pub use cold::Cold;
 pub use store::{RequestSettings, Requests, Store, StoreError, backoff};
 

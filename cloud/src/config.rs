@@ -140,6 +140,10 @@ impl Default for AdminConfig {
     }
 }
 
+const DISK_CACHE_BYTES: u64 = 1 << 30;
+/// Some chunks for some readers: less would be written for nothing.
+const DISK_CACHE_BYTES_MIN: u64 = 16 << 20;
+
 /// `[archive]`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -152,11 +156,20 @@ pub struct ArchiveConfig {
     pub segment_bytes: ByteSize,
     /// Age at which what there is becomes segments.
     pub segment_age: Span,
+    /// Most bytes of `DATA_DIR/cache`, where what was read from the bucket is kept; 0 is off. When absent: 1 GiB for a
+    /// bucket, off where the archive is a directory.
+    pub disk_cache_bytes: Option<ByteSize>,
 }
 
 impl Default for ArchiveConfig {
     fn default() -> Self {
-        Self { url: None, max_lag: Span::secs(10), segment_bytes: ByteSize(64 << 20), segment_age: Span::secs(600) }
+        Self {
+            url: None,
+            max_lag: Span::secs(10),
+            segment_bytes: ByteSize(64 << 20),
+            segment_age: Span::secs(600),
+            disk_cache_bytes: None,
+        }
     }
 }
 
@@ -282,6 +295,13 @@ impl CloudConfig {
         }
     }
 
+    /// Most bytes of archived records kept on the local disk; 0 is off.
+    pub fn disk_cache_bytes(&self) -> u64 {
+        let remote = self.archive.url.as_deref().is_some_and(|url| url.starts_with("s3://"));
+        let default = if remote { DISK_CACHE_BYTES } else { 0 };
+        self.archive.disk_cache_bytes.map_or(default, |bytes| bytes.0)
+    }
+
     /// Refuses what would be unsafe or could not work.
     pub fn check(&self) -> Result<(), String> {
         if self.node_id < 0 {
@@ -302,6 +322,10 @@ impl CloudConfig {
             }
         }
         self.check_shards()?;
+        if (1..DISK_CACHE_BYTES_MIN).contains(&self.disk_cache_bytes()) {
+            let given = self.disk_cache_bytes();
+            return Err(format!("[archive] disk_cache_bytes = {given}: expected 16 MiB or more, or 0 for none"));
+        }
         self.archive_url().map(drop)
     }
 }
@@ -403,5 +427,16 @@ mod tests {
     fn the_archive_is_a_url_or_off() {
         assert_eq!(parse("[archive]\nurl = \"off\"").archive_url().unwrap(), None);
         assert!(parse("[archive]\nurl = \"archive\"").archive_url().unwrap_err().contains("file:///"));
+    }
+
+    #[test]
+    fn a_bucket_is_cached_on_the_disk_and_a_directory_is_not() {
+        let bytes = |text: &str| parse(text).disk_cache_bytes();
+        assert_eq!(bytes(""), 0);
+        assert_eq!(bytes("[archive]\nurl = \"file:///a\""), 0);
+        assert_eq!(bytes("[archive]\nurl = \"s3://a\""), 1 << 30);
+        assert_eq!(bytes("[archive]\nurl = \"s3://a\"\ndisk_cache_bytes = 0"), 0);
+        assert_eq!(bytes("[archive]\nurl = \"file:///a\"\ndisk_cache_bytes = \"2 GiB\""), 2 << 30);
+        assert!(parse("[archive]\ndisk_cache_bytes = 5").check().unwrap_err().contains("disk_cache_bytes"));
     }
 }

@@ -243,6 +243,11 @@ impl Keys {
         Self { prefix, shard }
     }
 
+    /// The shard they belong to.
+    pub fn shard(&self) -> u32 {
+        self.shard
+    }
+
     fn under(&self, kind: &str) -> Path {
         self.prefix.clone().join("shards").join(self.shard.to_string()).join(kind)
     }

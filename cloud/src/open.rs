@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use cloud::archive::{Archive, ArchiveSettings, Recovered, RequestSettings};
+use cloud::archive::{Archive, ArchiveSettings, DiskCache, Recovered, RequestSettings};
 use cloud::config::CloudConfig;
 use cloud::shard::{Clock, LocalWal, Shard, ShardSettings};
 use cloud::shards::{Member, Shards, assign, reserve_offsets};
@@ -17,6 +17,7 @@ use cloud::wal::file::{FileWal, FileWalSettings};
 use cloud::wal::memory::MemoryWal;
 use cloud::wal::object::ObjectWalSettings;
 use shared::name::Offset;
+use tracing::warn;
 
 /// The shards of a node and their archives.
 pub struct Opened {
@@ -33,11 +34,13 @@ struct Opener<'a> {
     data_dir: PathBuf,
     clock: Clock,
     archives: BTreeMap<u32, Arc<Archive>>,
+    cache: Option<Arc<DiskCache>>,
 }
 
 /// Opens every shard there is, and those that the settings add.
 pub async fn open(config: &CloudConfig, data_dir: &Path, clock: Clock) -> anyhow::Result<Opened> {
-    let mut opener = Opener { config, data_dir: data_dir.to_owned(), clock, archives: BTreeMap::new() };
+    let cache = disk_cache(config, data_dir);
+    let mut opener = Opener { config, data_dir: data_dir.to_owned(), clock, archives: BTreeMap::new(), cache };
     let wanted = config.shards.wanted();
     let first = if config.shards.file > 0 { Engine::File } else { Engine::Object };
     let catalogue = opener.durable(CATALOGUE, first).await?;
@@ -103,6 +106,9 @@ impl Opener<'_> {
             shard_settings.archived = archive.ships();
             (archive, recovered, Box::new(wal))
         };
+        if let Some(cache) = &self.cache {
+            archive.use_disk_cache(cache.clone());
+        }
         let (cold, clock) = (archive.cold(), self.clock.clone());
         self.archives.insert(number, archive);
         let open = move || Shard::open(shard_settings, wal, recovered, Some(cold), clock);
@@ -158,6 +164,21 @@ impl Opener<'_> {
             requests,
             ..ArchiveSettings::default()
         })
+    }
+}
+
+/// A cache that cannot be had is no reason not to start.
+fn disk_cache(config: &CloudConfig, data_dir: &Path) -> Option<Arc<DiskCache>> {
+    let (directory, bytes_max) = (data_dir.join("cache"), config.disk_cache_bytes());
+    if bytes_max == 0 && !directory.exists() {
+        return None;
+    }
+    match DiskCache::open(&directory, bytes_max) {
+        Ok(cache) => (bytes_max > 0).then_some(cache),
+        Err(cause) => {
+            warn!(%cause, directory = %directory.display(), "no disk cache; archived records come from the bucket");
+            None
+        }
     }
 }
 

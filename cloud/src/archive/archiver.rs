@@ -17,8 +17,8 @@ use super::shipper::Shipper;
 use super::splitter::Splitter;
 use super::store::backoff;
 use super::{
-    Cold, ColdTier, LocalBlocks, Recovered, RequestSettings, Source, SourceError, Store, StoreError, StoredBlock, Tail,
-    identity,
+    CacheStatus, Cold, ColdTier, DiskCache, LocalBlocks, Recovered, RequestSettings, Source, SourceError, Store,
+    StoreError, StoredBlock, Tail, identity,
 };
 use crate::manifest::{Index, Keys, PagePointer, Root, sequence_of};
 use crate::wal::object::{ObjectWal, ObjectWalSettings};
@@ -250,6 +250,8 @@ pub struct ArchiveStatus {
     pub deletes: u64,
     /// Requests that failed.
     pub request_errors: u64,
+    /// What the caches of archived records did.
+    pub cache: CacheStatus,
 }
 
 impl Archive {
@@ -339,6 +341,11 @@ impl Archive {
         };
         let sizes = blocks.iter().map(|block| (block.seq, block.bytes.len() as u32));
         ObjectWal::new(self.store.clone(), self.keys.clone(), settings, sizes)
+    }
+
+    /// Keeps what is read from the bucket on the local disk as well. Only the first cache counts.
+    pub fn use_disk_cache(&self, disk: Arc<DiskCache>) {
+        self.cold.use_disk(disk);
     }
 
     /// Makes segments of what there is now, however little and young.
@@ -557,6 +564,7 @@ impl Archive {
             lists: load(&requests.lists),
             deletes: load(&requests.deletes),
             request_errors: load(&requests.errors),
+            cache: self.cold.cache_status(),
         }
     }
 }

@@ -1,9 +1,11 @@
 //! The cold tier: reads of archived batches by offset and time.
 //!
-//! The manifest's index names run and run index by position, so a read costs at most two range GETs, none when both are
-//! cached, and never a LIST or HEAD. Each fetched stretch is checked batch by batch, once.
+//! The manifest's index names run and run index by position, so a read asks for ranges of objects it knows, and never for
+//! a LIST or HEAD; [`Chunks`] says where their bytes come from. Every batch is checked before it is served, wherever it
+//! came from; what fails the check is dropped from the caches and fetched once more.
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,35 +14,47 @@ use shared::batch::Batch;
 use shared::limits::BATCH_UNPACKED_BYTES_MAX;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
+use tokio::sync::Semaphore;
 
+use super::cache::{CHUNK_BYTES, CacheStatus, Chunks, DiskCache, ENTRY_BYTES, Object, TwoQueue, chunk_start};
 use super::store::{Store, StoreError};
 use super::{ColdBounds, ColdRead, ColdRun, ColdTier};
 use crate::manifest::{HeldRun, Index, Keys, SegmentId};
 use crate::segment::{RunIndex, Stretch};
 
-/// Fetched at least, where the run has so much: a reader that goes on finds the next batches here.
-const READ_AHEAD_BYTES: u64 = 1024 * 1024;
-/// Fetched at most, so that a reader cannot make us hold more.
+/// Fetched at most for one read, so that a reader cannot make us hold more.
 const READ_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// Readers whose position is remembered, so that they are known when they go on.
+const READERS_MAX: u64 = 4096;
+/// Chunks fetched ahead at the same time, for all readers together.
+const AHEAD_MAX: usize = 16;
 
 /// Archived batches, readable.
 #[derive(Debug)]
 pub struct Cold {
-    store: Arc<Store>,
-    keys: Keys,
     index: RwLock<Index>,
-    indexes: Cache<(SegmentId, u64), Arc<RunIndex>>,
-    chunks: Cache<(SegmentId, u64, u64), Arc<Chunk>>,
+    runs: Arc<Runs>,
+    /// Where reads ended.
+    readers: Mutex<TwoQueue<(Partition, Offset), ()>>,
+    ahead: Arc<Semaphore>,
 }
 
-/// Fetched and checked batches: part of one run.
+/// Runs of a shard's segment objects, and their indexes.
 #[derive(Debug)]
-struct Chunk {
+struct Runs {
+    keys: Keys,
+    chunks: Arc<Chunks>,
+    indexes: Mutex<TwoQueue<(SegmentId, u64), Arc<RunIndex>>>,
+}
+
+/// Checked batches, part of one run.
+#[derive(Debug)]
+struct Span {
     bytes: Bytes,
     batches: Vec<Place>,
 }
 
-/// Where a batch lies in a chunk.
+/// Where a batch lies in a span.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     last: Offset,
@@ -49,15 +63,26 @@ struct Place {
 }
 
 impl Cold {
-    /// Reads what `index` names; caches take at most `cache_bytes`.
+    /// Reads what `index` names; caches take at most `cache_bytes` of memory.
     pub fn new(store: Arc<Store>, keys: Keys, index: Index, cache_bytes: usize) -> Self {
+        let (all, indexes) = (cache_bytes as u64, cache_bytes as u64 / 4);
+        let chunks = Arc::new(Chunks::new(store, keys.clone(), all - indexes));
         Self {
-            store,
-            keys,
             index: RwLock::new(index),
-            indexes: Cache::new(cache_bytes / 4),
-            chunks: Cache::new(cache_bytes - cache_bytes / 4),
+            runs: Arc::new(Runs { keys, chunks, indexes: Mutex::new(TwoQueue::new(indexes)) }),
+            readers: Mutex::new(TwoQueue::new(READERS_MAX)),
+            ahead: Arc::new(Semaphore::new(AHEAD_MAX)),
         }
+    }
+
+    /// Puts a disk cache between memory and bucket. Only the first one counts.
+    pub fn use_disk(&self, disk: Arc<DiskCache>) {
+        self.runs.chunks.use_disk(disk);
+    }
+
+    /// What the caches did.
+    pub fn cache_status(&self) -> CacheStatus {
+        self.runs.chunks.status()
     }
 
     /// Looks at the index.
@@ -65,66 +90,60 @@ impl Cold {
         look(&self.index.read())
     }
 
-    /// Puts a published index in force.
+    /// Puts a published index in force. What it does not name leaves the caches.
     pub fn publish(&self, index: Index) {
-        *self.index.write() = index;
-    }
-
-    async fn run_index(&self, held: &HeldRun) -> Result<Arc<RunIndex>, ReadError> {
-        let key = (held.object, held.run.index_position);
-        if let Some(index) = self.indexes.get(|found| *found == key) {
-            return Ok(index);
+        *self.index.write() = index.clone();
+        let runs = self.runs.clone();
+        let tidy = move || runs.retain(&index.usage().into_keys().collect());
+        // Looks at every run and may delete files.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(tidy)),
+            Err(_) => tidy(),
         }
-        let start = held.run.index_position;
-        let path = self.keys.segment(&held.object);
-        let bytes = self.store.get_range(&path, start..start + u64::from(held.run.index_length)).await;
-        let bytes = bytes.map_err(read_error)?;
-        let index = RunIndex::decode(&bytes, &held.run)
-            .map_err(|error| ReadError::Corrupt(format!("{path}, index at {start}: {error}")))?;
-        let index = Arc::new(index);
-        self.indexes.put(key, index.clone(), index.memory_bytes());
-        Ok(index)
-    }
-
-    /// The chunk that begins with stretch `stretch`, at least to its end and about `bytes_max` long.
-    async fn chunk(
-        &self,
-        held: &HeldRun,
-        index: &RunIndex,
-        stretch: Stretch,
-        bytes_max: u64,
-    ) -> Result<Arc<Chunk>, ReadError> {
-        let end = index.reach(&held.run, stretch.start, bytes_max);
-        let start = held.run.position + stretch.start;
-        let path = self.keys.segment(&held.object);
-        let bytes = self.store.get_range(&path, start..held.run.position + end).await.map_err(read_error)?;
-        let chunk = Chunk::parse(bytes).map_err(|error| ReadError::Corrupt(format!("{path} at {start}: {error}")))?;
-        let chunk = Arc::new(chunk);
-        let key = (held.object, held.run.position, stretch.start);
-        self.chunks.put(key, chunk.clone(), chunk.bytes.len() + 256 + chunk.batches.len() * size_of::<Place>());
-        Ok(chunk)
     }
 
     async fn read_now(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
-        let nothing = ColdRead { batches: Vec::new(), next: from };
-        let Some(held) = self.index.read().at_offset(partition, from) else { return Ok(nothing) };
-        let (object, position) = (held.object, held.run.position);
-        if let Some(chunk) = self.chunks.find(|key, chunk: &Arc<Chunk>| {
-            (key.0, key.1) == (object, position) && chunk.holds(from.max(held.run.base))
-        }) && let Some(read) = chunk.read(from, limits)
-        {
-            return Ok(read);
-        }
-        let index = self.run_index(&held).await?;
-        let bytes_max = (limits.bytes_max as u64).clamp(READ_AHEAD_BYTES, READ_BYTES_MAX);
+        let Some(held) = self.index.read().at_offset(partition, from) else {
+            return Ok(ColdRead { batches: Vec::new(), next: from });
+        };
+        let goes_on = self.readers.lock().remove(&(partition, from)).is_some();
+        let index = self.runs.index(&held).await?;
+        let bytes_max = (limits.bytes_max as u64).min(READ_BYTES_MAX);
         for stretch in index.stretches(&held.run, from) {
+            let end = index.reach(&held.run, stretch.start, bytes_max);
+            if goes_on {
+                self.fetch_ahead(partition, &held, end);
+            }
             // Records in a hole before the next batch: the stretch after this one has it.
-            if let Some(read) = self.chunk(&held, &index, stretch, bytes_max).await?.read(from, limits) {
+            if let Some(read) = self.runs.span(&held, stretch.start..end).await?.read(from, limits) {
+                self.readers.lock().insert((partition, read.next), (), 1);
                 return Ok(read);
             }
         }
-        let path = self.keys.segment(&held.object);
+        let path = self.runs.keys.segment(&held.object);
         Err(ReadError::Corrupt(format!("{path} has no batch at {from}, its manifest says it has")))
+    }
+
+    /// Fetches what a reader that has reached `end` within `held` wants next: the chunk after that, or the next run's
+    /// index and first chunk. Skipped where enough is on its way already, and where there is no runtime.
+    fn fetch_ahead(&self, partition: Partition, held: &HeldRun, end: u64) {
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let next_chunk = chunk_start((held.run.position + end).saturating_sub(1)).saturating_add(CHUNK_BYTES);
+        let is_within = next_chunk < held.run.position + held.run.length;
+        let next = match is_within {
+            true => Some((*held, next_chunk)),
+            false => self.index.read().at_offset(partition, held.run.next).map(|next| (next, next.run.position)),
+        };
+        let Some((held, position)) = next.filter(|(held, position)| !self.runs.is_coming(held, *position)) else {
+            return;
+        };
+        let Ok(permit) = self.ahead.clone().try_acquire_owned() else { return };
+        let runs = self.runs.clone();
+        runtime.spawn(async move {
+            let _permit = permit;
+            // A failure is met again by the reader, who reports it.
+            let _ = tokio::join!(runs.index(&held), runs.chunks.fetch_ahead(object(&held), position));
+        });
     }
 
     /// The partition's runs that hold records at or after `from`.
@@ -140,10 +159,10 @@ impl Cold {
         at: TimestampMs,
     ) -> Result<Option<TimePoint>, ReadError> {
         for held in self.runs_from(partition, from).into_iter().filter(|held| held.run.max_timestamp >= at) {
-            let index = self.run_index(&held).await?;
+            let index = self.runs.index(&held).await?;
             for stretch in index.stretches(&held.run, from).filter(|stretch| stretch.max_timestamp >= at) {
-                let chunk = self.chunk(&held, &index, stretch, 0).await?;
-                let found = chunk.batches()?.iter().find_map(|batch| first_at(batch, from, at));
+                let span = self.runs.span(&held, stretch.start..stretch.end).await?;
+                let found = span.batches()?.iter().find_map(|batch| first_at(batch, from, at));
                 if found.is_some() {
                     return Ok(found);
                 }
@@ -161,15 +180,15 @@ impl Cold {
             if best.is_some_and(|best| best.timestamp >= held.run.max_timestamp) {
                 break;
             }
-            let index = self.run_index(&held).await?;
+            let index = self.runs.index(&held).await?;
             let mut stretches: Vec<Stretch> = index.stretches(&held.run, from).collect();
             stretches.sort_by_key(|stretch| (std::cmp::Reverse(stretch.max_timestamp), stretch.start));
             for stretch in stretches {
                 if best.is_some_and(|best| best.timestamp >= stretch.max_timestamp) {
                     break;
                 }
-                let chunk = self.chunk(&held, &index, stretch, 0).await?;
-                for batch in chunk.batches()? {
+                let span = self.runs.span(&held, stretch.start..stretch.end).await?;
+                for batch in span.batches()? {
                     let greatest = greatest(&batch, from);
                     if greatest.is_some_and(|new| best.is_none_or(|best| new.timestamp > best.timestamp)) {
                         best = greatest;
@@ -225,7 +244,68 @@ impl ColdTier for Cold {
     }
 }
 
-impl Chunk {
+impl Runs {
+    /// The index of a run.
+    async fn index(&self, held: &HeldRun) -> Result<Arc<RunIndex>, ReadError> {
+        let key = (held.object, held.run.index_position);
+        if let Some(index) = self.indexes.lock().get(&key) {
+            return Ok(index.clone());
+        }
+        let start = held.run.index_position;
+        let range = start..start + u64::from(held.run.index_length);
+        let index = self.checked(held, range, |bytes| RunIndex::decode(&bytes, &held.run)).await?;
+        let index = Arc::new(index);
+        self.indexes.lock().insert(key, index.clone(), index.memory_bytes() as u64 + ENTRY_BYTES);
+        Ok(index)
+    }
+
+    /// The batches in `range` of a run, which begins and ends with a stretch.
+    async fn span(&self, held: &HeldRun, range: Range<u64>) -> Result<Span, ReadError> {
+        let range = held.run.position + range.start..held.run.position + range.end;
+        self.checked(held, range, Span::parse).await
+    }
+
+    /// What `read` makes of a range of an object. A cache, a proxy or a wire may have damaged it: it has a second try,
+    /// with bytes from the bucket.
+    async fn checked<T, E: std::fmt::Display>(
+        &self,
+        held: &HeldRun,
+        range: Range<u64>,
+        read: impl Fn(Bytes) -> Result<T, E>,
+    ) -> Result<T, ReadError> {
+        let mut is_second = false;
+        loop {
+            let bytes = self.chunks.range(object(held), range.clone()).await.map_err(read_error)?;
+            let error = match read(bytes) {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            self.chunks.forget(held.object, range.clone());
+            if std::mem::replace(&mut is_second, true) {
+                let path = self.keys.segment(&held.object);
+                return Err(ReadError::Corrupt(format!("{path} at {}: {error}", range.start)));
+            }
+        }
+    }
+
+    /// Whether a run's index and the chunk that holds `position` are in memory or on their way.
+    fn is_coming(&self, held: &HeldRun, position: u64) -> bool {
+        let is_known = self.indexes.lock().contains(&(held.object, held.run.index_position));
+        let is_known = is_known || self.chunks.is_coming(held.object, held.run.index_position);
+        is_known && self.chunks.is_coming(held.object, position)
+    }
+
+    fn retain(&self, live: &HashSet<SegmentId>) {
+        self.indexes.lock().retain(|(object, _)| live.contains(object));
+        self.chunks.retain(live);
+    }
+}
+
+fn object(held: &HeldRun) -> Object {
+    Object { id: held.object, bytes: held.object_bytes }
+}
+
+impl Span {
     fn parse(bytes: Bytes) -> Result<Self, shared::batch::BatchError> {
         let mut rest = bytes.clone();
         let mut batches = Vec::new();
@@ -236,12 +316,6 @@ impl Chunk {
             start = end;
         }
         Ok(Self { bytes, batches })
-    }
-
-    /// Whether a batch that begins here holds `from`: then nothing before this chunk does.
-    fn holds(&self, from: Offset) -> bool {
-        let first = self.bytes.first_chunk::<8>().map(|base| i64::from_be_bytes(*base));
-        first.is_some_and(|base| base <= from) && self.batches.last().is_some_and(|place| place.last >= from)
     }
 
     /// Whole batches from the first that ends at or after `from`, within the limit but one at least.
@@ -293,59 +367,5 @@ fn read_error(error: StoreError) -> ReadError {
     match error {
         StoreError::Missing(key) => ReadError::Corrupt(format!("{key} is named by the manifest and gone")),
         error => ReadError::Storage(error.to_string()),
-    }
-}
-
-/// A small cache bounded in bytes and entries; the entry used longest ago goes first.
-#[derive(Debug)]
-struct Cache<K, V> {
-    kept: Mutex<Kept<K, V>>,
-    bytes_max: usize,
-}
-
-/// Entries, the one used last at the end, and their bytes.
-#[derive(Debug)]
-struct Kept<K, V> {
-    entries: VecDeque<(K, V, usize)>,
-    bytes: usize,
-}
-
-/// Entries are looked through one by one.
-const CACHE_ENTRIES_MAX: usize = 512;
-
-impl<K: PartialEq + Copy, V: Clone> Cache<K, V> {
-    fn new(bytes_max: usize) -> Self {
-        Self { kept: Mutex::new(Kept { entries: VecDeque::new(), bytes: 0 }), bytes_max }
-    }
-
-    fn get(&self, wanted: impl Fn(&K) -> bool) -> Option<V> {
-        self.find(|key, _| wanted(key))
-    }
-
-    fn find(&self, wanted: impl Fn(&K, &V) -> bool) -> Option<V> {
-        let entries = &mut self.kept.lock().entries;
-        let at = entries.iter().position(|(key, value, _)| wanted(key, value))?;
-        let entry = entries.remove(at)?;
-        let value = entry.1.clone();
-        entries.push_back(entry);
-        Some(value)
-    }
-
-    fn put(&self, key: K, value: V, bytes: usize) {
-        if bytes > self.bytes_max {
-            return;
-        }
-        let Kept { entries, bytes: held } = &mut *self.kept.lock();
-        if let Some(at) = entries.iter().position(|(found, _, _)| *found == key)
-            && let Some((_, _, old)) = entries.remove(at)
-        {
-            *held -= old;
-        }
-        entries.push_back((key, value, bytes));
-        *held += bytes;
-        while *held > self.bytes_max || entries.len() > CACHE_ENTRIES_MAX {
-            let Some((_, _, old)) = entries.pop_front() else { break };
-            *held -= old;
-        }
     }
 }

@@ -3,6 +3,7 @@
 pub(crate) mod faulty;
 mod node;
 pub(crate) mod s3;
+mod tiers;
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -635,7 +636,7 @@ async fn a_node_archives_over_s3_and_comes_back_from_it() {
     check_all(&node).await;
     let log = s3.log.lock().split_off(before);
     let reads = log.iter().filter(|line| line.starts_with("GET prefix/shards/0/segments/")).count();
-    assert_eq!(reads, 16, "index and batches of four partitions in two segments: {log:?}");
+    assert_eq!(reads, 2, "indexes and batches of four partitions in two small segments: {log:?}");
     assert!(!log.iter().any(|line| line.starts_with("HEAD") || line.contains("list-type")), "{log:?}");
 }
 

@@ -3,7 +3,6 @@
 //! What to read is decided under the lock (`plan`), read without it, and cut to whole batches at the end. A block that was
 //! trimmed away in between is in the cold tier by then: the plan is made again.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -16,6 +15,7 @@ use shared::name::{Offset, Partition, TimestampMs};
 use super::Core;
 use super::flight::Inner;
 use super::index::Run;
+use crate::archive::TwoQueue;
 use crate::block::split_batches;
 use crate::wal::WalError;
 
@@ -27,34 +27,19 @@ const PLANS_MAX: usize = 5;
 /// Batches that were read back from the WAL, for the reader who comes for the rest of them. Apart from the tail, so that a
 /// reader far behind takes nothing from readers at the end.
 #[derive(Debug)]
-pub struct ReadCache {
-    runs: HashMap<(u64, u32), Bytes>,
-    /// Oldest first.
-    order: VecDeque<(u64, u32)>,
-    bytes: usize,
-    bytes_max: usize,
-}
+pub struct ReadCache(TwoQueue<(u64, u32), Bytes>);
 
 impl ReadCache {
     pub fn new(bytes_max: usize) -> Self {
-        Self { runs: HashMap::new(), order: VecDeque::new(), bytes: 0, bytes_max }
+        Self(TwoQueue::new(bytes_max as u64))
     }
 
-    fn find(&self, run: &Run) -> Option<Bytes> {
-        self.runs.get(&(run.seq, run.position)).cloned()
+    fn find(&mut self, run: &Run) -> Option<Bytes> {
+        self.0.get(&(run.seq, run.position)).cloned()
     }
 
     fn keep(&mut self, run: &Run, bytes: &Bytes) {
-        let key = (run.seq, run.position);
-        if self.runs.insert(key, bytes.clone()).is_some() {
-            return;
-        }
-        self.bytes += bytes.len();
-        self.order.push_back(key);
-        while self.bytes > self.bytes_max {
-            let Some(oldest) = self.order.pop_front() else { break };
-            self.bytes -= self.runs.remove(&oldest).map_or(0, |bytes| bytes.len());
-        }
+        self.0.insert((run.seq, run.position), bytes.clone(), bytes.len() as u64);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -10,8 +11,8 @@ use futures_util::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
-    PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    CopyOptions, Error, GetOptions, GetRange, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
+    ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 use parking_lot::Mutex;
 
@@ -30,6 +31,27 @@ pub struct Plan {
     pub seed: u64,
     /// Writes done.
     pub writes: u32,
+    /// Reads are never answered.
+    pub silent: bool,
+    /// How long a read takes.
+    pub latency: Duration,
+    /// What was asked, but for writes.
+    pub asked: Asked,
+}
+
+/// Requests that write nothing, by kind.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// GETs of a range.
+    pub ranges: usize,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// GETs of whole objects.
+    pub wholes: usize,
+    /// HEADs.
+    pub heads: usize,
+    /// LISTs.
+    pub lists: usize,
 }
 
 /// The store; clones share the content.
@@ -83,6 +105,24 @@ impl Faulty {
         }
     }
 
+    /// What was asked since this was called last.
+    pub fn asked(&self) -> Asked {
+        std::mem::take(&mut self.plan.lock().asked)
+    }
+
+    fn note(&self, options: &GetOptions) -> (bool, Duration) {
+        let mut plan = self.plan.lock();
+        match &options.range {
+            _ if options.head => plan.asked.heads += 1,
+            Some(GetRange::Bounded(range)) => {
+                plan.asked.ranges += 1;
+                plan.asked.bytes += range.end - range.start;
+            }
+            _ => plan.asked.wholes += 1,
+        }
+        (plan.silent, plan.latency)
+    }
+
     async fn apply<T>(&self, write: bool, request: impl Future<Output = Result<T>>) -> Result<(T, bool)> {
         match self.fault(write) {
             Fault::None => Ok((request.await?, false)),
@@ -124,6 +164,13 @@ impl ObjectStore for Faulty {
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
+        let (silent, latency) = self.note(&options);
+        if silent {
+            std::future::pending::<()>().await;
+        }
+        if !latency.is_zero() {
+            tokio::time::sleep(latency).await;
+        }
         let (result, cut) = self.apply(false, self.inner.get_opts(location, options)).await?;
         if !cut {
             return Ok(result);
@@ -144,6 +191,7 @@ impl ObjectStore for Faulty {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.plan.lock().asked.lists += 1;
         match self.fault(false) {
             Fault::None => self.inner.list(prefix),
             _ => futures_util::stream::once(async { Err(error("503")) }).boxed(),
@@ -151,6 +199,7 @@ impl ObjectStore for Faulty {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.plan.lock().asked.lists += 1;
         self.inner.list_with_delimiter(prefix).await
     }
 
