@@ -8,11 +8,13 @@ mod archiver;
 mod claim;
 mod cold;
 mod identity;
+mod pace;
 mod shipper;
 mod splitter;
 mod store;
 #[cfg(test)]
 mod tests;
+pub mod tool;
 
 use bytes::Bytes;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
@@ -20,7 +22,7 @@ use shared::name::{Offset, Partition, TimestampMs};
 
 pub use archiver::{Archive, ArchiveError, ArchiveSettings, ArchiveStatus};
 pub use cold::Cold;
-pub use store::{RequestSettings, Requests, Store, StoreError};
+pub use store::{RequestSettings, Requests, STORAGE_CLASS, Store, StoreError};
 
 /// Archived batches, readable by offset and time. All answers are about whole batches with their CRC checked.
 pub trait ColdTier: Send + Sync + 'static {

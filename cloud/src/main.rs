@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
 use cloud::admin::{Node, render};
-use cloud::archive::{Archive, ArchiveSettings};
+use cloud::archive::{Archive, ArchiveSettings, tool};
 use cloud::catalogue::{Catalogue, CatalogueSettings};
 use cloud::config::CloudConfig;
 use cloud::front::{Broker, FrontSettings, Listener};
@@ -44,6 +44,9 @@ enum Command {
     Run(SettingsArgs),
     /// Checks the settings and prints each effective value with its origin.
     Check(SettingsArgs),
+    /// Looks into an archive, checks it or copies it, without a running broker.
+    #[command(subcommand)]
+    Archive(tool::ArchiveCommand),
     /// Prints topics, partitions and edges of a running broker.
     Status {
         /// The broker's admin port.
@@ -64,6 +67,10 @@ fn main() -> anyhow::Result<()> {
         Command::Check(args) => {
             print!("{}", load(&args)?.describe()?);
             Ok(())
+        }
+        Command::Archive(command) => {
+            let config = command.settings().load::<CloudConfig>(ENV_PREFIX)?.settings;
+            std::process::exit(runtime.block_on(tool::run(&command, &config, aws_variables())))
         }
         Command::Status { admin } => {
             print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
@@ -188,10 +195,16 @@ fn open_wal(config: &CloudConfig, data_dir: &Path, wal_id: u64) -> anyhow::Resul
     Ok(FileWal::open(Box::new(directory), settings, wal_id)?)
 }
 
+/// Credentials, region and endpoint of an `s3://` store.
+fn aws_variables() -> Vec<(String, String)> {
+    std::env::vars().filter(|(name, _)| name.starts_with("AWS_")).collect()
+}
+
 fn archive_settings(config: &CloudConfig, data_dir: &Path) -> anyhow::Result<ArchiveSettings> {
     Ok(ArchiveSettings {
         url: config.archive_url().map_err(|text| anyhow!(text))?,
-        store_options: std::env::vars().filter(|(name, _)| name.starts_with("AWS_")).collect(),
+        store_options: config.archive.store_options(aws_variables()),
+        requests: config.archive.requests(),
         data_dir: data_dir.to_owned(),
         shard: SHARD,
         max_lag: config.archive.max_lag.0,
