@@ -2,6 +2,7 @@
 
 mod damage;
 mod lab;
+mod reader;
 mod restore;
 
 use std::collections::BTreeMap;
