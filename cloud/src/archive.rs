@@ -9,11 +9,13 @@ mod cache;
 mod claim;
 mod cold;
 mod identity;
+mod pace;
 mod shipper;
 mod splitter;
 mod store;
 #[cfg(test)]
 pub(crate) mod tests;
+pub mod tool;
 
 use bytes::Bytes;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
@@ -23,7 +25,7 @@ pub use archiver::{Archive, ArchiveError, ArchiveSettings, ArchiveStatus};
 pub(crate) use cache::TwoQueue;
 pub use cache::{CacheStatus, DiskCache};
 pub use cold::Cold;
-pub use store::{RequestSettings, Requests, Store, StoreError, backoff};
+pub use store::{RequestSettings, Requests, STORAGE_CLASS, Store, StoreError, backoff};
 
 /// Archived batches, readable by offset and time. All answers are about whole batches with their CRC checked.
 pub trait ColdTier: Send + Sync + 'static {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use shared::config::{ByteSize, ListenAddr, Secret, Span, TlsFiles};
 use shared::name::{EdgeId, TopicName};
 
+use crate::archive::{RequestSettings, STORAGE_CLASS};
 use crate::state::Engine;
 
 /// `cloud.toml`.
@@ -159,6 +160,16 @@ pub struct ArchiveConfig {
     /// Most bytes of `DATA_DIR/cache`, where what was read from the bucket is kept; 0 is off. When absent: 1 GiB for a
     /// bucket, off where the archive is a directory.
     pub disk_cache_bytes: Option<ByteSize>,
+    /// Server-side encryption of an `s3://` store: `AES256` or `aws:kms`; the bucket's own setting when absent.
+    pub sse: Option<String>,
+    /// The key for `aws:kms`; the account's when absent.
+    pub sse_kms_key_id: Option<String>,
+    /// Storage class of segments in an `s3://` store; the bucket's when absent.
+    pub storage_class: Option<String>,
+    /// Second and further attempts that all requests may make together before some succeed again.
+    pub retry_budget: u32,
+    /// Bytes per second of shipping, splitting and the command-line tool; without bound when absent.
+    pub bandwidth_max: Option<ByteSize>,
 }
 
 impl Default for ArchiveConfig {
@@ -169,9 +180,78 @@ impl Default for ArchiveConfig {
             segment_bytes: ByteSize(64 << 20),
             segment_age: Span::secs(600),
             disk_cache_bytes: None,
+            sse: None,
+            sse_kms_key_id: None,
+            storage_class: None,
+            retry_budget: RequestSettings::default().retry_budget,
+            bandwidth_max: None,
         }
     }
 }
+
+impl ArchiveConfig {
+    /// How requests to the store are made.
+    pub fn requests(&self) -> RequestSettings {
+        RequestSettings {
+            retry_budget: self.retry_budget,
+            bandwidth_max: self.bandwidth_max.map(|bytes| bytes.0),
+            ..RequestSettings::default()
+        }
+    }
+
+    /// The options of the store: those of the environment, and over them those of the settings.
+    pub fn store_options(&self, environment: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
+        let said = [
+            ("aws_server_side_encryption", &self.sse),
+            ("aws_sse_kms_key_id", &self.sse_kms_key_id),
+            (STORAGE_CLASS, &self.storage_class),
+        ];
+        let said = said.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
+        environment.into_iter().chain(said).collect()
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let s3 = self.url.as_deref().is_some_and(|url| url.starts_with("s3://"));
+        for (key, value) in
+            [("sse", &self.sse), ("sse_kms_key_id", &self.sse_kms_key_id), ("storage_class", &self.storage_class)]
+        {
+            if value.is_some() && !s3 {
+                return Err(format!("[archive] {key} means nothing without url = \"s3://...\": leave it out"));
+            }
+        }
+        match self.sse.as_deref() {
+            None | Some("AES256" | "aws:kms") => {}
+            Some(other) => return Err(format!("[archive] sse = {other:?}: expected \"AES256\" or \"aws:kms\"")),
+        }
+        if self.sse_kms_key_id.is_some() && self.sse.as_deref() != Some("aws:kms") {
+            return Err("[archive] sse_kms_key_id is for sse = \"aws:kms\": set that, or leave the key out".into());
+        }
+        if let Some(class) = &self.storage_class {
+            if matches!(class.as_str(), "GLACIER" | "DEEP_ARCHIVE") {
+                return Err(format!(
+                    "[archive] storage_class = {class:?}: its objects cannot be read at once, and consumers must. \
+                     Use one that can, as STANDARD_IA or GLACIER_IR"
+                ));
+            }
+            if class.is_empty() || !class.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_') {
+                return Err(format!("[archive] storage_class = {class:?}: expected a name as STANDARD_IA"));
+            }
+        }
+        if self.bandwidth_max.is_some_and(|bytes| bytes.0 < BANDWIDTH_MIN) {
+            return Err(format!("[archive] bandwidth_max: expected {BANDWIDTH_MIN} bytes per second or more"));
+        }
+        // One object is one conditional PUT, whose body is held in memory.
+        if self.segment_bytes.0 > SEGMENT_BYTES_MAX {
+            return Err(format!("[archive] segment_bytes: expected {SEGMENT_BYTES_MAX} or less"));
+        }
+        Ok(())
+    }
+}
+
+/// Below this, shipping could not even keep up with its own blocks.
+const BANDWIDTH_MIN: u64 = 16 << 10;
+/// Largest segment that may be asked for.
+const SEGMENT_BYTES_MAX: u64 = 512 << 20;
 
 /// `[wal]`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -326,6 +406,7 @@ impl CloudConfig {
             let given = self.disk_cache_bytes();
             return Err(format!("[archive] disk_cache_bytes = {given}: expected 16 MiB or more, or 0 for none"));
         }
+        self.archive.check()?;
         self.archive_url().map(drop)
     }
 }
@@ -421,6 +502,30 @@ mod tests {
             .check()
             .unwrap();
         assert!(toml::from_str::<CloudConfig>("[[topic]]\nname = \"a\"\nengine = \"tape\"").is_err());
+    }
+
+    #[test]
+    fn store_options_that_cannot_work_are_refused_with_the_reason() {
+        let s3 = "[archive]\nurl = \"s3://bucket/p\"\n";
+        for (bad, reason) in [
+            ("[archive]\nsse = \"AES256\"", "s3://"),
+            (&format!("{s3}sse = \"rot13\""), "AES256"),
+            (&format!("{s3}sse = \"AES256\"\nsse_kms_key_id = \"k\""), "aws:kms"),
+            (&format!("{s3}storage_class = \"DEEP_ARCHIVE\""), "cannot be read at once"),
+            (&format!("{s3}storage_class = \"standard\""), "STANDARD_IA"),
+            (&format!("{s3}bandwidth_max = 100"), "16384"),
+            (&format!("{s3}segment_bytes = \"1 GiB\""), "536870912"),
+        ] {
+            let refused = parse(bad).check().unwrap_err();
+            assert!(refused.contains(reason), "{bad}: {refused}");
+        }
+        let good = parse(&format!(
+            "{s3}sse = \"aws:kms\"\nsse_kms_key_id = \"k\"\nstorage_class = \"STANDARD_IA\"\nbandwidth_max = \"8 MiB\""
+        ));
+        good.check().unwrap();
+        assert_eq!(good.archive.requests().bandwidth_max, Some(8 << 20));
+        let options = good.archive.store_options([("AWS_REGION".to_owned(), "here".to_owned())]);
+        assert_eq!(options.len(), 4, "{options:?}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
 use cloud::admin::{Node, render};
+use cloud::archive::tool;
 use cloud::catalogue::{Catalogue, CatalogueSettings, EngineRule, Placement};
 use cloud::config::CloudConfig;
 use cloud::front::{Broker, FrontSettings, Listener};
@@ -43,6 +44,9 @@ enum Command {
     Run(SettingsArgs),
     /// Checks the settings and prints each effective value with its origin.
     Check(SettingsArgs),
+    /// Looks into an archive, checks it or copies it, without a running broker.
+    #[command(subcommand)]
+    Archive(tool::ArchiveCommand),
     /// Prints topics, partitions and edges of a running broker.
     Status {
         /// The broker's admin port.
@@ -63,6 +67,10 @@ fn main() -> anyhow::Result<()> {
         Command::Check(args) => {
             print!("{}", load(&args)?.describe()?);
             Ok(())
+        }
+        Command::Archive(command) => {
+            let config = command.settings().load::<CloudConfig>(ENV_PREFIX)?.settings;
+            std::process::exit(runtime.block_on(tool::run(&command, &config, aws_variables())))
         }
         Command::Status { admin } => {
             print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
@@ -138,7 +146,7 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     std::fs::create_dir_all(&data_dir)
         .with_context(|| format!("data_dir = \"{}\" cannot be made or written", data_dir.display()))?;
     let clock: Clock = Arc::new(wall_ms);
-    let Opened { shards, archives, cluster_id } = open::open(config, &data_dir, clock).await?;
+    let Opened { shards, archives, cluster_id } = open::open(config, &data_dir, clock, aws_variables()).await?;
     info!(node = config.node_id, cluster = cluster_id, shards = shards.members().len(), data_dir = %data_dir.display(), "log is open");
 
     let (stop, stopping) = watch::channel(false);
@@ -171,6 +179,11 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     let serving = daemon::admin::serve(admin, observed, collector, axum::Router::new(), stopping);
     tasks.spawn(async move { serving.await.context("[admin] listen") });
     Ok(Started { node, stop, tasks })
+}
+
+/// Credentials, region and endpoint of an `s3://` store.
+fn aws_variables() -> Vec<(String, String)> {
+    std::env::vars().filter(|(name, _)| name.starts_with("AWS_")).collect()
 }
 
 async fn kafka(

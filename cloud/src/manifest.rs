@@ -305,6 +305,11 @@ impl Keys {
     }
 }
 
+/// Whether a key is a segment's.
+pub fn is_segment(key: &Path) -> bool {
+    key.as_ref().rsplit('/').nth(1) == Some("segments")
+}
+
 /// Epoch of the owner that wrote the segment with this key.
 pub fn epoch_of_segment(key: &Path) -> Option<u32> {
     key.filename().and_then(|name| name.split('-').nth(1)).and_then(|epoch| epoch.parse().ok())
@@ -405,6 +410,8 @@ mod tests {
             "a/b/shards/0/segments/00000000000000000300-00000003-0001-0000000000000004"
         );
         assert_eq!(sequence_of(&keys.segment(&id)), None);
+        assert!(is_segment(&keys.segment(&id)));
+        assert!(!is_segment(&keys.wal(1)) && !is_segment(&Path::from("segments")));
     }
 
     proptest! {

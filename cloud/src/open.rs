@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use cloud::archive::{Archive, ArchiveSettings, DiskCache, Recovered, RequestSettings};
+use cloud::archive::{Archive, ArchiveSettings, DiskCache, Recovered};
 use cloud::config::CloudConfig;
 use cloud::shard::{Clock, LocalWal, Shard, ShardSettings};
 use cloud::shards::{Member, Shards, assign, reserve_offsets};
@@ -35,12 +35,20 @@ struct Opener<'a> {
     clock: Clock,
     archives: BTreeMap<u32, Arc<Archive>>,
     cache: Option<Arc<DiskCache>>,
+    /// Credentials, region and endpoint of an `s3://` store.
+    aws_variables: Vec<(String, String)>,
 }
 
 /// Opens every shard there is, and those that the settings add.
-pub async fn open(config: &CloudConfig, data_dir: &Path, clock: Clock) -> anyhow::Result<Opened> {
+pub async fn open(
+    config: &CloudConfig,
+    data_dir: &Path,
+    clock: Clock,
+    aws_variables: Vec<(String, String)>,
+) -> anyhow::Result<Opened> {
     let cache = disk_cache(config, data_dir);
-    let mut opener = Opener { config, data_dir: data_dir.to_owned(), clock, archives: BTreeMap::new(), cache };
+    let mut opener =
+        Opener { config, data_dir: data_dir.to_owned(), clock, archives: BTreeMap::new(), cache, aws_variables };
     let wanted = config.shards.wanted();
     let first = if config.shards.file > 0 { Engine::File } else { Engine::Object };
     let catalogue = opener.durable(CATALOGUE, first).await?;
@@ -148,13 +156,13 @@ impl Opener<'_> {
 
     fn archive_settings(&self, number: u32, engine: Engine) -> anyhow::Result<ArchiveSettings> {
         let config = &self.config.archive;
-        let mut requests = RequestSettings::default();
+        let mut requests = config.requests();
         if engine == Engine::Object {
             requests.timeout = BLOCK_PUT_TIMEOUT;
         }
         Ok(ArchiveSettings {
             url: self.config.archive_url().map_err(|text| anyhow!(text))?,
-            store_options: std::env::vars().filter(|(name, _)| name.starts_with("AWS_")).collect(),
+            store_options: config.store_options(self.aws_variables.iter().cloned()),
             data_dir: self.data_dir.clone(),
             shard: number,
             owns_wal: engine == Engine::Object,

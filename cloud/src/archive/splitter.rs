@@ -311,7 +311,7 @@ impl<'a> Splitter<'a> {
         for partition in partitions {
             let held: Vec<HeldRun> = index.runs(partition).filter(|held| held.object == object).copied().collect();
             for HeldRun { run, .. } in held {
-                let bytes = self.archive.store.get_range(&key, run.position..run.position + run.length).await?;
+                let bytes = self.archive.store.get_range_paced(&key, run.position..run.position + run.length).await?;
                 group.push((partition, vec![(bytes, run.appended_ms)]));
             }
         }

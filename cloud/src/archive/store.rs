@@ -7,17 +7,21 @@
 use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
+use object_store::Attribute;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
     BackoffConfig, ClientOptions, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode,
-    PutPayload, RetryConfig,
+    PutOptions, PutPayload, RetryConfig,
 };
+
+use super::pace::{Pacer, RetryBudget};
+use crate::manifest::is_segment;
 
 /// Why a store could not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -65,6 +69,12 @@ pub struct RequestSettings {
     pub attempts: u32,
     /// The pause before the second attempt, doubled for each further one, with jitter.
     pub backoff: Duration,
+    /// Second and further attempts that all requests of a store may make together before some succeed again: ten
+    /// successes earn one. An outage then costs each caller one attempt, and not several times the load.
+    pub retry_budget: u32,
+    /// Bytes per second of bodies that nobody waits for: shipping, splitting, the command-line tool. Not of what
+    /// consumers read. `None` is without bound.
+    pub bandwidth_max: Option<u64>,
 }
 
 impl Default for RequestSettings {
@@ -74,6 +84,8 @@ impl Default for RequestSettings {
             bytes_per_sec_min: 512 * 1024,
             attempts: 4,
             backoff: Duration::from_millis(100),
+            retry_budget: 100,
+            bandwidth_max: None,
         }
     }
 }
@@ -95,6 +107,12 @@ pub struct Requests {
     pub deletes: AtomicU64,
     /// Attempts that failed.
     pub errors: AtomicU64,
+    /// Second and further attempts.
+    pub retries: AtomicU64,
+    /// Attempts that were not made because the retry budget was used up.
+    pub retries_refused: AtomicU64,
+    /// Milliseconds that bodies waited for the bandwidth limit.
+    pub paced_ms: AtomicU64,
 }
 
 fn count(counter: &AtomicU64, by: u64) {
@@ -107,24 +125,47 @@ pub struct Store {
     inner: Arc<dyn ObjectStore>,
     prefix: Path,
     settings: RequestSettings,
+    /// What segments are stored as.
+    storage_class: Option<String>,
+    retries: RetryBudget,
+    pacer: Option<Pacer>,
     requests: Requests,
 }
 
 impl Store {
     /// Uses `inner`, below `prefix`.
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: Path, settings: RequestSettings) -> Self {
-        Self { inner, prefix, settings, requests: Requests::default() }
+        let retries = RetryBudget::new(settings.retry_budget);
+        let pacer = settings.bandwidth_max.map(Pacer::new);
+        Self { inner, prefix, settings, storage_class: None, retries, pacer, requests: Requests::default() }
     }
 
-    /// Opens `file:///directory` or `s3://bucket/prefix`. `options` are the `AWS_*` variables, as main read them.
+    /// Opens `file:///directory` or `s3://bucket/prefix`. `options` are the `AWS_*` variables, as main read them, and
+    /// [`STORAGE_CLASS`].
     pub fn open(url: &str, options: &[(String, String)], settings: RequestSettings) -> Result<Self, StoreError> {
-        let refused = |reason: String| StoreError::Url { url: url.to_owned(), reason };
-        if let Some(directory) = url.strip_prefix("file://") {
-            if !directory.starts_with('/') {
-                return Err(refused("expected file:///ABSOLUTE/PATH".into()));
-            }
-            return Self::directory(FilePath::new(directory), settings);
+        if let Some(directory) = local_directory(url)? {
+            return Self::directory(directory, settings);
         }
+        Self::s3(url, options, settings)
+    }
+
+    /// As [`Store::open`], but a directory that is not there is an error and is not made.
+    pub fn open_existing(
+        url: &str,
+        options: &[(String, String)],
+        settings: RequestSettings,
+    ) -> Result<Self, StoreError> {
+        if let Some(directory) = local_directory(url)? {
+            if !directory.is_dir() {
+                return Err(StoreError::Url { url: url.to_owned(), reason: "there is no such directory".into() });
+            }
+            return Self::directory(directory, settings);
+        }
+        Self::s3(url, options, settings)
+    }
+
+    fn s3(url: &str, options: &[(String, String)], settings: RequestSettings) -> Result<Self, StoreError> {
+        let refused = |reason: String| StoreError::Url { url: url.to_owned(), reason };
         let Some(rest) = url.strip_prefix("s3://") else {
             return Err(refused("expected file:///ABSOLUTE/PATH or s3://BUCKET/PREFIX".into()));
         };
@@ -141,7 +182,12 @@ impl Store {
         };
         let mut client = ClientOptions::new().with_timeout(CLIENT_TIMEOUT).with_connect_timeout(settings.timeout);
         let mut builder = AmazonS3Builder::new();
+        let mut storage_class = None;
         for (key, value) in options {
+            if key == STORAGE_CLASS {
+                storage_class = Some(value.clone());
+                continue;
+            }
             let Ok(known) = key.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() else { continue };
             if matches!(known, AmazonS3ConfigKey::Endpoint) && value.starts_with("http://") {
                 client = client.with_allow_http(true);
@@ -152,7 +198,7 @@ impl Store {
         // One object at a time goes; the bulk call is what S3's likenesses lack most often.
         let built = builder.with_disable_bulk_delete(true).build();
         let inner = built.map_err(|e| refused(e.to_string()))?;
-        Ok(Self::new(Arc::new(inner), prefix, settings))
+        Ok(Self { storage_class, ..Self::new(Arc::new(inner), prefix, settings) })
     }
 
     /// Opens a directory, which is made if need be. Every write is synced, file and directory.
@@ -183,11 +229,15 @@ impl Store {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let mut last = None;
         for attempt in 0..self.settings.attempts.max(1) {
-            self.pause(attempt).await;
+            if !self.may_try(attempt).await {
+                break;
+            }
+            self.pace(bytes as u64).await;
             let payload: PutPayload = chunks.iter().cloned().collect();
-            let put = self.inner.put_opts(key, payload, PutMode::Create.into());
+            let put = self.inner.put_opts(key, payload, self.put_options(key));
             last = Some(match self.timed_for(self.patience(bytes as u64), "PUT", key, put).await {
                 Ok(_) => {
+                    self.retries.succeeded();
                     count(&self.requests.puts, 1);
                     count(&self.requests.put_bytes, bytes as u64);
                     return Ok(());
@@ -208,6 +258,15 @@ impl Store {
         Err(last.unwrap_or_else(|| unanswered("PUT", key)))
     }
 
+    fn put_options(&self, key: &Path) -> PutOptions {
+        let mut options = PutOptions::from(PutMode::Create);
+        // The rest lives for minutes or is read at each start: classes for long storage would cost more there.
+        if let Some(class) = self.storage_class.as_ref().filter(|_| is_segment(key)) {
+            options.attributes.insert(Attribute::StorageClass, class.clone().into());
+        }
+        options
+    }
+
     /// A whole object of at most `bytes_max` bytes.
     pub async fn get(&self, key: &Path, bytes_max: u64) -> Result<Bytes, StoreError> {
         self.repeated(|| self.get_once(key, None, bytes_max)).await
@@ -220,6 +279,12 @@ impl Store {
         }
         let length = range.end - range.start;
         self.repeated(|| self.get_once(key, Some(GetRange::Bounded(range.clone())), length)).await
+    }
+
+    /// As [`Store::get_range`], within the bandwidth limit: for readers that nobody waits for.
+    pub async fn get_range_paced(&self, key: &Path, range: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
+        self.pace(range.end.saturating_sub(range.start)).await;
+        self.get_range(key, range).await
     }
 
     async fn get_once(&self, key: &Path, range: Option<GetRange>, bytes_max: u64) -> Result<Bytes, StoreError> {
@@ -272,12 +337,17 @@ impl Store {
         let mut found = self
             .repeated(|| async {
                 count(&self.requests.lists, 1);
-                let listing = self.inner.list(Some(prefix)).try_collect::<Vec<ObjectMeta>>();
-                match self.timed("LIST", prefix, listing).await {
-                    Ok(found) => Ok(found),
-                    Err(Attempt::Failed(error)) => Err(error),
-                    Err(Attempt::Exists(reason)) => {
-                        Err(StoreError::Failed { operation: "LIST", key: prefix.clone(), reason })
+                let mut listing = self.inner.list(Some(prefix));
+                let mut found: Vec<ObjectMeta> = Vec::new();
+                // Each step has its own time: a million objects are a thousand answers.
+                loop {
+                    match self.timed("LIST", prefix, listing.try_next()).await {
+                        Ok(Some(object)) => found.push(object),
+                        Ok(None) => return Ok(found),
+                        Err(Attempt::Failed(error)) => return Err(error),
+                        Err(Attempt::Exists(reason)) => {
+                            return Err(StoreError::Failed { operation: "LIST", key: prefix.clone(), reason });
+                        }
                     }
                 }
             })
@@ -313,15 +383,21 @@ impl Store {
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        let mut number = 0;
-        loop {
-            self.pause(number).await;
-            number += 1;
-            match attempt().await {
-                Err(StoreError::Failed { reason, .. }) if number < self.settings.attempts && reason != TOO_LARGE => {}
-                answer => return answer,
+        let mut answer = attempt().await;
+        for number in 1..self.settings.attempts {
+            match &answer {
+                Err(StoreError::Failed { reason, .. }) if reason != TOO_LARGE => {}
+                _ => break,
             }
+            if !self.may_try(number).await {
+                break;
+            }
+            answer = attempt().await;
         }
+        if answer.is_ok() {
+            self.retries.succeeded();
+        }
+        answer
     }
 
     /// How long a request with a body may take: a slow line is not a dead one.
@@ -362,10 +438,44 @@ impl Store {
         })
     }
 
-    async fn pause(&self, attempt: u32) {
-        if attempt > 0 {
-            tokio::time::sleep(backoff(self.settings.backoff, attempt)).await;
+    /// Waits before a further attempt, if the budget has one left.
+    async fn may_try(&self, attempt: u32) -> bool {
+        if attempt == 0 {
+            return true;
         }
+        if !self.retries.take() {
+            count(&self.requests.retries_refused, 1);
+            return false;
+        }
+        count(&self.requests.retries, 1);
+        tokio::time::sleep(backoff(self.settings.backoff, attempt)).await;
+        true
+    }
+
+    /// Waits until `bytes` more are within the bandwidth limit: slice by slice, so that a large body does not hold up a
+    /// small one for long.
+    async fn pace(&self, bytes: u64) {
+        let Some(pacer) = &self.pacer else { return };
+        let mut left = bytes;
+        while left > 0 {
+            let slice = left.min(pacer.slice());
+            let wait = pacer.take(Instant::now(), slice);
+            count(&self.requests.paced_ms, wait.as_millis() as u64);
+            tokio::time::sleep(wait).await;
+            left -= slice;
+        }
+    }
+}
+
+/// Among a store's options: the class that segments are stored as.
+pub const STORAGE_CLASS: &str = "storage_class";
+
+/// The directory that a `file://` URL names.
+fn local_directory(url: &str) -> Result<Option<&FilePath>, StoreError> {
+    match url.strip_prefix("file://") {
+        Some(directory) if directory.starts_with('/') => Ok(Some(FilePath::new(directory))),
+        Some(_) => Err(StoreError::Url { url: url.to_owned(), reason: "expected file:///ABSOLUTE/PATH".into() }),
+        None => Ok(None),
     }
 }
 

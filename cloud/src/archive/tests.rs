@@ -641,6 +641,109 @@ async fn a_node_archives_over_s3_and_comes_back_from_it() {
 }
 
 #[tokio::test]
+async fn objects_are_encrypted_and_stored_as_the_settings_say() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let s3 = s3::S3 { page: 100, ..s3::S3::default() };
+    let variables = s3.serve().await;
+    let archived = async |said: &str, prefix: &str| {
+        let text = format!("[archive]\nurl = \"s3://bucket/{prefix}\"\n{said}");
+        let config: crate::config::CloudConfig = toml::from_str(&text).unwrap();
+        config.check().unwrap();
+        let mut home = Home::new();
+        let with = ArchiveSettings {
+            url: config.archive_url().unwrap(),
+            store_options: config.archive.store_options(variables.clone()),
+            requests: RequestSettings { timeout: Duration::from_secs(20), ..config.archive.requests() },
+            ..settings(home.dir.path().into())
+        };
+        s3.headers.lock().clear();
+        let node = Node::start_with(&mut home, None, with).await.unwrap();
+        produce(&node, 6);
+        node.split().await;
+        check_all(&node).await;
+        s3.headers.lock().clone()
+    };
+    let header =
+        |headers: &http::HeaderMap, name: &str| headers.get(name).map(|value| value.to_str().unwrap().to_owned());
+    const SSE: &str = "x-amz-server-side-encryption";
+    const KEY: &str = "x-amz-server-side-encryption-aws-kms-key-id";
+    const CLASS: &str = "x-amz-storage-class";
+
+    let plain = archived("", "plain").await;
+    assert!(plain.len() > 5);
+    for (key, headers) in plain {
+        assert!([SSE, KEY, CLASS].iter().all(|name| header(&headers, name).is_none()), "{key}");
+    }
+    for (key, headers) in archived("sse = \"AES256\"", "aes").await {
+        assert_eq!(header(&headers, SSE).as_deref(), Some("AES256"), "{key}");
+        assert_eq!(header(&headers, KEY), None, "{key}");
+    }
+    let all = "sse = \"aws:kms\"\nsse_kms_key_id = \"arn:key/1\"\nstorage_class = \"GLACIER_IR\"";
+    let mut segments = 0;
+    for (key, headers) in archived(all, "kms").await {
+        assert_eq!(header(&headers, SSE).as_deref(), Some("aws:kms"), "{key}");
+        assert_eq!(header(&headers, KEY).as_deref(), Some("arn:key/1"), "{key}");
+        let segment = key.contains("/segments/");
+        segments += usize::from(segment);
+        // Roots, pages and shipped blocks live for minutes: a class that bills by the month is not for them.
+        assert_eq!(header(&headers, CLASS).as_deref(), segment.then_some("GLACIER_IR"), "{key}");
+    }
+    assert!(segments > 0);
+}
+
+#[tokio::test]
+async fn in_an_outage_further_attempts_end_with_their_budget() {
+    let faulty = Faulty::new();
+    let requests = RequestSettings { retry_budget: 5, attempts: 4, ..settings(".".into()).requests };
+    let store = Store::new(std::sync::Arc::new(faulty.clone()), "p".into(), requests);
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let key = object_store::path::Path::from("p/object");
+    faulty.plan.lock().down = true;
+    for _ in 0..10 {
+        assert!(matches!(store.get(&key, 100).await, Err(StoreError::Failed { .. })));
+        assert!(matches!(store.create(&key, &["x".into()]).await, Err(StoreError::Failed { .. })));
+    }
+    assert_eq!(load(&store.requests().errors), 20 + 5, "twenty callers, and five attempts more for all of them");
+    assert!(load(&store.requests().retries_refused) >= 15);
+    // Every success earns a tenth.
+    faulty.plan.lock().down = false;
+    store.create(&key, &["x".into()]).await.unwrap();
+    for _ in 0..19 {
+        store.get(&key, 100).await.unwrap();
+    }
+    faulty.plan.lock().down = true;
+    for _ in 0..10 {
+        store.get(&key, 100).await.unwrap_err();
+    }
+    assert_eq!(load(&store.requests().errors), 25 + 10 + 2);
+}
+
+#[tokio::test]
+async fn background_bodies_wait_for_the_bandwidth_and_consumers_do_not() {
+    let faulty = Faulty::new();
+    let requests = RequestSettings { bandwidth_max: Some(10_000_000), ..settings(".".into()).requests };
+    let store = Store::new(std::sync::Arc::new(faulty), "p".into(), requests);
+    let paced = || store.requests().paced_ms.load(Ordering::Relaxed);
+    let key = |n: u32| object_store::path::Path::from(format!("p/{n}"));
+    let body = bytes::Bytes::from(vec![7; 1_000_000]);
+    for n in 0..5 {
+        store.create(&key(n), std::slice::from_ref(&body)).await.unwrap();
+    }
+    // Half a second at this rate, of which a quarter may go at once; the clock gives some back.
+    let written = paced();
+    assert!((1..=300).contains(&written), "{written}");
+    for n in 0..5 {
+        store.get_range(&key(n), 0..1_000_000).await.unwrap();
+        store.get(&key(n), 1_000_000).await.unwrap();
+    }
+    assert_eq!(paced(), written, "what consumers read is not held back");
+    store.get_range_paced(&key(0), 0..1_000_000).await.unwrap();
+    store.get_range_paced(&key(1), 0..1_000_000).await.unwrap();
+    store.get_range_paced(&key(2), 0..1_000_000).await.unwrap();
+    assert!(paced() > written);
+}
+
+#[tokio::test]
 async fn an_s3_server_without_conditional_writes_is_refused() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let s3 = s3::S3 { page: 100, careless: true, ..s3::S3::default() };

@@ -263,6 +263,7 @@ pub fn settings(data_dir: PathBuf) -> ArchiveSettings {
             bytes_per_sec_min: u64::MAX,
             attempts: 3,
             backoff: Duration::from_millis(1),
+            ..RequestSettings::default()
         },
         ..ArchiveSettings::default()
     }

@@ -18,6 +18,8 @@ use parking_lot::Mutex;
 pub struct S3 {
     pub content: Arc<InMemory>,
     pub log: Arc<Mutex<Vec<String>>>,
+    /// The headers of each PUT, with its key.
+    pub headers: Arc<Mutex<Vec<(String, HeaderMap)>>>,
     /// Objects a listing page holds.
     pub page: usize,
     /// `If-None-Match` is not looked at, as some servers do.
@@ -49,6 +51,7 @@ impl S3 {
         let key = Path::from(path.as_str());
         match parts.method {
             Method::PUT => {
+                self.headers.lock().push((path.clone(), parts.headers.clone()));
                 let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
                 let create = parts.headers.get(header::IF_NONE_MATCH).is_some_and(|value| value == "*");
                 let mode = if create && !self.careless { PutMode::Create } else { PutMode::Overwrite };
