@@ -21,6 +21,11 @@
 //! | topic id | index | flags | base   | last   | max ts  | position | bytes | batches |
 //! |          | u32   | u32   | offset | offset | ms i64  | u32      | u32   | u32     |
 //! +----------+-------+-------+--------+--------+---------+----------+-------+---------+
+//! claim mark, at the end of the first object of blocks that a node ships after a claim:
+//! +-------+-------+-------+-----+
+//! | magic | epoch | nonce | crc |
+//! | TRBM  | u32   | u64   | u32 |
+//! +-------+-------+-------+-----+
 //! ```
 //! All integers big-endian. `position` counts from the block's first byte. Flag bit 0: a batch of an idempotent producer is
 //! among them; bit 1: a transactional one. Other bits are zero. Both CRCs are CRC-32C: the header's over bytes 0..52, the
@@ -41,11 +46,32 @@ pub const ENTRY_BYTES: usize = 60;
 /// Largest block that is read. The shard closes blocks far earlier; this bounds what damage can make us allocate.
 pub const BLOCK_BYTES_MAX: usize = 256 * 1024 * 1024;
 
+/// First bytes of a claim mark.
+const MARK_MAGIC: [u8; 4] = *b"TRBM";
+const MARK_BYTES: usize = 20;
+
 const VERSION: u16 = 1;
 const CRC_BYTES: usize = 4;
 const HEADER_CRC_AT: usize = HEADER_BYTES - CRC_BYTES;
 const IDEMPOTENT: u32 = 1;
 const TRANSACTIONAL: u32 = 2;
+
+/// What makes an object of blocks unlike every other owner's, although the blocks may be the same: a data directory that
+/// was copied holds blocks that the original ships too, and what both could write would keep neither of them out.
+pub fn claim_mark(epoch: u32, nonce: u64) -> Bytes {
+    let mut mark = BytesMut::with_capacity(MARK_BYTES);
+    mark.put_slice(&MARK_MAGIC);
+    mark.put_u32(epoch);
+    mark.put_u64(nonce);
+    let crc = crc32c::crc32c(&mark);
+    mark.put_u32(crc);
+    mark.freeze()
+}
+
+fn is_claim_mark(bytes: &[u8]) -> bool {
+    let Some((body, crc)) = bytes.split_last_chunk::<CRC_BYTES>() else { return false };
+    bytes.len() == MARK_BYTES && bytes.starts_with(&MARK_MAGIC) && crc32c::crc32c(body) == u32::from_be_bytes(*crc)
+}
 
 /// What a block says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,8 +175,12 @@ impl Block {
         Self::parse_whole(bytes)
     }
 
-    /// Takes the first block off `bytes`, checked. `None` when `bytes` is empty: concatenated blocks end there.
+    /// Takes the first block off `bytes`, checked. `None` when `bytes` is empty, or a [claim mark](claim_mark) alone:
+    /// concatenated blocks end there.
     pub fn split_first(bytes: &mut Bytes) -> Result<Option<Self>, BlockError> {
+        if is_claim_mark(bytes) {
+            bytes.clear();
+        }
         if bytes.is_empty() {
             return Ok(None);
         }
@@ -459,6 +489,22 @@ mod tests {
     fn example() -> Block {
         let change = Change::ProducerIdsReserved { next: 1000 };
         build(9, vec![placed(1, 10, batch(1, 7)), placed(0, 4, batch(2, 5)), placed(1, 11, batch(1, 3))], vec![change])
+    }
+
+    #[test]
+    fn a_claim_mark_ends_concatenated_blocks_and_nothing_else() {
+        let (block, mark) = (example(), claim_mark(7, 0x0102_0304_0506_0708));
+        assert_eq!(hex(&mark), "5452424d000000070102030405060708629d0d43");
+        let mut object = Bytes::from([&block.bytes()[..], &mark].concat());
+        assert_eq!(Block::split_first(&mut object).unwrap().unwrap().bytes(), block.bytes());
+        assert!(Block::split_first(&mut object).unwrap().is_none());
+        for bit in 0..mark.len() * 8 {
+            let mut flipped = mark.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(Block::split_first(&mut flipped.into()).is_err(), "{bit}");
+        }
+        let mut before = Bytes::from([&mark[..], block.bytes()].concat());
+        assert!(Block::split_first(&mut before).is_err());
     }
 
     fn hex(bytes: &[u8]) -> String {

@@ -107,7 +107,7 @@ def read_topics(shard, root):
     if root["snapshot"] is None:
         return {}
     r = read_page(shard, root["snapshot"], 2)
-    assert r.take(1) == b"\x01", "the snapshot has a newer form"
+    assert r.take(1) in (b"\x01", b"\x02"), "the snapshot has a newer form"
     r.i(), r.i()  # leader epoch, next producer id
     topics = {}
     for _ in range(r.u()):
@@ -209,7 +209,7 @@ def show_log(shard, root, topic, partition, offset):
     at, directory = root["wal"], f"{shard}/wal"
     while os.path.exists(f"{directory}/{at:020}"):
         data = file(directory, f"{at:020}")
-        while data:
+        while data and data[:4] != b"TRBM":  # a claim mark may end the object
             sizes = [big(data, 40 + 4 * n, 4) for n in range(3)]
             length = 56 + sizes[0] + sizes[1] + sizes[2] * 60 + 4
             block, data = checked(data[:length], "block"), data[length:]

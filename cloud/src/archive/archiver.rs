@@ -154,6 +154,9 @@ pub enum ArchiveError {
     /// Others were quicker each time.
     #[error("several nodes claim this shard in the archive at the same time: leave one of them running")]
     Contended,
+    /// What was shipped since the claim must be claimed over again.
+    #[error("blocks were shipped by an earlier owner after this node's claim; it claims again")]
+    Overtaken,
     /// Another owner has the shard.
     #[error("another node has claimed this shard in the archive with epoch {epoch}: this one must stop")]
     Deposed {
@@ -376,24 +379,30 @@ impl Archive {
     /// Ships and splits until `stop` resolves or another owner takes over, then ships what is left if it can.
     pub async fn run(self: Arc<Self>, source: Arc<dyn Source>, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
-        let held = tokio::select! {
-            () = &mut stop => return,
-            held = self.claimed(source.as_ref()) => held,
-        };
-        let Some(held) = held else { return };
-        self.facts.claimed_epoch.store(held.root.epoch, Ordering::Relaxed);
-        source.shipped(held.shipped);
-        self.shipped.send_replace(held.shipped);
-        let mut shipper = Shipper::new(&self, source.as_ref(), held.shipped);
-        let mut splitter = Splitter::new(&self, source.as_ref(), held);
-        let fenced = tokio::select! {
-            () = &mut stop => None,
-            error = shipper.run() => Some(error),
-            error = splitter.run() => Some(error),
-        };
-        match fenced {
-            Some(error) => self.deposed(source.as_ref(), error).await,
-            None => shipper.finish().await,
+        loop {
+            let held = tokio::select! {
+                () = &mut stop => return,
+                held = self.claimed(source.as_ref()) => held,
+            };
+            let Some(held) = held else { return };
+            self.facts.claimed_epoch.store(held.root.epoch, Ordering::Relaxed);
+            source.shipped(held.shipped);
+            self.shipped.send_replace(held.shipped);
+            let mut shipper = Shipper::new(&self, source.as_ref(), held.shipped, held.root.epoch);
+            let mut splitter = Splitter::new(&self, source.as_ref(), held.clone());
+            let fenced = tokio::select! {
+                () = &mut stop => None,
+                error = shipper.run() => Some(error),
+                error = splitter.run() => Some(error),
+            };
+            match fenced {
+                Some(ArchiveError::Overtaken) => {
+                    info!(epoch = held.root.epoch, "an earlier owner shipped after the claim; claiming again");
+                    *self.held.lock() = Some(Held { claimed: false, ..held });
+                }
+                Some(error) => return self.deposed(source.as_ref(), error).await,
+                None => return shipper.finish().await,
+            }
         }
     }
 
@@ -461,6 +470,12 @@ impl Archive {
         self.failed(&error);
         self.facts.fenced_by.store(epoch.max(1), Ordering::Relaxed);
         source.fenced(epoch);
+    }
+
+    /// Whether the root in force is one that this node has made.
+    pub(super) async fn is_still_ours(&self) -> Result<bool, ArchiveError> {
+        let nonce = self.view().await?.map(|view| view.root.nonce);
+        Ok(nonce.is_some_and(|nonce| self.attempted.lock().contains(&nonce)))
     }
 
     /// The epoch of whoever took the name that we wanted.

@@ -301,7 +301,9 @@ impl Archive {
         if view.root.cluster_id != self.cluster_id {
             return Err(self.mismatch(view.root.cluster_id));
         }
-        let ours = self.attempted.lock().contains(&view.root.nonce);
+        // A claim of ours counts as long as nothing was shipped since: what is shipped next is what it fences with.
+        let ours = self.attempted.lock().contains(&view.root.nonce)
+            && view.root.fences.last().is_some_and(|fence| fence.wal_seq == view.next);
         let known = self.held_root();
         let continues = match judge(view.next, local.bounds()) {
             Judgement::Continue { check } => self.check_continues(&view, local, check, known.as_ref()),

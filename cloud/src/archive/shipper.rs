@@ -1,7 +1,8 @@
 //! Shipping: WAL blocks, concatenated and unchanged, at most `max_lag` behind.
 //!
 //! Object after object, each named by its first block and made by `PutMode::Create`: the next name is the last block + 1,
-//! so a restore follows them without a listing, and of two writers one collides.
+//! so a restore follows them without a listing, and of two writers one collides. The first one after a claim ends with a
+//! mark of its own, so that it is nobody else's even where the blocks are the same, and is kept for ever.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -9,8 +10,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use tracing::warn;
 
-use super::store::backoff;
+use super::store::{backoff, random};
 use super::{Archive, ArchiveError, Source, SourceError, StoreError, StoredBlock};
+use crate::block::claim_mark;
 
 /// How long a stopping node goes on trying to ship what is left.
 const FINISH: Duration = Duration::from_secs(5);
@@ -25,15 +27,16 @@ pub(super) struct Shipper<'a> {
     next: u64,
     /// Blocks of the object under way: what came of its PUT may not be known, so it is made again with these bytes.
     pending: Vec<StoredBlock>,
-    /// The first object after a claim is one block: it is kept for ever.
-    first: bool,
+    /// What the first object after a claim ends with; it is one block, for it is kept for ever.
+    mark: Option<Bytes>,
     /// The last object was full: more is waiting.
     full: bool,
 }
 
 impl<'a> Shipper<'a> {
-    pub(super) fn new(archive: &'a Archive, source: &'a dyn Source, next: u64) -> Self {
-        Self { archive, source, next, pending: Vec::new(), first: true, full: false }
+    pub(super) fn new(archive: &'a Archive, source: &'a dyn Source, next: u64, epoch: u32) -> Self {
+        let mark = Some(claim_mark(epoch, random()));
+        Self { archive, source, next, pending: Vec::new(), mark, full: false }
     }
 
     /// Ships until another owner is met.
@@ -44,7 +47,7 @@ impl<'a> Shipper<'a> {
                 // What another owner has shipped counts as our own until we collide with it.
                 self.source.wait(self.next).await;
                 self.archive.facts.behind_since_ms.store(self.archive.now_ms().max(1) as u64, Ordering::Relaxed);
-                if self.archive.ships && !self.archive.settings.owns_wal && !self.full && !self.first {
+                if self.archive.ships && !self.archive.settings.owns_wal && !self.full && self.mark.is_none() {
                     tokio::time::sleep(self.archive.settings.max_lag / 2).await;
                 }
             }
@@ -56,7 +59,11 @@ impl<'a> Shipper<'a> {
                     failures = 0;
                     self.archive.worked();
                 }
-                Err(error @ (ArchiveError::Deposed { .. } | ArchiveError::Source(SourceError::Closed))) => {
+                Err(
+                    error @ (ArchiveError::Deposed { .. }
+                    | ArchiveError::Overtaken
+                    | ArchiveError::Source(SourceError::Closed)),
+                ) => {
                     return error;
                 }
                 Err(error) => {
@@ -96,10 +103,10 @@ impl<'a> Shipper<'a> {
             self.shipped(next);
             return Ok(());
         }
-        let bytes_max = if self.first { 1 } else { self.archive.settings.ship_bytes };
+        let bytes_max = if self.mark.is_some() { 1 } else { self.archive.settings.ship_bytes };
         if self.pending.is_empty() {
             let mut blocks = self.source.blocks(self.next, bytes_max).await?;
-            if self.first {
+            if self.mark.is_some() {
                 blocks.truncate(1);
             }
             if blocks.iter().enumerate().any(|(at, block)| block.seq != self.next + at as u64) {
@@ -109,14 +116,19 @@ impl<'a> Shipper<'a> {
         }
         let Some(last) = self.pending.last() else { return Ok(()) };
         let next = last.seq + 1;
-        let chunks: Vec<Bytes> = self.pending.iter().map(|block| block.bytes.clone()).collect();
+        let chunks: Vec<Bytes> =
+            self.pending.iter().map(|block| block.bytes.clone()).chain(self.mark.clone()).collect();
         match self.archive.store.create(&self.archive.keys.wal(self.next), &chunks).await {
             Ok(()) => {}
+            // An owner from before, or this node's own last life, shipped once more after the claim had looked.
+            Err(StoreError::Taken(_)) if self.mark.is_some() && self.archive.is_still_ours().await? => {
+                return Err(ArchiveError::Overtaken);
+            }
             Err(StoreError::Taken(_)) => return Err(self.archive.taken_by().await),
             Err(error) => return Err(error.into()),
         }
-        self.full = self.first || chunks.iter().map(Bytes::len).sum::<usize>() * 2 > bytes_max;
-        self.first = false;
+        self.full = self.mark.is_some() || chunks.iter().map(Bytes::len).sum::<usize>() * 2 > bytes_max;
+        self.mark = None;
         self.archive.wals.lock().insert(self.next);
         self.pending.clear();
         self.shipped(next);

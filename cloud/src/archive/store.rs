@@ -226,13 +226,24 @@ impl Store {
 
     /// Makes an object of `chunks`. `Ok` means that it is there with these bytes, whoever's PUT it was that succeeded.
     pub async fn create(&self, key: &Path, chunks: &[Bytes]) -> Result<(), StoreError> {
+        self.put(key, chunks, true).await
+    }
+
+    /// As [`Store::create`], outside the bandwidth limit: for what somebody waits for.
+    pub async fn create_at_once(&self, key: &Path, chunks: &[Bytes]) -> Result<(), StoreError> {
+        self.put(key, chunks, false).await
+    }
+
+    async fn put(&self, key: &Path, chunks: &[Bytes], paced: bool) -> Result<(), StoreError> {
         let bytes: usize = chunks.iter().map(Bytes::len).sum();
         let mut last = None;
         for attempt in 0..self.settings.attempts.max(1) {
             if !self.may_try(attempt).await {
                 break;
             }
-            self.pace(bytes as u64).await;
+            if paced {
+                self.pace(bytes as u64).await;
+            }
             let payload: PutPayload = chunks.iter().cloned().collect();
             let put = self.inner.put_opts(key, payload, self.put_options(key));
             last = Some(match self.timed_for(self.patience(bytes as u64), "PUT", key, put).await {

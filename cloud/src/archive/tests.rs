@@ -286,6 +286,58 @@ async fn a_deposed_owner_collides_even_after_its_objects_were_cleared_away() {
 }
 
 #[tokio::test]
+async fn a_copied_data_directory_fences_its_original_although_their_blocks_are_the_same() {
+    let (store, mut home) = (Faulty::new(), Home::new());
+    let paused_view = store.other();
+    let original = Node::start(&mut home, Some(&paused_view)).await.unwrap();
+    produce(&original, 3);
+    original.shipped().await;
+    let shipped = original.shard.positions().1;
+    paused_view.plan.lock().down = true;
+    // One block that the bucket has not, in the original and in the copy.
+    original.shard.append(&[(partition(1), 20)]);
+    let mut copied = home.image();
+    let copy = Node::start(&mut copied, Some(&store)).await.unwrap();
+    for _ in 0..3 {
+        produce(&copy, 3);
+        copy.split().await;
+    }
+    original.shard.append(&[(partition(1), 20)]);
+    paused_view.plan.lock().down = false;
+    original.shard.until(|_| false).await;
+    assert_eq!(original.shard.fenced_by(), Some(2));
+    assert_eq!(original.shard.positions().1, shipped, "nothing more was called safe");
+    copy.split().await;
+    check_all(&copy).await;
+}
+
+#[tokio::test]
+async fn what_an_earlier_life_ships_after_the_claim_is_claimed_over_again() {
+    let (store, mut home) = (Faulty::new(), Home::new());
+    let view = store.other();
+    let node = Node::start(&mut home, Some(&view)).await.unwrap();
+    produce(&node, 3);
+    node.shipped().await;
+    view.plan.lock().down = true;
+    node.shard.append(&[(partition(1), 20)]);
+    let seq = node.shard.positions().0 - 1;
+    let block = LocalBlocks::read(&*node.shard, seq).unwrap();
+    node.kill().await;
+    let node = Node::start(&mut home, Some(&store)).await.unwrap();
+    // The claim has looked, and the first life's PUT lands.
+    let key = crate::manifest::Keys::new("some/prefix".into(), 0).wal(seq);
+    store.inner.put(&key, block.into()).await.unwrap();
+    produce(&node, 3);
+    node.shipped().await;
+    assert_eq!(node.shard.fenced_by(), None);
+    node.split().await;
+    check_all(&node).await;
+    node.kill().await;
+    let restored = Node::start(&mut Home::new(), Some(&store)).await.unwrap();
+    check_all(&restored).await;
+}
+
+#[tokio::test]
 async fn a_restore_fences_the_old_owner_before_it_serves() {
     let (store, mut home) = (Faulty::new(), Home::new());
     let old = Node::start(&mut home, Some(&store)).await.unwrap();

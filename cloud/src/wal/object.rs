@@ -104,7 +104,7 @@ impl ObjectWal {
         let key = self.keys.wal(seq);
         let mut failures = 0;
         loop {
-            match self.store.create(&key, std::slice::from_ref(block)).await {
+            match self.store.create_at_once(&key, std::slice::from_ref(block)).await {
                 Ok(()) => return Ok(()),
                 Err(StoreError::Taken(_)) => return Err(WalError::Fenced(self.owner_of(seq).await)),
                 Err(error @ StoreError::Failed { .. }) => {
