@@ -42,6 +42,8 @@ pub struct ArchiveSettings {
     pub segment_age: Duration,
     /// How long an object is kept after the last manifest that named it: readers may be under way.
     pub grace: Duration,
+    /// How often the bucket is looked through for objects that no manifest names.
+    pub sweep_interval: Duration,
     /// Most memory for indexes and fetched batches.
     pub cache_bytes: usize,
     /// How requests are made.
@@ -60,6 +62,7 @@ impl Default for ArchiveSettings {
             segment_bytes: 64 << 20,
             segment_age: Duration::from_secs(600),
             grace: Duration::from_secs(300),
+            sweep_interval: Duration::from_secs(24 * 3600),
             cache_bytes: 64 << 20,
             requests: RequestSettings::default(),
         }

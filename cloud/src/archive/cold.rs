@@ -130,7 +130,7 @@ impl Cold {
     /// The partition's runs that hold records at or after `from`.
     fn runs_from(&self, partition: Partition, from: Offset) -> Vec<HeldRun> {
         let index = self.index.read();
-        index.runs(partition).filter(|held| held.run.next > from).copied().collect()
+        index.runs(partition).filter(|held| held.run.next > from).collect()
     }
 
     async fn find_time_now(
