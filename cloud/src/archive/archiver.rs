@@ -362,6 +362,8 @@ impl Archive {
         self.shipped.send_replace(held.shipped);
         let mut shipper = Shipper::new(&self, source.as_ref(), held.shipped);
         let mut splitter = Splitter::new(&self, source.as_ref(), held);
+        // The splitter has it now; a second one would keep pages in memory that are long replaced.
+        *self.held.lock() = None;
         let fenced = tokio::select! {
             () = &mut stop => None,
             error = shipper.run() => Some(error),

@@ -34,6 +34,9 @@ const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 /// How often runs are looked through for what may go, at most.
 const MAINTENANCE: Duration = Duration::from_secs(60);
 
+/// How long upkeep waits while there is always more to split; then it writes one object.
+const UPKEEP_PATIENCE: Duration = Duration::from_secs(10);
+
 type Slices = Vec<(Bytes, TimestampMs)>;
 
 /// Splits one shard's blocks.
@@ -46,7 +49,7 @@ pub(super) struct Splitter<'a> {
     garbage: Vec<(Instant, Path)>,
     /// Objects of our own that the last sweep found unnamed.
     suspects: BTreeSet<Path>,
-    swept: Option<Instant>,
+    sweep_due: Instant,
     /// Since when blocks wait to be split.
     waiting: Option<Instant>,
     /// What the WAL kept when everything was split: its newest block at least.
@@ -60,8 +63,8 @@ pub(super) struct Splitter<'a> {
     /// Objects that cannot be read.
     shunned: BTreeSet<SegmentId>,
     settled: merge::Settled,
-    /// Objects may be worth writing again.
-    upkeep_due: bool,
+    /// Since when objects may be worth writing again.
+    upkeep_due: Option<Instant>,
     /// A root whose PUT has no known outcome: nothing else is published before that is settled.
     pending: Option<Pending>,
     /// The local copy of the manifest is older than the bucket's.
@@ -113,7 +116,7 @@ impl<'a> Splitter<'a> {
             index: held.index,
             garbage: Vec::new(),
             suspects: BTreeSet::new(),
-            swept: None,
+            sweep_due: now,
             waiting: None,
             wal_floor: 0,
             maintained: now,
@@ -122,7 +125,7 @@ impl<'a> Splitter<'a> {
             condemned: BTreeSet::new(),
             shunned: BTreeSet::new(),
             settled: merge::Settled::default(),
-            upkeep_due: true,
+            upkeep_due: Some(now),
             pending: None,
             mirror_behind: false,
             claim_seq,
@@ -137,13 +140,15 @@ impl<'a> Splitter<'a> {
         let mut failures = 0u32;
         let mut asked = false;
         loop {
-            if self.pending.is_none()
-                && self.swept.is_none_or(|at| at.elapsed() >= self.archive.settings.sweep_interval)
-            {
-                match self.sweep().await {
-                    Ok(()) => self.swept = Some(Instant::now()),
-                    Err(error) => warn!(%error, "the sweep waits"),
-                }
+            if self.pending.is_none() && self.sweep_due <= Instant::now() {
+                let pause = match self.sweep().await {
+                    Ok(()) => self.archive.settings.sweep_interval,
+                    Err(error) => {
+                        warn!(%error, "the sweep waits");
+                        MAINTENANCE
+                    }
+                };
+                self.sweep_due = Instant::now() + pause;
             }
             asked |= self.tick(failures).await;
             self.clear().await;
@@ -169,14 +174,17 @@ impl<'a> Splitter<'a> {
     async fn work(&mut self, asked: bool) -> Result<bool, ArchiveError> {
         let settled = self.pending.is_some();
         self.settle().await?;
-        if asked || self.due() || self.mirror_behind {
+        let split = asked || self.due() || self.mirror_behind;
+        if split {
             self.round().await?;
-        } else if self.upkeep_due {
-            self.upkeep().await?;
-        } else {
-            return Ok(settled);
         }
-        Ok(true)
+        // Upkeep waits for splitting, but not for ever.
+        let patience = if split { UPKEEP_PATIENCE } else { Duration::ZERO };
+        let upkeep = self.upkeep_due.is_some_and(|since| since.elapsed() >= patience);
+        if upkeep {
+            self.upkeep().await?;
+        }
+        Ok(settled || split || upkeep)
     }
 
     /// Waits for the next look; `true` when a roll was asked for.
@@ -205,13 +213,17 @@ impl<'a> Splitter<'a> {
         if self.maintained.elapsed() < settings.segment_age.min(MAINTENANCE) {
             return false;
         }
-        self.maintained = Instant::now();
         // A deleted topic's bytes go soon. What retention gave up goes with the next blocks, or when none come.
         let idle = self.split.elapsed() >= settings.segment_age;
-        self.index.partitions().any(|partition| match self.source.retained(partition) {
+        let found = self.index.partitions().any(|partition| match self.source.retained(partition) {
             None => !self.condemned.contains(&partition),
             Some(kept) => idle && self.index.first(partition).is_some_and(|held| held.run.next <= kept.log_start),
-        })
+        });
+        // What is found stays due until a round has seen to it.
+        if !found {
+            self.maintained = Instant::now();
+        }
+        found
     }
 
     async fn round(&mut self) -> Result<(), ArchiveError> {
@@ -243,8 +255,9 @@ impl<'a> Splitter<'a> {
             self.log_ms = end.map(|(_, appended_ms)| appended_ms).or(self.log_ms);
         }
         self.split = Instant::now();
+        self.maintained = self.split;
         self.condemned = unwanted.condemned;
-        self.upkeep_due = true;
+        self.upkeep_due.get_or_insert(self.split);
         Ok(())
     }
 
@@ -442,6 +455,7 @@ impl<'a> Splitter<'a> {
         self.discard(&old, &old_index);
         if old.trim != self.root.trim {
             self.waiting = None;
+            self.wal_floor = 0;
         }
         self.show();
         info!(manifest = self.root.seq, trim = self.root.trim, "published");
@@ -455,7 +469,9 @@ impl<'a> Splitter<'a> {
         self.mirror_behind = false;
         self.source.published(self.root.trim);
         let durable = self.source.durable();
-        self.wal_floor = if durable.next_seq == self.root.trim { durable.wal_bytes } else { 0 };
+        if durable.next_seq == self.root.trim {
+            self.wal_floor = durable.wal_bytes;
+        }
     }
 
     fn show(&mut self) {

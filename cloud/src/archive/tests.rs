@@ -6,6 +6,7 @@ mod quiet;
 mod s3;
 mod upkeep;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -569,6 +570,9 @@ async fn use_store(open: impl Fn() -> Store) {
     }
     let listed = store.list(&store.prefix().clone().join("list")).await.unwrap();
     assert_eq!(listed.iter().filter_map(|object| object.location.filename()).collect::<String>(), "0123456");
+    let mut scanned = BTreeSet::new();
+    store.scan(&store.prefix().clone().join("list"), |key| assert!(scanned.insert(key))).await.unwrap();
+    assert!(scanned.into_iter().eq(listed.into_iter().map(|object| object.location)));
     store.delete(&key).await.unwrap();
     store.delete(&key).await.unwrap();
     assert_eq!(open().get(&key, 100).await, Err(StoreError::Missing(key.clone())));

@@ -253,12 +253,15 @@ impl Index {
             // A new run may span what lies on several pages, with runs of its partition on pages between them: all are
             // laid out anew, or they would not ascend from page to page.
             let range = first as usize..last as usize + 1;
-            let mut runs: Vec<_> = self.pages[range.clone()].iter().flat_map(|slot| kept(&slot.page)).collect();
-            runs.extend(new);
-            runs.sort_unstable_by_key(|(partition, held)| (*partition, held.run.base));
-            let per_page = runs.len().div_ceil(runs.len().div_ceil(PAGE_RUNS_MAX).max(1)).max(1);
-            let slots: Result<Vec<Slot>, _> = runs.chunks(per_page).map(|chunk| Slot::new(chunk.to_vec())).collect();
-            self.pages.splice(range, slots?);
+            let runs = self.pages[range.clone()].iter().flat_map(|slot| kept(&slot.page)).collect();
+            let mut slots = Vec::new();
+            for layer in layers(runs, old, new) {
+                let pages = layer.len().div_ceil(PAGE_RUNS_MAX).max(1);
+                for chunk in layer.chunks(layer.len().div_ceil(pages).max(1)) {
+                    slots.push(Slot::new(chunk.to_vec())?);
+                }
+            }
+            self.pages.splice(range, slots);
         }
         self.tidy()
     }
@@ -350,6 +353,39 @@ impl Index {
             + table(self.homes.capacity(), size_of::<(Partition, Vec<u32>)>())
             + table(self.objects.capacity(), size_of::<(SegmentId, Usage)>())
     }
+}
+
+/// Runs of adjacent pages and the new ones among them, for pages in three layers: what is before the time of the old
+/// runs, what is within it, what is after it. Mixed, each change would touch the pages of the one before.
+fn layers(
+    kept: Vec<(Partition, HeldRun)>,
+    old: &[(Partition, HeldRun)],
+    new: Vec<(Partition, HeldRun)>,
+) -> [Vec<(Partition, HeldRun)>; 3] {
+    let times = || old.iter().map(|(_, held)| held.run.appended_ms);
+    let (from, to) = (times().min().unwrap_or(0), times().max().unwrap_or(0));
+    let kept = kept.into_iter().map(|(partition, held)| (partition, held, false));
+    let new = new.into_iter().map(|(partition, held)| (partition, held, true));
+    let mut runs: Vec<(Partition, HeldRun, bool)> = kept.chain(new).collect();
+    runs.sort_unstable_by_key(|(partition, held, _)| (*partition, held.run.base));
+    let mut layers = [Vec::new(), Vec::new(), Vec::new()];
+    for same in runs.chunk_by(|a, b| a.0 == b.0) {
+        let last_new = same.iter().rposition(|(_, _, new)| *new);
+        let mut layer = 0;
+        for (at, (partition, held, new)) in same.iter().enumerate() {
+            let wanted = match held.run.appended_ms {
+                _ if *new => 1,
+                time if time < from => 0,
+                time if time > to => 2,
+                _ => 1,
+            };
+            // A partition's runs ascend from layer to layer, whatever the clock did.
+            let most = if last_new.is_some_and(|last| at < last) { 1 } else { 2 };
+            layer = wanted.clamp(layer, most);
+            layers[layer].push((*partition, *held));
+        }
+    }
+    layers
 }
 
 impl Slot {
@@ -576,6 +612,42 @@ mod tests {
     }
 
     #[test]
+    fn what_was_merged_lies_apart_from_what_came_since() {
+        let at = |object, base: Offset| {
+            let held = held(object, base);
+            HeldRun { run: Run { appended_ms: base, ..held.run }, ..held }
+        };
+        let mut index = Index::default();
+        let mut base = 0;
+        let mut most = 0;
+        let mut write = |index: &mut Index| {
+            let pointer = PagePointer { seq: 0, number: 0, nonce: 0, bytes: 0, crc: 0 };
+            most = most.max(index.pages().filter(Result::is_err).count());
+            index.stored(&vec![pointer; index.pages.len()]);
+        };
+        for hour in 0..8u64 {
+            for round in 0..6 {
+                index.extend((0..5000).map(|n| (partition(n), at(hour * 10 + round, base))).collect()).unwrap();
+                base += 10;
+                write(&mut index);
+                // The hour before is merged when the next one has begun.
+                if round == 0 && hour > 0 {
+                    let sources = (0..6).map(|round| at((hour - 1) * 10 + round, 0).object).collect();
+                    let old = index.runs_in(&sources);
+                    let merged = at(1000 + hour, base - 70);
+                    let run = Run { next: base - 10, appended_ms: base - 20, ..merged.run };
+                    let new = (0..5000).map(|n| (partition(n), HeldRun { run, ..merged })).collect();
+                    index.replace(&old, new).unwrap();
+                    write(&mut index);
+                }
+            }
+        }
+        assert!(most <= 6, "{most} pages at a time, whatever lies before them");
+        assert!(all(&index).values().all(|runs| runs.is_sorted_by_key(|held| held.run.base) && runs.len() == 7 + 6));
+        publish(&mut index, 1);
+    }
+
+    #[test]
     fn pages_that_became_small_are_joined() {
         let mut index = Index::default();
         for hour in 0..10u64 {
@@ -601,5 +673,104 @@ mod tests {
         }
         let per_run = index.memory_bytes() / index.run_count();
         assert!((72..84).contains(&per_run), "{per_run}");
+    }
+
+    /// An archive of 1 TiB: 200 busy partitions in segments of 64 MiB, and 9,800 partitions of one record a minute for 90
+    /// days, merged: a run for each day, each hour since midnight and each round since the last one.
+    #[test]
+    #[ignore = "for the figures in docs/benchmarks.md: a minute"]
+    fn the_index_of_a_terabyte() {
+        const MIB: u64 = 1 << 20;
+        let mut index = Index::default();
+        let mut number = 0;
+        let mut object = |bytes: u64| {
+            number += 1;
+            (SegmentId { seq: number, epoch: 1, number: 0, nonce: number }, bytes)
+        };
+        let mut total = 0;
+        let mut run =
+            |(object, object_bytes): (SegmentId, u64), position: u64, length: u64, base: i64, records: i64| {
+                total += length;
+                let next = base + records;
+                let (index_position, index_length) = (object_bytes - 1000, 500);
+                let appended_ms = 1_700_000_000_000 + next * 60_000;
+                let max_timestamp = appended_ms;
+                let run =
+                    Run { position, length, index_position, index_length, base, next, max_timestamp, appended_ms };
+                HeldRun { object, object_bytes, run }
+            };
+        let topic = |n: u32| Partition { topic: TopicId([n as u8 / 50; 16]), index: n };
+        let quiet_bytes = 170;
+        let minutes: Vec<i64> = [vec![1440; 90], vec![60; 23], vec![10; 5]].concat();
+        let mut base = 0;
+        for (round, minutes) in minutes.into_iter().enumerate() {
+            let mut new = Vec::new();
+            // Their segments come evenly: 800 GiB in all.
+            for busy in 0..(12_800 / 118) {
+                let at = object(64 * MIB);
+                let nth = (round * (12_800 / 118) + busy) as i64 / 200;
+                new.push((
+                    topic((round * (12_800 / 118) + busy) as u32 % 200),
+                    run(at, 0, 63 * MIB, nth * 400_000, 400_000),
+                ));
+            }
+            let length = minutes as u64 * quiet_bytes;
+            let per_object = (63 * MIB / length).clamp(1, 9_800);
+            let mut at = object(64 * MIB);
+            for quiet in 0..9_800u64 {
+                if quiet % per_object == 0 {
+                    at = object(64 * MIB);
+                }
+                new.push((topic(200 + quiet as u32), run(at, quiet % per_object * length, length, base, minutes)));
+            }
+            base += minutes;
+            index.extend(new).unwrap();
+        }
+        let pages: Vec<(PagePointer, bytes::Bytes)> = index
+            .pages()
+            .enumerate()
+            .map(|(number, page)| {
+                let (bytes, crc) = page.unwrap_err().encode();
+                let bytes_len = bytes.len() as u64;
+                (PagePointer { seq: 1, number: number as u32, nonce: 0, bytes: bytes_len, crc }, bytes)
+            })
+            .collect();
+        let stored: usize = pages.iter().map(|(_, bytes)| bytes.len()).sum();
+        let (runs, objects) = (index.run_count(), index.usage().len());
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+            statm.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap_or(0) * 4096
+        };
+        let before = resident();
+        let start = std::time::Instant::now();
+        let load =
+            |(pointer, bytes): &(PagePointer, bytes::Bytes)| (*pointer, IndexPage::decode(bytes, pointer).unwrap());
+        let loaded_index = Index::load(pages.iter().map(load)).unwrap();
+        let loaded = start.elapsed();
+        let memory = loaded_index.memory_bytes();
+        println!(
+            "{:.2} TiB in {objects} objects, {runs} runs of {} partitions",
+            total as f64 / (1u64 << 40) as f64,
+            index.partitions().count()
+        );
+        println!("stored: {} pages, {:.1} MB", pages.len(), stored as f64 / 1e6);
+        println!(
+            "in memory: {:.1} MB, {} bytes per run; the process grew by {:.1} MB",
+            memory as f64 / 1e6,
+            memory / runs,
+            resident().saturating_sub(before) as f64 / 1e6
+        );
+        println!("loaded in {loaded:?}, decoding and checksums included");
+        let start = std::time::Instant::now();
+        let copy = loaded_index.clone();
+        println!("a copy: {:?}", start.elapsed());
+        let start = std::time::Instant::now();
+        let found = (0..10_000).filter(|n| copy.at_offset(topic(*n), 100_000).is_some()).count();
+        println!("10,000 lookups by offset: {:?}", start.elapsed());
+        let start = std::time::Instant::now();
+        let seen: usize = (0..10_000).map(|n| copy.runs(topic(n)).count()).sum();
+        println!("every run of 10,000 partitions: {:?}", start.elapsed());
+        assert_eq!((found, seen), (10_000, runs));
+        assert!(memory < 110_000_000, "{memory}");
     }
 }

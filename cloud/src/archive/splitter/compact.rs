@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use shared::batch::Batch;
 use shared::name::Partition;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::merge::{Choice, Output, Part};
@@ -79,7 +80,7 @@ impl Splitter<'_> {
             let root = self.next_root(self.root.trim, self.root.trim_crc, &pages);
             self.publish(root, index, pages.fresh, work).await?;
         }
-        self.upkeep_due = more;
+        self.upkeep_due = more.then(Instant::now);
         Ok(())
     }
 

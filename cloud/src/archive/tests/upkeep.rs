@@ -132,6 +132,21 @@ async fn busy_partitions_are_left_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_shard_that_always_has_more_to_split_merges_all_the_same() {
+    let mut quiet = Quiet::new();
+    let node = quiet.start().await;
+    node.shard.keep_ms(-1);
+    for second in 0..60 {
+        // A round each second: the log's clock goes ten minutes on in each of the first.
+        node.shard.at_ms(TEN_MINUTES_MS * second.min(7));
+        node.shard.append(&[(partition(1), 700), (partition(2), 1)]);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert!(spans(&node, 1).len() > 50, "{}", spans(&node, 1).len());
+    assert!(spans(&node, 2).iter().any(|(base, next)| next - base >= 5), "{:?}", spans(&node, 2));
+}
+
+#[tokio::test(start_paused = true)]
 async fn readers_under_way_find_what_was_merged_for_the_grace() {
     let mut quiet = Quiet::new();
     let node = quiet.start().await;
