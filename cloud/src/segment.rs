@@ -34,7 +34,8 @@ pub const TRAILER_BYTES: usize = 44;
 
 const MAGIC: [u8; 8] = *b"TRBSEG\r\n";
 const VERSION: u16 = 1;
-const DIRECTORY_ENTRY_BYTES: usize = 80;
+/// Bytes of one run's entry in the directory.
+pub const DIRECTORY_ENTRY_BYTES: usize = 80;
 const SECTION_OFFSETS: u16 = 1;
 const SECTION_TIMES: u16 = 2;
 const SECTION_EPOCHS: u16 = 3;

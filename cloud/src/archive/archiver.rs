@@ -47,6 +47,8 @@ pub struct ArchiveSettings {
     pub segment_age: Duration,
     /// How long an object is kept after the last manifest that named it: readers may be under way.
     pub grace: Duration,
+    /// How often the bucket is looked through for objects that no manifest names.
+    pub sweep_interval: Duration,
     /// Most memory for indexes and fetched batches.
     pub cache_bytes: usize,
     /// How requests are made.
@@ -66,6 +68,7 @@ impl Default for ArchiveSettings {
             segment_bytes: 64 << 20,
             segment_age: Duration::from_secs(600),
             grace: Duration::from_secs(300),
+            sweep_interval: Duration::from_secs(24 * 3600),
             cache_bytes: 64 << 20,
             requests: RequestSettings::default(),
         }
@@ -385,11 +388,14 @@ impl Archive {
                 held = self.claimed(source.as_ref()) => held,
             };
             let Some(held) = held else { return };
-            self.facts.claimed_epoch.store(held.root.epoch, Ordering::Relaxed);
+            let epoch = held.root.epoch;
+            self.facts.claimed_epoch.store(epoch, Ordering::Relaxed);
             source.shipped(held.shipped);
             self.shipped.send_replace(held.shipped);
-            let mut shipper = Shipper::new(&self, source.as_ref(), held.shipped, held.root.epoch);
-            let mut splitter = Splitter::new(&self, source.as_ref(), held.clone());
+            let mut shipper = Shipper::new(&self, source.as_ref(), held.shipped, epoch);
+            let mut splitter = Splitter::new(&self, source.as_ref(), held);
+            // The splitter has it now; a second one would keep pages in memory that are long replaced.
+            *self.held.lock() = None;
             let fenced = tokio::select! {
                 () = &mut stop => None,
                 error = shipper.run() => Some(error),
@@ -397,8 +403,7 @@ impl Archive {
             };
             match fenced {
                 Some(ArchiveError::Overtaken) => {
-                    info!(epoch = held.root.epoch, "an earlier owner shipped after the claim; claiming again");
-                    *self.held.lock() = Some(Held { claimed: false, ..held });
+                    info!(epoch, "an earlier owner shipped after the claim; claiming again")
                 }
                 Some(error) => return self.deposed(source.as_ref(), error).await,
                 None => return shipper.finish().await,

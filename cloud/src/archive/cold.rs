@@ -22,6 +22,8 @@ use super::{ColdBounds, ColdRead, ColdRun, ColdTier};
 use crate::manifest::{HeldRun, Index, Keys, SegmentId};
 use crate::segment::{RunIndex, Stretch};
 
+/// Runs that one read takes from at most.
+const RUNS_MAX: usize = 64;
 /// Fetched at most for one read, so that a reader cannot make us hold more.
 const READ_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Readers whose position is remembered, so that they are known when they go on.
@@ -94,7 +96,7 @@ impl Cold {
     pub fn publish(&self, index: Index) {
         *self.index.write() = index.clone();
         let runs = self.runs.clone();
-        let tidy = move || runs.retain(&index.usage().into_keys().collect());
+        let tidy = move || runs.retain(&index.usage().keys().copied().collect());
         // Looks at every run and may delete files.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(tidy)),
@@ -102,7 +104,30 @@ impl Cold {
         }
     }
 
+    /// Reads on from run to run until the limit: a quiet partition has many small ones.
     async fn read_now(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
+        let mut read = self.read_run(partition, from, limits).await?;
+        let mut bytes: usize = read.batches.iter().map(Bytes::len).sum();
+        for _ in 1..RUNS_MAX {
+            let bytes_max = limits.bytes_max.saturating_sub(bytes);
+            if read.batches.is_empty() || bytes_max == 0 {
+                break;
+            }
+            // What fails here fails again for the reader who comes for it, and is reported then.
+            let Ok(more) = self.read_run(partition, read.next, ReadLimits { bytes_max }).await else { break };
+            let more_bytes: usize = more.batches.iter().map(Bytes::len).sum();
+            if more.batches.is_empty() || more_bytes > bytes_max {
+                break;
+            }
+            bytes += more_bytes;
+            read.batches.extend(more.batches);
+            read.next = more.next;
+        }
+        Ok(read)
+    }
+
+    /// Reads from one run.
+    async fn read_run(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
         let Some(held) = self.index.read().at_offset(partition, from) else {
             return Ok(ColdRead { batches: Vec::new(), next: from });
         };
@@ -149,7 +174,7 @@ impl Cold {
     /// The partition's runs that hold records at or after `from`.
     fn runs_from(&self, partition: Partition, from: Offset) -> Vec<HeldRun> {
         let index = self.index.read();
-        index.runs(partition).filter(|held| held.run.next > from).copied().collect()
+        index.runs(partition).filter(|held| held.run.next > from).collect()
     }
 
     async fn find_time_now(

@@ -3,7 +3,14 @@
 //! One round: take a snapshot at block X; wait until everything below X is shipped; write the batches of blocks
 //! `trim .. X` as runs into segment objects; drop runs that nobody may read any more; write what changed of the index,
 //! the snapshot and a root; copy root and pages to the local disk; let the WAL be trimmed. What no root names any more is
-//! deleted after a grace. A round that fails is begun anew; what it had written is found by the sweep of the next start.
+//! deleted after a grace. A round that fails is begun anew; what it had written is deleted.
+//!
+//! Between rounds there is upkeep: objects are written again without their dead bytes, and small ones become larger
+//! ones. It changes the index and not the trim, and is published in the same way.
+
+mod compact;
+mod merge;
+mod sweep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::Ordering;
@@ -11,7 +18,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use object_store::path::Path;
-use shared::name::{Offset, Partition, TimestampMs};
+use shared::name::{Partition, TimestampMs};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -19,15 +26,16 @@ use super::archiver::Held;
 use super::store::{backoff, random};
 use super::{Archive, ArchiveError, Snapshot, Source, SourceError, StoreError};
 use crate::block::Block;
-use crate::manifest::{
-    self, HeldRun, Index, PagePointer, Root, SegmentId, epoch_of_segment, sequence_of, sequence_of_page,
-};
+use crate::manifest::{self, HeldRun, Index, PagePointer, Root, SegmentId};
 use crate::segment::{Segment, SegmentError, SegmentWriter};
 
-/// Objects that one round writes again to be rid of dead bytes.
-const REWRITES_MAX: usize = 8;
+/// Largest segment, whatever the settings say: positions within one are kept in 32 bits, with room to spare.
+const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 /// How often runs are looked through for what may go, at most.
 const MAINTENANCE: Duration = Duration::from_secs(60);
+
+/// How long upkeep waits while there is always more to split; then it writes one object.
+const UPKEEP_PATIENCE: Duration = Duration::from_secs(10);
 
 type Slices = Vec<(Bytes, TimestampMs)>;
 
@@ -39,11 +47,26 @@ pub(super) struct Splitter<'a> {
     index: Index,
     /// Objects that no root names, and when they may go.
     garbage: Vec<(Instant, Path)>,
+    /// Objects of our own that the last sweep found unnamed.
+    suspects: BTreeSet<Path>,
+    sweep_due: Instant,
     /// Since when blocks wait to be split.
     waiting: Option<Instant>,
     /// What the WAL kept when everything was split: its newest block at least.
     wal_floor: u64,
     maintained: Instant,
+    split: Instant,
+    /// When the newest block that is split was appended; not known before the first round.
+    log_ms: Option<TimestampMs>,
+    /// Partitions of deleted topics, as the snapshot in force knows them.
+    condemned: BTreeSet<Partition>,
+    /// Objects that cannot be read.
+    shunned: BTreeSet<SegmentId>,
+    settled: merge::Settled,
+    /// Since when objects may be worth writing again.
+    upkeep_due: Option<Instant>,
+    /// A root whose PUT has no known outcome: nothing else is published before that is settled.
+    pending: Option<Pending>,
     /// The local copy of the manifest is older than the bucket's.
     mirror_behind: bool,
     /// Roots up to the claim were others'; what is swept is theirs.
@@ -57,6 +80,31 @@ struct Pages {
     fresh: HashMap<PagePointer, Bytes>,
 }
 
+/// A publication that may or may not be in force already.
+struct Pending {
+    root: Root,
+    index: Index,
+    fresh: HashMap<PagePointer, Bytes>,
+}
+
+/// What is written for a publication under way, and named by nothing yet.
+#[derive(Default)]
+struct Work {
+    segments: u32,
+    written: Vec<Path>,
+}
+
+/// What a look at the index before a round finds to be of no use.
+#[derive(Default)]
+struct Unwanted {
+    below_start: Vec<(Partition, HeldRun)>,
+    condemned: BTreeSet<Partition>,
+}
+
+fn local(error: impl std::fmt::Display) -> ArchiveError {
+    ArchiveError::Local(error.to_string())
+}
+
 impl<'a> Splitter<'a> {
     pub(super) fn new(archive: &'a Archive, source: &'a dyn Source, held: Held) -> Self {
         let now = Instant::now();
@@ -67,9 +115,18 @@ impl<'a> Splitter<'a> {
             root: held.root,
             index: held.index,
             garbage: Vec::new(),
+            suspects: BTreeSet::new(),
+            sweep_due: now,
             waiting: None,
             wal_floor: 0,
             maintained: now,
+            split: now,
+            log_ms: None,
+            condemned: BTreeSet::new(),
+            shunned: BTreeSet::new(),
+            settled: merge::Settled::default(),
+            upkeep_due: Some(now),
+            pending: None,
             mirror_behind: false,
             claim_seq,
         };
@@ -81,22 +138,24 @@ impl<'a> Splitter<'a> {
     pub(super) async fn run(&mut self) -> ArchiveError {
         self.source.published(self.root.trim);
         let mut failures = 0u32;
-        let mut swept = false;
+        let mut asked = false;
         loop {
-            if !swept {
-                match self.sweep().await {
-                    Ok(()) => swept = true,
-                    Err(error) => warn!(%error, "the sweep waits"),
-                }
+            if self.pending.is_none() && self.sweep_due <= Instant::now() {
+                let pause = match self.sweep().await {
+                    Ok(()) => self.archive.settings.sweep_interval,
+                    Err(error) => {
+                        warn!(%error, "the sweep waits");
+                        MAINTENANCE
+                    }
+                };
+                self.sweep_due = Instant::now() + pause;
             }
-            let asked = self.tick(failures).await;
+            asked |= self.tick(failures).await;
             self.clear().await;
-            if !asked && !self.due() && !self.mirror_behind {
-                continue;
-            }
-            match self.round().await {
-                Ok(()) => {
-                    failures = 0;
+            match self.work(asked).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    (failures, asked) = (0, false);
                     self.archive.worked();
                 }
                 Err(error @ (ArchiveError::Deposed { .. } | ArchiveError::Source(SourceError::Closed))) => {
@@ -109,6 +168,23 @@ impl<'a> Splitter<'a> {
                 }
             }
         }
+    }
+
+    /// Does what is due; `false` when nothing was.
+    async fn work(&mut self, asked: bool) -> Result<bool, ArchiveError> {
+        let settled = self.pending.is_some();
+        self.settle().await?;
+        let split = asked || self.due() || self.mirror_behind;
+        if split {
+            self.round().await?;
+        }
+        // Upkeep waits for splitting, but not for ever.
+        let patience = if split { UPKEEP_PATIENCE } else { Duration::ZERO };
+        let upkeep = self.upkeep_due.is_some_and(|since| since.elapsed() >= patience);
+        if upkeep {
+            self.upkeep().await?;
+        }
+        Ok(settled || split || upkeep)
     }
 
     /// Waits for the next look; `true` when a roll was asked for.
@@ -137,45 +213,65 @@ impl<'a> Splitter<'a> {
         if self.maintained.elapsed() < settings.segment_age.min(MAINTENANCE) {
             return false;
         }
-        self.maintained = Instant::now();
-        let source = self.source;
-        self.index.partitions().any(|partition| {
-            let Some(retained) = source.retained(partition) else { return true };
-            self.index.runs(partition).next().is_some_and(|held| held.run.next <= retained.log_start)
-        })
+        // A deleted topic's bytes go soon. What retention gave up goes with the next blocks, or when none come.
+        let idle = self.split.elapsed() >= settings.segment_age;
+        let found = self.index.partitions().any(|partition| match self.source.retained(partition) {
+            None => !self.condemned.contains(&partition),
+            Some(kept) => idle && self.index.first(partition).is_some_and(|held| held.run.next <= kept.log_start),
+        });
+        // What is found stays due until a round has seen to it.
+        if !found {
+            self.maintained = Instant::now();
+        }
+        found
     }
 
     async fn round(&mut self) -> Result<(), ArchiveError> {
+        let mut work = Work::default();
+        let done = self.round_with(&mut work).await;
+        if done.is_err() {
+            self.bury(work.written);
+        }
+        done
+    }
+
+    async fn round_with(&mut self, work: &mut Work) -> Result<(), ArchiveError> {
         if self.mirror_behind {
             self.archive.write_mirror(&self.root, &HashMap::new()).await?;
             self.mirrored();
         }
-        let mut index = self.index.clone();
         // What may go is decided before the snapshot is taken, so that a restore from it knows as much.
-        let rewritten = self.drop_unwanted(&mut index);
+        let unwanted = self.unwanted();
         let snapshot = self.source.snapshot().await?;
-        if snapshot.next_seq == self.root.trim && rewritten.is_none() {
-            return Ok(());
+        if snapshot.next_seq != self.root.trim || !unwanted.below_start.is_empty() {
+            self.wait_shipped(snapshot.next_seq).await;
+            let mut index = self.index.clone();
+            index.replace(&unwanted.below_start, Vec::new()).map_err(local)?;
+            let trim = snapshot.next_seq;
+            let end = self.split(&mut index, trim, work).await?;
+            let pages = self.write_pages(&mut index, Some(snapshot), work).await?;
+            let root = self.next_root(trim, end.map(|(crc, _)| crc).or(self.root.trim_crc), &pages);
+            self.publish(root, index, pages.fresh, work).await?;
+            self.log_ms = end.map(|(_, appended_ms)| appended_ms).or(self.log_ms);
         }
-        self.wait_shipped(snapshot.next_seq).await;
-        let mut number = 0;
-        let trim_crc = self.split(&mut index, snapshot.next_seq, &mut number).await?;
-        for object in rewritten.unwrap_or_default() {
-            self.rewrite(&mut index, object, snapshot.next_seq, &mut number).await?;
-        }
-        let trim = snapshot.next_seq;
-        let pages = self.write_pages(&mut index, snapshot).await?;
-        let root = Root {
+        self.split = Instant::now();
+        self.maintained = self.split;
+        self.condemned = unwanted.condemned;
+        self.upkeep_due.get_or_insert(self.split);
+        Ok(())
+    }
+
+    fn next_root(&self, trim: u64, trim_crc: Option<u32>, pages: &Pages) -> Root {
+        Root {
             seq: self.root.seq + 1,
             nonce: random(),
             trim,
             wal: self.wal_object_of(trim),
-            trim_crc: trim_crc.or(self.root.trim_crc),
+            trim_crc,
             snapshot: pages.snapshot,
-            pages: pages.pointers,
+            pages: pages.pointers.clone(),
             ..self.root.clone()
-        };
-        self.publish(root, index, pages.fresh).await
+        }
     }
 
     async fn wait_shipped(&self, seq: u64) {
@@ -183,34 +279,36 @@ impl<'a> Splitter<'a> {
         let _ = self.archive.shipped.subscribe().wait_for(|shipped| *shipped >= seq).await;
     }
 
-    /// Drops runs of deleted topics and below log starts. `None` when there is none; otherwise objects that are worth
-    /// writing again without their dead bytes: a deleted topic's must go, and so must what is mostly dead.
-    fn drop_unwanted(&self, index: &mut Index) -> Option<Vec<SegmentId>> {
-        let mut wanted: HashMap<Partition, Option<Offset>> = HashMap::new();
-        for partition in index.partitions() {
-            wanted.insert(partition, self.source.retained(partition).map(|retained| retained.log_start));
+    /// Runs below log starts, and partitions of deleted topics. The runs of those stay named until their objects are
+    /// written again without them: so they are not forgotten, whatever happens before.
+    fn unwanted(&self) -> Unwanted {
+        let mut unwanted = Unwanted::default();
+        for partition in self.index.partitions() {
+            let Some(retained) = self.source.retained(partition) else {
+                unwanted.condemned.insert(partition);
+                continue;
+            };
+            let below = self.index.runs(partition).take_while(|held| held.run.next <= retained.log_start);
+            unwanted.below_start.extend(below.map(|held| (partition, held)));
         }
-        let start = |partition: Partition| wanted.get(&partition).copied().flatten();
-        let gone = index.retain(|partition, held| start(partition).is_some_and(|start| held.run.next > start));
-        if gone.is_empty() {
-            return None;
-        }
-        let usage = index.usage();
-        let deleted: BTreeSet<SegmentId> =
-            gone.iter().filter(|(partition, _)| start(*partition).is_none()).map(|(_, held)| held.object).collect();
-        let touched: BTreeSet<SegmentId> = gone.iter().map(|(_, held)| held.object).collect();
-        let rewrite = touched.into_iter().filter(|object| {
-            usage.get(object).is_some_and(|usage| deleted.contains(object) || usage.live * 2 < usage.bytes)
-        });
-        Some(rewrite.take(REWRITES_MAX).collect())
+        unwanted
     }
 
-    /// Writes the batches of blocks below `end` into segments. Returns the checksum of the last block.
-    async fn split(&self, index: &mut Index, end: u64, number: &mut u32) -> Result<Option<u32>, ArchiveError> {
-        let mut crc = None;
+    fn segment_bytes(&self) -> u64 {
+        self.archive.settings.segment_bytes.clamp(1, SEGMENT_BYTES_MAX)
+    }
+
+    /// Writes the batches of blocks below `end` into segments. Returns the last block's checksum and append time.
+    async fn split(
+        &self,
+        index: &mut Index,
+        end: u64,
+        work: &mut Work,
+    ) -> Result<Option<(u32, TimestampMs)>, ArchiveError> {
+        let mut last = None;
         let mut from = self.root.trim;
         while from < end {
-            let mut blocks = self.source.blocks(from, self.archive.settings.segment_bytes as usize).await?;
+            let mut blocks = self.source.blocks(from, self.segment_bytes() as usize).await?;
             blocks.retain(|block| block.seq < end);
             let mut parts: BTreeMap<Partition, Slices> = BTreeMap::new();
             for stored in blocks {
@@ -219,8 +317,8 @@ impl<'a> Splitter<'a> {
                 if stored.seq != from {
                     return Err(damaged(&format_args!("block {from} was expected")));
                 }
-                crc = Some(crc32c::crc32c(&stored.bytes));
                 let block = Block::parse(stored.bytes.clone()).map_err(|error| damaged(&error))?;
+                last = Some((crc32c::crc32c(&stored.bytes), block.header().append_ms));
                 for entry in block.entries() {
                     let slice = (block.data(entry), block.header().append_ms);
                     parts.entry(entry.partition).or_default().push(slice);
@@ -228,15 +326,15 @@ impl<'a> Splitter<'a> {
                 from += 1;
             }
             for group in self.group(parts) {
-                self.write_segment(index, group, end, number).await?;
+                self.write_segment(index, group, end, work).await?;
             }
         }
-        Ok(crc)
+        Ok(last)
     }
 
     /// What goes into one object each: a busy partition alone, quiet ones that live equally long together.
     fn group(&self, parts: BTreeMap<Partition, Slices>) -> Vec<Vec<(Partition, Slices)>> {
-        let segment_bytes = self.archive.settings.segment_bytes;
+        let segment_bytes = self.segment_bytes();
         let mut groups = Vec::new();
         let mut shared: BTreeMap<i64, (u64, Vec<(Partition, Slices)>)> = BTreeMap::new();
         for (partition, slices) in parts {
@@ -247,7 +345,7 @@ impl<'a> Splitter<'a> {
                 groups.push(vec![(partition, slices)]);
                 continue;
             }
-            let (held, group) = shared.entry(retained.retention_ms).or_default();
+            let (held, group) = shared.entry(merge::class(retained.retention_ms)).or_default();
             *held += bytes;
             group.push((partition, slices));
             if *held >= segment_bytes {
@@ -264,23 +362,24 @@ impl<'a> Splitter<'a> {
         index: &mut Index,
         group: Vec<(Partition, Slices)>,
         seq: u64,
-        number: &mut u32,
+        work: &mut Work,
     ) -> Result<(), ArchiveError> {
-        let (id, segment) = self.put_segment(group, seq, number).await?;
+        let (id, segment) = self.put_segment(group, seq, work).await?;
+        let mut new = Vec::with_capacity(segment.runs.len());
         for (partition, run) in segment.runs {
             if index.next(partition).is_some_and(|next| run.base < next) {
-                return Err(ArchiveError::Local(format!("{partition}: offset {} is archived already", run.base)));
+                return Err(local(format_args!("{partition}: offset {} is archived already", run.base)));
             }
-            index.add(partition, HeldRun { object: id, object_bytes: segment.bytes, run });
+            new.push((partition, HeldRun { object: id, object_bytes: segment.bytes, run }));
         }
-        Ok(())
+        index.extend(new).map_err(local)
     }
 
     async fn put_segment(
         &self,
         group: Vec<(Partition, Slices)>,
         seq: u64,
-        number: &mut u32,
+        work: &mut Work,
     ) -> Result<(SegmentId, Segment), ArchiveError> {
         let build = move || {
             let mut writer = SegmentWriter::default();
@@ -288,44 +387,23 @@ impl<'a> Splitter<'a> {
             Ok::<_, SegmentError>(writer.finish())
         };
         // Every batch's checksum is computed again: tens of milliseconds for a full segment.
-        let built = tokio::task::spawn_blocking(build).await;
-        let built = built.map_err(|error| ArchiveError::Local(error.to_string()))?;
-        let segment = built.map_err(|error| ArchiveError::Local(format!("the WAL: {error}")))?;
-        let id = SegmentId { seq, epoch: self.root.epoch, number: *number, nonce: random() };
-        *number += 1;
-        self.archive.store.create(&self.archive.keys.segment(&id), &segment.chunks).await?;
+        let built = tokio::task::spawn_blocking(build).await.map_err(local)?;
+        let segment = built.map_err(|error| local(format_args!("the WAL: {error}")))?;
+        let id = SegmentId { seq, epoch: self.root.epoch, number: work.segments, nonce: random() };
+        work.segments += 1;
+        let key = self.archive.keys.segment(&id);
+        work.written.push(key.clone());
+        self.archive.store.create(&key, &segment.chunks).await?;
         Ok((id, segment))
     }
 
-    /// Writes an object again with the runs that are still wanted.
-    async fn rewrite(
+    /// Writes the pages that changed, and the snapshot unless it is the one in force.
+    async fn write_pages(
         &self,
         index: &mut Index,
-        object: SegmentId,
-        seq: u64,
-        number: &mut u32,
-    ) -> Result<(), ArchiveError> {
-        let mut group = Vec::new();
-        let key = self.archive.keys.segment(&object);
-        let partitions: Vec<Partition> = index.partitions().collect();
-        for partition in partitions {
-            let held: Vec<HeldRun> = index.runs(partition).filter(|held| held.object == object).copied().collect();
-            for HeldRun { run, .. } in held {
-                let bytes = self.archive.store.get_range_paced(&key, run.position..run.position + run.length).await?;
-                group.push((partition, vec![(bytes, run.appended_ms)]));
-            }
-        }
-        let (id, segment) = self.put_segment(group, seq, number).await?;
-        let runs = segment
-            .runs
-            .into_iter()
-            .map(|(partition, run)| ((partition, run.base), HeldRun { object: id, object_bytes: segment.bytes, run }));
-        index.replace(object, &runs.collect());
-        Ok(())
-    }
-
-    /// Writes the pages that changed, and the snapshot.
-    async fn write_pages(&self, index: &mut Index, snapshot: Snapshot) -> Result<Pages, ArchiveError> {
+        snapshot: Option<Snapshot>,
+        work: &mut Work,
+    ) -> Result<Pages, ArchiveError> {
         let mut objects = Vec::new();
         let mut pointer = |(bytes, crc): (Bytes, u32)| {
             let number = objects.len() as u32;
@@ -336,13 +414,15 @@ impl<'a> Splitter<'a> {
         };
         let pointers: Vec<PagePointer> =
             index.pages().map(|page| page.unwrap_or_else(|page| pointer(page.encode()))).collect();
-        let known = self.root.snapshot.filter(|_| snapshot.next_seq == self.root.trim);
-        let snapshot = known.unwrap_or_else(|| pointer(manifest::encode_snapshot(&snapshot.state)));
+        let fresh = snapshot.filter(|snapshot| self.root.snapshot.is_none() || snapshot.next_seq != self.root.trim);
+        let fresh = fresh.map(|snapshot| pointer(manifest::encode_snapshot(&snapshot.state)));
         for (pointer, bytes) in &objects {
-            self.archive.store.create(&self.archive.keys.page(pointer), std::slice::from_ref(bytes)).await?;
+            let key = self.archive.keys.page(pointer);
+            work.written.push(key.clone());
+            self.archive.store.create(&key, std::slice::from_ref(bytes)).await?;
         }
         index.stored(&pointers);
-        Ok(Pages { pointers, snapshot: Some(snapshot), fresh: objects.into_iter().collect() })
+        Ok(Pages { pointers, snapshot: fresh.or(self.root.snapshot), fresh: objects.into_iter().collect() })
     }
 
     /// Puts a root in force: in the bucket, for readers, here, and for the WAL, in this order.
@@ -351,18 +431,32 @@ impl<'a> Splitter<'a> {
         root: Root,
         index: Index,
         fresh: HashMap<PagePointer, Bytes>,
+        work: &mut Work,
     ) -> Result<(), ArchiveError> {
+        // From here on the root may be in force, whatever is heard of its PUT: what it names is not ours to delete.
+        work.written.clear();
+        self.pending = Some(Pending { root, index, fresh });
+        self.settle().await
+    }
+
+    /// Finds out what became of a root: its PUT is repeated with the same bytes until there is an answer.
+    async fn settle(&mut self) -> Result<(), ArchiveError> {
+        let Some(Pending { root, .. }) = &self.pending else { return Ok(()) };
         let archive = self.archive;
         match archive.store.create(&archive.keys.root(root.seq), &[root.encode()]).await {
             Ok(()) => {}
             Err(StoreError::Taken(_)) => return Err(archive.taken_by().await),
             Err(error) => return Err(error.into()),
         }
+        let Some(Pending { root, index, fresh }) = self.pending.take() else { return Ok(()) };
         archive.cold.publish(index.clone());
         let old = std::mem::replace(&mut self.root, root);
         let old_index = std::mem::replace(&mut self.index, index);
         self.discard(&old, &old_index);
-        self.waiting = None;
+        if old.trim != self.root.trim {
+            self.waiting = None;
+            self.wal_floor = 0;
+        }
         self.show();
         info!(manifest = self.root.seq, trim = self.root.trim, "published");
         self.mirror_behind = true;
@@ -375,7 +469,9 @@ impl<'a> Splitter<'a> {
         self.mirror_behind = false;
         self.source.published(self.root.trim);
         let durable = self.source.durable();
-        self.wal_floor = if durable.next_seq == self.root.trim { durable.wal_bytes } else { 0 };
+        if durable.next_seq == self.root.trim {
+            self.wal_floor = durable.wal_bytes;
+        }
     }
 
     fn show(&mut self) {
@@ -433,50 +529,5 @@ impl<'a> Splitter<'a> {
                 self.bury(vec![key]);
             }
         }
-    }
-
-    /// Finds what earlier owners left: written and never named, or no longer named and not yet deleted. Looks only at
-    /// names below our claim, so that an owner that has deposed us unnoticed loses nothing.
-    async fn sweep(&mut self) -> Result<(), ArchiveError> {
-        let archive = self.archive;
-        let (keys, store) = (&archive.keys, &archive.store);
-        let named = self.index.usage();
-        let named: BTreeSet<Path> = named.keys().map(|id| keys.segment(id)).collect();
-        let pages: BTreeSet<Path> =
-            self.root.pages.iter().chain(&self.root.snapshot).map(|pointer| keys.page(pointer)).collect();
-        let mut gone = Vec::new();
-        for object in store.list(&keys.segments()).await? {
-            let older = epoch_of_segment(&object.location).is_some_and(|epoch| epoch < self.root.epoch);
-            if older && !named.contains(&object.location) {
-                gone.push(object.location);
-            }
-        }
-        for object in store.list(&keys.pages()).await? {
-            let older = sequence_of_page(&object.location).is_some_and(|seq| seq < self.claim_seq);
-            if older && !pages.contains(&object.location) {
-                gone.push(object.location);
-            }
-        }
-        for object in store.list(&keys.roots()).await? {
-            let Some(seq) = sequence_of(&object.location) else { continue };
-            if seq < self.claim_seq && !self.root.fences.iter().any(|fence| fence.manifest_seq == seq) {
-                gone.push(object.location);
-            }
-        }
-        let mut wals = BTreeSet::new();
-        for object in store.list(&keys.wals()).await? {
-            let Some(seq) = sequence_of(&object.location) else { continue };
-            if seq >= self.root.wal {
-                wals.insert(seq);
-            } else if !self.root.fences.iter().any(|fence| fence.wal_seq == seq) {
-                gone.push(object.location);
-            }
-        }
-        archive.wals.lock().append(&mut wals);
-        if !gone.is_empty() {
-            info!(objects = gone.len(), "found objects that no manifest names");
-        }
-        self.bury(gone);
-        Ok(())
     }
 }

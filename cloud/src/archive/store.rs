@@ -367,6 +367,29 @@ impl Store {
         Ok(found)
     }
 
+    /// Shows every object below `prefix` to `look`, without holding them all. For sweeps, which have time: each thousand
+    /// of them, a page of the listing, is followed by a pause, and each may take what a request may.
+    pub async fn scan(&self, prefix: &Path, mut look: impl FnMut(Path)) -> Result<(), StoreError> {
+        count(&self.requests.lists, 1);
+        let mut listing = self.inner.list(Some(prefix));
+        let mut seen = 0u64;
+        loop {
+            match self.timed("LIST", prefix, listing.try_next()).await {
+                Ok(Some(object)) => look(object.location),
+                Ok(None) => return Ok(()),
+                Err(Attempt::Failed(error)) => return Err(error),
+                Err(Attempt::Exists(reason)) => {
+                    return Err(StoreError::Failed { operation: "LIST", key: prefix.clone(), reason });
+                }
+            }
+            seen += 1;
+            if seen.is_multiple_of(LIST_PAGE_OBJECTS) {
+                count(&self.requests.lists, 1);
+                tokio::time::sleep(self.settings.backoff).await;
+            }
+        }
+    }
+
     /// Proves that the store can be written, read and deleted from, and that `PutMode::Create` is honoured: of several
     /// that write one name at a time, one succeeds.
     pub async fn probe(&self) -> Result<(), StoreError> {
@@ -490,6 +513,8 @@ fn local_directory(url: &str) -> Result<Option<&FilePath>, StoreError> {
     }
 }
 
+/// Objects in one page of a listing, as S3 and its likenesses have it.
+const LIST_PAGE_OBJECTS: u64 = 1000;
 /// What an object of unknown size is taken for.
 const UNKNOWN_BYTES: u64 = 8 << 20;
 /// Connections are given up after this, whatever the body.

@@ -25,6 +25,8 @@ pub struct Plan {
     pub writes_left: Option<u32>,
     /// One in so many requests fails, in one of four ways.
     pub one_in: Option<u64>,
+    /// Writes to keys that contain this are done, and answered with an error.
+    pub lost_answers: Option<&'static str>,
     /// `PutMode::Create` is not honoured.
     pub unconditional: bool,
     /// Where the pseudo-random numbers are.
@@ -156,7 +158,9 @@ impl ObjectStore for Faulty {
         if self.plan.lock().unconditional {
             opts.mode = PutMode::Overwrite;
         }
-        Ok(self.apply(true, self.inner.put_opts(location, payload, opts)).await?.0)
+        let lost = self.plan.lock().lost_answers.is_some_and(|part| location.as_ref().contains(part));
+        let put = self.apply(true, self.inner.put_opts(location, payload, opts)).await?.0;
+        if lost { Err(error("503 after")) } else { Ok(put) }
     }
 
     async fn put_multipart_opts(&self, _: &Path, _: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
@@ -170,6 +174,9 @@ impl ObjectStore for Faulty {
         }
         if !latency.is_zero() {
             tokio::time::sleep(latency).await;
+        }
+        if self.plan.lock().lost_answers.is_some_and(|part| location.as_ref().contains(part)) {
+            return Err(error("503"));
         }
         let (result, cut) = self.apply(false, self.inner.get_opts(location, options)).await?;
         if !cut {

@@ -37,6 +37,9 @@ struct Content {
     fenced: Option<u32>,
     deleted: Vec<Partition>,
     log_starts: BTreeMap<Partition, Offset>,
+    /// What the log's clock says, if not a millisecond per block.
+    time_ms: Option<i64>,
+    retention_ms: Option<i64>,
 }
 
 /// A shard in memory.
@@ -105,12 +108,31 @@ impl Shard {
             epoch: content.epoch,
             nonce: seq * 31 + u64::from(content.epoch),
             seq,
-            append_ms: seq as i64,
+            append_ms: content.time_ms.unwrap_or(seq as i64),
         };
         // Another node's bytes differ: its nonce does.
         let header = BlockHeader { nonce: store::random() ^ header.nonce, ..header };
         let block = builder.finish(header);
         content.blocks.insert(seq, block.bytes().clone());
+        content.next_seq += 1;
+        self.next_seq.send_replace(content.next_seq);
+    }
+
+    /// Appends one block with the same batch of one record for each of many partitions, at offset `base`.
+    pub fn append_each(&self, partitions: &[Partition], base: Offset) {
+        let mut content = self.content.lock();
+        let mut builder = BatchBuilder::default();
+        builder.push(base * 60_000, Some(b"key"), Some(b"21.5"), &[]);
+        let batch = builder.finish(base, Compression::None);
+        let mut block = BlockBuilder::default();
+        let leader_epoch = content.epoch as i32;
+        for partition in partitions {
+            content.state.insert(*partition, base + 1);
+            block.push(Placed { partition: *partition, base_offset: base, leader_epoch, batch: batch.clone() });
+        }
+        let (seq, append_ms) = (content.next_seq, content.time_ms.unwrap_or(0));
+        let header = BlockHeader { shard: 0, epoch: content.epoch, nonce: store::random(), seq, append_ms };
+        content.blocks.insert(seq, block.finish(header).bytes().clone());
         content.next_seq += 1;
         self.next_seq.send_replace(content.next_seq);
     }
@@ -127,6 +149,16 @@ impl Shard {
     pub fn trim(&self, partition: Partition, log_start: Offset) {
         self.content.lock().log_starts.insert(partition, log_start);
         self.append(&[]);
+    }
+
+    /// Sets the log's clock.
+    pub fn at_ms(&self, time_ms: i64) {
+        self.content.lock().time_ms = Some(time_ms);
+    }
+
+    /// Sets `retention.ms` of every topic.
+    pub fn keep_ms(&self, retention_ms: i64) {
+        self.content.lock().retention_ms = Some(retention_ms);
     }
 
     pub fn positions(&self) -> (u64, u64, u64) {
@@ -204,7 +236,9 @@ impl Source for Shard {
     fn snapshot(&self) -> BoxFuture<'_, Result<Snapshot, SourceError>> {
         async move {
             let content = self.content.lock();
-            let state = postcard::to_stdvec(&content.state).unwrap().into();
+            let mut state = content.state.clone();
+            state.retain(|partition, _| !content.deleted.contains(partition));
+            let state = postcard::to_stdvec(&state).unwrap().into();
             Ok(Snapshot { next_seq: content.next_seq, state })
         }
         .boxed()
@@ -233,7 +267,8 @@ impl Source for Shard {
     fn retained(&self, partition: Partition) -> Option<Retained> {
         let content = self.content.lock();
         let log_start = content.log_starts.get(&partition).copied().unwrap_or(0);
-        (!content.deleted.contains(&partition)).then_some(Retained { log_start, retention_ms: 1 })
+        (!content.deleted.contains(&partition))
+            .then_some(Retained { log_start, retention_ms: content.retention_ms.unwrap_or(1) })
     }
 }
 
@@ -327,6 +362,22 @@ impl Node {
             }
             None => Archive::open(settings).await?,
         };
+        Self::start_archive(home, archive).await
+    }
+
+    /// Starts a node whose local copy of the manifest is in `mirror`: a disk that costs no time.
+    pub async fn start_quick(
+        home: &mut Home,
+        store: &Faulty,
+        mirror: &Faulty,
+        settings: ArchiveSettings,
+    ) -> Result<Self, ArchiveError> {
+        let store = Store::new(Arc::new(store.clone()), "some/prefix".into(), settings.requests);
+        let mirror = Store::new(Arc::new(mirror.clone()), "".into(), settings.requests);
+        Self::start_archive(home, Archive::with_stores(settings, store, Some(mirror)).await?).await
+    }
+
+    async fn start_archive(home: &mut Home, archive: Arc<Archive>) -> Result<Self, ArchiveError> {
         let recovered = match &home.disk {
             Some(disk) => archive.recover(disk.as_ref()).await?,
             None => archive.recover(&NoBlocks).await?,
