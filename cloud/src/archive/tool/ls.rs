@@ -76,7 +76,7 @@ struct ObjectLine {
 pub(super) async fn run(store: &Store, objects: bool, json: bool, out: &mut dyn Write) -> Result<i32, ToolError> {
     let listing = list(store, objects).await?;
     if json {
-        serde_json::to_writer_pretty(&mut *out, &listing).map_err(std::io::Error::other)?;
+        serde_json::to_writer_pretty(&mut *out, &listing).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
         print(&listing, out)?;
