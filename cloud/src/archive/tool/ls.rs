@@ -36,6 +36,8 @@ struct ShardLine {
     root: u64,
     epoch: u32,
     trim: u64,
+    /// First block of the shipped object that a replay begins with.
+    wal: u64,
     segments: u64,
     segment_bytes: u64,
     wal_objects: u64,
@@ -128,6 +130,7 @@ async fn list(store: &Store, objects: bool) -> Result<Listing, ToolError> {
             root: shard.root.seq,
             epoch: shard.root.epoch,
             trim: shard.root.trim,
+            wal: shard.root.wal,
             segments: segments.len() as u64,
             segment_bytes: segments.values().map(|(size, _)| size).sum(),
             wal_objects: walked.objects,

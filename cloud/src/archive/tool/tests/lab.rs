@@ -117,10 +117,10 @@ impl Node {
     }
 
     pub async fn start_on(place: &Place, home: TempDir, wal: MemoryWal) -> Self {
-        Self::start_shard(place, home, wal, 0).await
+        Self::start_shard(place, home, wal, 0, 4).await
     }
 
-    pub async fn start_shard(place: &Place, home: TempDir, wal: MemoryWal, number: u32) -> Self {
+    pub async fn start_shard(place: &Place, home: TempDir, wal: MemoryWal, number: u32, max_lag_ms: u64) -> Self {
         // Main installs the provider; a client cannot be made without one, even for http.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let settings = ArchiveSettings {
@@ -128,7 +128,7 @@ impl Node {
             store_options: place.options.clone(),
             data_dir: home.path().to_owned(),
             shard: number,
-            max_lag: Duration::from_millis(4),
+            max_lag: Duration::from_millis(max_lag_ms),
             ship_bytes: 4000,
             segment_bytes: 100_000,
             segment_age: Duration::from_secs(3600),

@@ -109,7 +109,7 @@ async fn all_shards_of_an_archive_are_listed_checked_read_and_copied() {
     let (old, new) = (Place::directory(), Place::directory());
     rich(&old).await.stop().await;
     let empty = (tempfile::tempdir().unwrap(), MemoryWal::new(16 << 20));
-    let second = Node::start_shard(&old, empty.0, empty.1, 7).await;
+    let second = Node::start_shard(&old, empty.0, empty.1, 7, 4).await;
     second.create(9, 1).await;
     for records in [3, 4] {
         second.append(from_producer(partition(9, 0), batch(records, 5))).await;
