@@ -36,6 +36,8 @@ struct ShardLine {
     root: u64,
     epoch: u32,
     trim: u64,
+    /// First block of the shipped object that a replay begins with.
+    wal: u64,
     segments: u64,
     segment_bytes: u64,
     wal_objects: u64,
@@ -76,7 +78,7 @@ struct ObjectLine {
 pub(super) async fn run(store: &Store, objects: bool, json: bool, out: &mut dyn Write) -> Result<i32, ToolError> {
     let listing = list(store, objects).await?;
     if json {
-        serde_json::to_writer_pretty(&mut *out, &listing).map_err(std::io::Error::other)?;
+        serde_json::to_writer_pretty(&mut *out, &listing).map_err(std::io::Error::from)?;
         writeln!(out)?;
     } else {
         print(&listing, out)?;
@@ -128,6 +130,7 @@ async fn list(store: &Store, objects: bool) -> Result<Listing, ToolError> {
             root: shard.root.seq,
             epoch: shard.root.epoch,
             trim: shard.root.trim,
+            wal: shard.root.wal,
             segments: segments.len() as u64,
             segment_bytes: segments.values().map(|(size, _)| size).sum(),
             wal_objects: walked.objects,

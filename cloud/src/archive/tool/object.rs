@@ -1,5 +1,7 @@
 //! One segment object: read in windows, so that memory is bounded whatever its size, and checked against its manifest.
 
+use std::collections::HashMap;
+
 use bytes::{Bytes, BytesMut};
 use object_store::path::Path;
 use shared::batch::{Batch, BatchError, HEADER_BYTES};
@@ -162,7 +164,10 @@ pub(super) async fn check_object(
     let directory = source.range(directory_at..directory_at + u64::from(trailer.directory_length)).await?;
     // A directory that does not hold is a finding; the manifest names the runs without it.
     let directory = match trailer.directory(&directory) {
-        Ok(directory) => Some(directory),
+        Ok(directory) => {
+            let places = directory.into_iter().map(|(partition, run)| ((partition, run.base), run));
+            Some(places.collect::<HashMap<(Partition, Offset), Run>>())
+        }
         Err(error) => {
             findings.push(damaged(directory_at, &error));
             None
@@ -180,7 +185,7 @@ pub(super) async fn check_object(
     let mut data = Window::new(source, trailer.data_bytes);
     let mut indexes = Window::new(source, trailer.directory_position);
     for (partition, run) in named {
-        if directory.as_ref().is_some_and(|entries| !entries.contains(&(*partition, *run))) {
+        if directory.as_ref().is_some_and(|entries| entries.get(&(*partition, run.base)) != Some(run)) {
             let what = format!("the manifest names a run of {partition} that the directory does not have so");
             findings.push(Finding::at(key, run.position, what));
         }

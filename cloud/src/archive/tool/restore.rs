@@ -55,7 +55,7 @@ pub(super) async fn run(
             for finding in &findings {
                 writeln!(out, "{finding}")?;
             }
-            eprintln!("nothing at {} is in force: what is above does not hold", target.describe());
+            eprintln!("the copy at {} was not put in force: what is named above does not hold", target.describe());
             return Ok(FINDINGS);
         }
     }

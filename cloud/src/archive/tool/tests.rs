@@ -16,6 +16,7 @@ use shared::name::Partition;
 use super::{CLEAN, ToolError, run};
 use crate::archive::tests::s3::S3;
 use crate::config::CloudConfig;
+use crate::wal::memory::MemoryWal;
 use lab::{Node, Place, parse, partition, rich};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -129,6 +130,47 @@ async fn records_come_out_as_they_went_in() {
         let offsets: Vec<i64> =
             out.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["offset"].as_i64().unwrap()).collect();
         assert_eq!(offsets, expected[from..to].iter().map(|record| record.0).collect::<Vec<_>>(), "{from}..{to}");
+    }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_in_a_segment_and_in_the_shipped_log_comes_once() {
+    let (place, copy) = (Place::directory(), Place::directory());
+    let empty = (tempfile::tempdir().unwrap(), MemoryWal::new(16 << 20));
+    let node = Node::start_shard(&place, empty.0, empty.1, 0, 60).await;
+    node.create(1, 3).await;
+    node.create(2, 1).await;
+    node.shipped().await;
+    // Until a shipped object holds blocks from below the trim and from above it.
+    for attempt in 0.. {
+        assert!(attempt < 100, "shipping never reaches over a trim");
+        node.produce(1).await;
+        let before = node.archive.status().manifest_seq;
+        node.archive.roll_now();
+        node.produce(2).await;
+        while node.archive.status().manifest_seq == before {
+            tokio::task::yield_now().await;
+        }
+        node.shipped().await;
+        let (_, out) = place.tool("ls --json").await.unwrap();
+        let shard = serde_json::from_str::<Value>(&out).unwrap()["shards"][0].clone();
+        if shard["wal"].as_u64() < shard["trim"].as_u64() && shard["trim"].as_u64() < shard["wal_next"].as_u64() {
+            break;
+        }
+    }
+    place.tool(&format!("restore --to {}", copy.url)).await.unwrap();
+    for place in [&place, &copy] {
+        assert_eq!(place.tool("verify").await.unwrap(), (CLEAN, String::new()));
+        for (topic, index) in [(1, 0), (1, 1), (2, 0)] {
+            let values: Vec<Vec<u8>> =
+                records(&node, partition(topic, index)).await.into_iter().map(|record| record.2).collect();
+            let command = format!("cat topic-{topic} --partition {index} --format value");
+            let (_, out) = place.tool_bytes(&command).await.unwrap();
+            assert!(out == values.iter().flat_map(|value| [value, &b"\n"[..]].concat()).collect::<Vec<u8>>());
+        }
+        let wanted = reader::expected(&node, 2, 0, 0).await;
+        assert_eq!(reader::read(place, &["topic-2", "0"]), wanted);
     }
     node.stop().await;
 }

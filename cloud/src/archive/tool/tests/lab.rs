@@ -117,13 +117,18 @@ impl Node {
     }
 
     pub async fn start_on(place: &Place, home: TempDir, wal: MemoryWal) -> Self {
+        Self::start_shard(place, home, wal, 0, 4).await
+    }
+
+    pub async fn start_shard(place: &Place, home: TempDir, wal: MemoryWal, number: u32, max_lag_ms: u64) -> Self {
         // Main installs the provider; a client cannot be made without one, even for http.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let settings = ArchiveSettings {
             url: Some(place.url.clone()),
             store_options: place.options.clone(),
             data_dir: home.path().to_owned(),
-            max_lag: Duration::from_millis(4),
+            shard: number,
+            max_lag: Duration::from_millis(max_lag_ms),
             ship_bytes: 4000,
             segment_bytes: 100_000,
             segment_age: Duration::from_secs(3600),
@@ -135,7 +140,8 @@ impl Node {
         let recovered = archive.recover(&LocalWal(&wal)).await.unwrap();
         let clock = Arc::new(|| 1_000);
         let cold = Some(archive.cold());
-        let shard = Shard::open(ShardSettings::default(), Box::new(wal.clone()), recovered, cold, clock).unwrap();
+        let settings = ShardSettings { shard: number, ..ShardSettings::default() };
+        let shard = Shard::open(settings, Box::new(wal.clone()), recovered, cold, clock).unwrap();
         let (stop, stopped) = oneshot::channel();
         let run = archive.clone().run(shard.clone(), async {
             let _ = stopped.await;

@@ -8,7 +8,7 @@ use shared::batch::Compression;
 use super::lab::{Node, Place, partition, rich};
 
 /// What `tests/clients/read_archive.py` prints: Python with its standard library, and none of our code.
-fn read(place: &Place, arguments: &[&str]) -> Vec<Value> {
+pub fn read(place: &Place, arguments: &[&str]) -> Vec<Value> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/clients/read_archive.py");
     let output = Command::new("python3").arg(script).arg(place.path()).args(arguments).output();
     let output = output.expect("python3 is there");
@@ -18,7 +18,7 @@ fn read(place: &Place, arguments: &[&str]) -> Vec<Value> {
 }
 
 /// The same from the node.
-async fn expected(node: &Node, topic: u8, index: u32, from: i64) -> Vec<Value> {
+pub async fn expected(node: &Node, topic: u8, index: u32, from: i64) -> Vec<Value> {
     let mut lines = Vec::new();
     for batch in node.read_all(partition(topic, index)).await {
         if batch.is_control() || batch.last_offset() < from {

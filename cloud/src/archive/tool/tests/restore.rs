@@ -1,11 +1,13 @@
 //! A copy of an archive is as good as the archive.
 
 use shared::log::Log;
+use shared::log::conformance::{batch, from_producer};
 use shared::name::Partition;
 
 use super::super::{CLEAN, FINDINGS, ToolError};
 use super::lab::{Node, Place, named, partition, rich};
 use super::records;
+use crate::wal::memory::MemoryWal;
 
 const ALL: [(u8, u32); 4] = [(1, 0), (1, 1), (1, 2), (2, 0)];
 
@@ -100,6 +102,39 @@ async fn a_place_that_belongs_to_others_or_is_at_work_is_refused() {
     let refused = restore(&old, &used).await.unwrap_err();
     assert!(matches!(refused, ToolError::InUse(_)), "{refused}");
     assert_eq!(used.keys(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_shards_of_an_archive_are_listed_checked_read_and_copied() {
+    let (old, new) = (Place::directory(), Place::directory());
+    rich(&old).await.stop().await;
+    let empty = (tempfile::tempdir().unwrap(), MemoryWal::new(16 << 20));
+    let second = Node::start_shard(&old, empty.0, empty.1, 7, 4).await;
+    second.create(9, 1).await;
+    for records in [3, 4] {
+        second.append(from_producer(partition(9, 0), batch(records, 5))).await;
+        second.split().await;
+    }
+    second.append(from_producer(partition(9, 0), batch(5, 5))).await;
+    second.shipped().await;
+    second.stop().await;
+
+    assert_eq!(restore(&old, &new).await.unwrap().0, CLEAN);
+    for place in [&old, &new] {
+        assert_eq!(place.tool("verify").await.unwrap(), (CLEAN, String::new()));
+        let (_, out) = place.tool("ls").await.unwrap();
+        assert!(out.contains("shard 0:") && out.contains("shard 7:"), "{out}");
+        assert_eq!(place.tool("cat topic-9").await.unwrap().1.lines().count(), 12);
+        assert_eq!(place.tool("cat topic-2").await.unwrap().1.lines().count(), 99);
+    }
+    // Damage in any of them keeps all of them out of force.
+    let key = named(&old).await.into_iter().rfind(|key| key.contains("shards/7/segments/")).unwrap();
+    let mut damaged = old.read(&key);
+    damaged[20] ^= 1;
+    old.write(&key, &damaged);
+    let third = Place::directory();
+    assert_eq!(restore(&old, &third).await.unwrap().0, FINDINGS);
+    assert!(!third.keys().iter().any(|key| key.contains("/manifest/")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
