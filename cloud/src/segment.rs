@@ -430,6 +430,12 @@ impl RunIndex {
         }
     }
 
+    /// The end of the stretch that `position` lies in or ends with.
+    pub fn end_of(&self, run: &Run, position: u64) -> u64 {
+        let after = self.entries.partition_point(|entry| entry.position < position);
+        self.entries.get(after).map_or(run.length, |entry| entry.position)
+    }
+
     /// Leader epochs in the run and where each begins.
     pub fn epochs(&self) -> &[(i32, Offset)] {
         &self.epochs
@@ -528,6 +534,12 @@ mod tests {
         assert_eq!(index.reach(&run, one * 18, one), one * 19);
         assert_eq!(index.reach(&run, one * 19, 1), run.length);
         assert_eq!(index.reach(&run, 0, u64::MAX), run.length);
+        assert_eq!(index.end_of(&run, 1), one);
+        assert_eq!(index.end_of(&run, one), one);
+        assert_eq!(index.end_of(&run, one * 3 + 5), one * 4);
+        assert_eq!(index.end_of(&run, one * 19), one * 19);
+        assert_eq!(index.end_of(&run, one * 19 + 1), run.length);
+        assert_eq!(index.end_of(&run, u64::MAX), run.length);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::cache::{CHUNK_BYTES, CacheStatus, Chunks, DiskCache, ENTRY_BYTES, Obj
 use super::store::{Store, StoreError};
 use super::{ColdBounds, ColdRead, ColdRun, ColdTier};
 use crate::manifest::{HeldRun, Index, Keys, SegmentId};
-use crate::segment::{RunIndex, Stretch};
+use crate::segment::{Run, RunIndex, Stretch};
 
 /// Runs that one read takes from at most.
 const RUNS_MAX: usize = 64;
@@ -135,7 +135,7 @@ impl Cold {
         let index = self.runs.index(&held).await?;
         let bytes_max = (limits.bytes_max as u64).min(READ_BYTES_MAX);
         for stretch in index.stretches(&held.run, from) {
-            let end = index.reach(&held.run, stretch.start, bytes_max);
+            let end = read_end(&held.run, &index, &stretch, bytes_max);
             if goes_on {
                 self.fetch_ahead(partition, &held, end);
             }
@@ -324,6 +324,15 @@ impl Runs {
         self.indexes.lock().retain(|(object, _)| live.contains(object));
         self.chunks.retain(live);
     }
+}
+
+/// Where a read of up to `bytes_max` that begins somewhere in `stretch` ends: with the stretch that the last byte may be in,
+/// so that the limit is used up, unless that one begins another chunk. That is not worth waiting for.
+fn read_end(run: &Run, index: &RunIndex, stretch: &Stretch, bytes_max: u64) -> u64 {
+    let sure = index.reach(run, stretch.start, bytes_max);
+    let wished = index.end_of(run, stretch.end.saturating_add(bytes_max.saturating_sub(1)));
+    let chunk = |end: u64| chunk_start((run.position + end).saturating_sub(1));
+    if chunk(wished) == chunk(sure) { wished } else { sure }
 }
 
 fn object(held: &HeldRun) -> Object {

@@ -144,6 +144,37 @@ async fn small_runs_in_one_object_share_its_chunks() {
 }
 
 #[tokio::test]
+async fn a_read_takes_as_many_batches_as_its_limit_allows_wherever_it_begins() {
+    let store = Faulty::new();
+    let slices = (0..60).map(|base| {
+        let mut builder = BatchBuilder::default();
+        builder.push(base, None, Some(&[7; 1000]), &[]);
+        (builder.finish(base, Compression::None).into_bytes(), 0)
+    });
+    let mut writer = SegmentWriter::default();
+    writer.run(partition(1), slices).unwrap();
+    let segment = writer.finish();
+    let object = SegmentId { seq: 0, epoch: 1, number: 0, nonce: 1 };
+    store.inner.put(&keys().segment(&object), segment.chunks.concat().into()).await.unwrap();
+    let (mut index, run) = (Index::default(), segment.runs[0].1);
+    index.add(partition(1), HeldRun { object, object_bytes: segment.bytes, run });
+    let cold = Cold::new(
+        Arc::new(Store::new(Arc::new(store), "p".into(), RequestSettings::default())),
+        keys(),
+        index,
+        4 * MIB,
+    );
+    let one = run.length as usize / 60;
+    for from in 0..60 {
+        for count in [0, 1, 2, 7, 20, 100] {
+            let limits = ReadLimits { bytes_max: one * count + one / 2 };
+            let read = cold.read(partition(1), from, limits).await.unwrap();
+            assert_eq!(read.next, (from + count.max(1) as i64).min(60), "{count} from {from}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_was_read_once_comes_from_the_disk_and_after_a_restart_too() {
     let bucket = Bucket::filled(2, 60).await;
     let directory = tempfile::tempdir().unwrap();
