@@ -157,7 +157,7 @@ async fn a_read_takes_as_many_batches_as_its_limit_allows_wherever_it_begins() {
     let object = SegmentId { seq: 0, epoch: 1, number: 0, nonce: 1 };
     store.inner.put(&keys().segment(&object), segment.chunks.concat().into()).await.unwrap();
     let (mut index, run) = (Index::default(), segment.runs[0].1);
-    index.add(partition(1), HeldRun { object, object_bytes: segment.bytes, run });
+    index.extend(vec![(partition(1), HeldRun { object, object_bytes: segment.bytes, run })]).unwrap();
     let cold = Cold::new(
         Arc::new(Store::new(Arc::new(store), "p".into(), RequestSettings::default())),
         keys(),
