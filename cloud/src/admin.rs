@@ -233,6 +233,8 @@ impl Node {
                 ("list", a.lists),
                 ("delete", a.deletes),
                 ("failed", a.request_errors),
+                ("repeated", a.retries),
+                ("not_repeated", a.retries_refused),
             ];
             kinds.map(|(kind, count)| {
                 let mut labels = borrowed(labels);
@@ -243,6 +245,8 @@ impl Node {
         metrics.counters("tributary_cloud_archive_requests", "Requests to the object store", requests)?;
         archives.counter(metrics, "tributary_cloud_archive_written_bytes", "Bytes put", |a| a.put_bytes)?;
         archives.counter(metrics, "tributary_cloud_archive_read_bytes", "Bytes got", |a| a.get_bytes)?;
+        let help = "Milliseconds that bodies waited for the bandwidth limit";
+        archives.counter(metrics, "tributary_cloud_archive_paced_milliseconds", help, |a| a.paced_ms)?;
         let per_cache = |count: fn(&CacheStatus) -> [u64; 2]| {
             archives.0.iter().flat_map(move |(labels, a)| {
                 ["memory", "disk"].into_iter().zip(count(&a.cache)).map(|(cache, count)| {

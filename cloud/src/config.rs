@@ -160,6 +160,8 @@ pub struct ArchiveConfig {
     /// Most bytes of `DATA_DIR/cache`, where what was read from the bucket is kept; 0 is off. When absent: 1 GiB for a
     /// bucket, off where the archive is a directory.
     pub disk_cache_bytes: Option<ByteSize>,
+    /// How often the bucket is looked through for objects that no manifest names.
+    pub sweep_interval: Span,
     /// Server-side encryption of an `s3://` store: `AES256` or `aws:kms`; the bucket's own setting when absent.
     pub sse: Option<String>,
     /// The key for `aws:kms`; the account's when absent.
@@ -179,6 +181,7 @@ impl Default for ArchiveConfig {
             max_lag: Span::secs(10),
             segment_bytes: ByteSize(64 << 20),
             segment_age: Span::secs(600),
+            sweep_interval: Span::secs(24 * 3600),
             disk_cache_bytes: None,
             sse: None,
             sse_kms_key_id: None,

@@ -169,6 +169,7 @@ impl Opener<'_> {
             max_lag: config.max_lag.0,
             segment_bytes: config.segment_bytes.0,
             segment_age: config.segment_age.0,
+            sweep_interval: config.sweep_interval.0,
             requests,
             ..ArchiveSettings::default()
         })

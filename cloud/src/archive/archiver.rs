@@ -256,6 +256,12 @@ pub struct ArchiveStatus {
     pub deletes: u64,
     /// Requests that failed.
     pub request_errors: u64,
+    /// Second and further attempts.
+    pub retries: u64,
+    /// Those that were not made because too many had been.
+    pub retries_refused: u64,
+    /// Milliseconds that bodies waited for the bandwidth limit.
+    pub paced_ms: u64,
     /// What the caches of archived records did.
     pub cache: CacheStatus,
 }
@@ -584,6 +590,9 @@ impl Archive {
             lists: load(&requests.lists),
             deletes: load(&requests.deletes),
             request_errors: load(&requests.errors),
+            retries: load(&requests.retries),
+            retries_refused: load(&requests.retries_refused),
+            paced_ms: load(&requests.paced_ms),
             cache: self.cold.cache_status(),
         }
     }

@@ -161,8 +161,8 @@ impl Archive {
 
     /// The local WAL goes on: claim, and begin from the bucket's snapshot and local blocks.
     async fn resume(&self, view: &View, epoch: u32) -> Result<Option<Recovered>, ArchiveError> {
-        let index = self.load_index(&view.root).await?;
-        let snapshot = self.load_snapshot(&view.root).await?;
+        let loaded = async { Ok((self.load_index(&view.root).await?, self.load_snapshot(&view.root).await?)) };
+        let Some((index, snapshot)) = self.unless_cleared(&view.root, loaded.await).await? else { return Ok(None) };
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(None) };
         self.write_mirror(&root, &HashMap::new()).await?;
         self.hold(Some(Held { root, index, claimed: true, shipped: view.next }), epoch);
@@ -220,8 +220,13 @@ impl Archive {
             let snapshot = self.load_snapshot(&view.root).await?;
             Ok(Loaded { index, snapshot, blocks: self.chain(&view.root, view.next).await? })
         };
-        match loaded.await {
-            Err(ArchiveError::Store(StoreError::Missing(_))) if !self.is_newest(view.root.seq).await? => Ok(None),
+        self.unless_cleared(&view.root, loaded.await).await
+    }
+
+    /// `None` where an object that `root` names is gone because an owner has published since.
+    async fn unless_cleared<T>(&self, root: &Root, loaded: Result<T, ArchiveError>) -> Result<Option<T>, ArchiveError> {
+        match loaded {
+            Err(ArchiveError::Store(StoreError::Missing(_))) if !self.is_newest(root.seq).await? => Ok(None),
             loaded => loaded.map(Some),
         }
     }
@@ -372,13 +377,12 @@ impl Archive {
 
     /// The root in force and where the shipped WAL ends; `None` for a shard the bucket does not know.
     pub(super) async fn view(&self) -> Result<Option<View>, ArchiveError> {
-        let mut cleared = None;
         for _ in 0..CLAIM_ATTEMPTS {
             let Some(seq) = self.newest_seq().await? else { return Ok(None) };
             match self.read_view(seq).await {
-                Err(ArchiveError::Store(StoreError::Missing(key))) if cleared.as_ref() != Some(&key) => {
-                    cleared = Some(key);
-                }
+                // A root that is cleared away, or whose blocks are, while it is read: there is a newer one.
+                Err(ArchiveError::Store(StoreError::Missing(_)) | ArchiveError::Damaged { .. })
+                    if !self.is_newest(seq).await? => {}
                 view => return view.map(Some),
             }
         }
