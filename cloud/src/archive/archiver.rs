@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
+use shared::name::TimestampMs;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
@@ -51,6 +52,10 @@ pub struct ArchiveSettings {
     pub cache_bytes: usize,
     /// How requests are made.
     pub requests: RequestSettings,
+    /// Whether segments are built on threads of their own.
+    pub threads: bool,
+    /// Milliseconds since 1970.
+    pub clock: fn() -> TimestampMs,
 }
 
 impl Default for ArchiveSettings {
@@ -68,6 +73,8 @@ impl Default for ArchiveSettings {
             grace: Duration::from_secs(300),
             cache_bytes: 64 << 20,
             requests: RequestSettings::default(),
+            threads: true,
+            clock: system_clock,
         }
     }
 }
@@ -363,13 +370,14 @@ impl Archive {
     }
 
     pub(super) fn now_ms(&self) -> i64 {
-        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+        (self.settings.clock)()
     }
 
     /// Ships and splits until `stop` resolves or another owner takes over, then ships what is left if it can.
     pub async fn run(self: Arc<Self>, source: Arc<dyn Source>, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let held = tokio::select! {
+            biased;
             () = &mut stop => return,
             held = self.claimed(source.as_ref()) => held,
         };
@@ -380,6 +388,7 @@ impl Archive {
         let mut shipper = Shipper::new(&self, source.as_ref(), held.shipped);
         let mut splitter = Splitter::new(&self, source.as_ref(), held);
         let fenced = tokio::select! {
+            biased;
             () = &mut stop => None,
             error = shipper.run() => Some(error),
             error = splitter.run() => Some(error),
@@ -559,6 +568,10 @@ impl Archive {
             request_errors: load(&requests.errors),
         }
     }
+}
+
+fn system_clock() -> TimestampMs {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
 
 /// What a running shard's WAL holds, as far as a claim compares it.
