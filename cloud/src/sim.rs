@@ -186,6 +186,57 @@ fn nothing_acknowledged_is_lost_doubled_or_contradicted() {
     println!("{} seeds: {tally:?}", seeds.end - seeds.start);
 }
 
+/// Plants a bug and runs seeds until one finds it.
+fn is_found(bug: Bug, seeds_max: u64) {
+    for seed in 0..seeds_max {
+        if let Some(violation) = run(seed, Some(bug)).violation {
+            println!("{bug:?}: found by seed {seed}, after {} seeds: {violation}", seed + 1);
+            return;
+        }
+    }
+    panic!("{bug:?} is not found by {seeds_max} seeds");
+}
+
+#[test]
+fn a_take_over_without_a_fence_block_is_found() {
+    is_found(Bug::NoFence, 40);
+}
+
+#[test]
+fn collected_fence_blocks_are_found() {
+    is_found(Bug::FencesCollected, 40);
+}
+
+#[test]
+fn a_taken_name_counted_as_success_is_found() {
+    is_found(Bug::NoNonce, 40);
+}
+
+#[test]
+fn a_position_written_after_its_data_is_found() {
+    is_found(Bug::MarkerAfterData, 40);
+}
+
+#[test]
+fn an_answer_before_its_block_is_durable_is_found() {
+    is_found(Bug::EarlyAnswer, 40);
+}
+
+#[test]
+fn an_edge_told_to_delete_what_is_merely_durable_is_found() {
+    is_found(Bug::SafeIsDurable, 40);
+}
+
+#[test]
+fn a_wal_trimmed_before_its_manifest_is_found() {
+    is_found(Bug::TrimBeforeManifest, 40);
+}
+
+#[test]
+fn offsets_used_again_after_a_restore_are_found() {
+    is_found(Bug::OffsetsReused, 40);
+}
+
 #[test]
 fn one_seed_is_one_history() {
     for seed in [3, 4] {

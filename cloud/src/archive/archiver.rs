@@ -21,7 +21,7 @@ use super::{
     Cold, ColdTier, LocalBlocks, Recovered, RequestSettings, Source, SourceError, Store, StoreError, StoredBlock, Tail,
     identity,
 };
-use crate::manifest::{Index, Keys, PagePointer, Root, sequence_of};
+use crate::manifest::{Index, Keys, OBJECT_BYTES_MAX, PagePointer, Root, sequence_of};
 use crate::wal::object::{ObjectWal, ObjectWalSettings};
 
 /// How an archive behaves.
@@ -168,6 +168,9 @@ pub enum ArchiveError {
         epoch: u32,
     },
 }
+
+/// How often an owner of the WAL in the store looks whether it still is.
+const OWNER_CHECK: Duration = Duration::from_secs(10);
 
 /// What is in force, between a claim and the task that works on.
 #[derive(Debug, Clone)]
@@ -392,6 +395,7 @@ impl Archive {
             () = &mut stop => None,
             error = shipper.run() => Some(error),
             error = splitter.run() => Some(error),
+            error = self.watch_for_another() => Some(error),
         };
         match fenced {
             Some(error) => self.deposed(source.as_ref(), error).await,
@@ -450,6 +454,25 @@ impl Archive {
         };
         let local = Compared { first, next, block };
         self.claim_running(&local, view, self.epoch.load(Ordering::Relaxed)).await
+    }
+
+    /// Looks now and then whether another owner has claimed the shard. One that writes learns it from its next PUT; one that
+    /// nobody writes to would go on for ever to answer readers, and to refuse producers, from a state that is over.
+    async fn watch_for_another(&self) -> ArchiveError {
+        if !self.settings.owns_wal {
+            std::future::pending::<()>().await;
+        }
+        loop {
+            tokio::time::sleep(OWNER_CHECK).await;
+            // A claim has the number after the newest root, and is never deleted.
+            let next = self.facts.manifest_seq.load(Ordering::Relaxed) + 1;
+            let Ok(bytes) = self.store.get(&self.keys.root(next), OBJECT_BYTES_MAX).await else { continue };
+            let own = self.facts.claimed_epoch.load(Ordering::Relaxed);
+            match Root::decode(&bytes) {
+                Ok(root) if root.epoch > own => return ArchiveError::Deposed { epoch: root.epoch },
+                _ => {}
+            }
+        }
     }
 
     /// Another owner has the shard, or two histories met: the shard must acknowledge nothing more.

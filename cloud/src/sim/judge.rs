@@ -105,7 +105,9 @@ impl Judge {
     /// Records went with an edge's disk before anybody else had them.
     pub fn let_go(&self, marks: impl IntoIterator<Item = u64>) {
         let mut books = self.0.lock();
-        marks.into_iter().for_each(|mark| drop(books.held.remove(&mark)));
+        for mark in marks {
+            books.held.remove(&mark);
+        }
     }
 
     /// An edge reports that it sends records again under another incarnation.
