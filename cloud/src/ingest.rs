@@ -493,6 +493,7 @@ impl Ingest {
                 return Ok(reply);
             }
             tokio::select! {
+                biased;
                 () = changed => {}
                 () = safer => {}
                 () = freed, if poll.wants_credit => {}
@@ -588,6 +589,11 @@ fn count(counter: &AtomicU64, by: u64) {
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, IngestError>> + Send + 'static,
 ) -> Result<T, IngestError> {
+    #[cfg(test)]
+    if crate::sim::is_running() {
+        // There nobody goes away but with the whole node.
+        return work.await;
+    }
     match tokio::spawn(work).await {
         Ok(result) => result,
         Err(error) => Err(IngestError::Unavailable(format!("the request's task failed: {error}"))),

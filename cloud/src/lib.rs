@@ -9,8 +9,11 @@ pub mod front;
 pub mod groups;
 pub mod ingest;
 pub mod manifest;
+mod planted;
 pub mod segment;
 pub mod shard;
 pub mod shards;
+#[cfg(test)]
+mod sim;
 pub mod state;
 pub mod wal;

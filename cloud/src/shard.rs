@@ -11,7 +11,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -24,9 +24,11 @@ use shared::log::{
 };
 use shared::name::{Offset, Partition, TimestampMs};
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::archive::{ColdTier, LocalBlocks, NothingCold, Recovered, SourceError};
 use crate::block::BlockError;
+use crate::planted::{Bug, planted};
 use crate::state::{Change, State, StateError, StateLog, StreamState};
 use crate::wal::{BlockLog, Usage, WalError};
 
@@ -311,7 +313,7 @@ impl Shard {
     /// of which nothing is.
     pub fn safe(&self, key: &StreamKey) -> Option<Offset> {
         let inner = self.core.inner.lock();
-        if self.core.settings.archived {
+        if self.core.settings.archived && !planted(Bug::SafeIsDurable) {
             inner.safe.get(key).copied()
         } else {
             inner.state.stream(key).map(|stream| stream.next)
@@ -357,7 +359,7 @@ impl Shard {
 impl Core {
     /// What time it is, for blocks and for retention.
     fn now(&self) -> clock::Now {
-        self.cautious.lock().judge((self.clock)(), Instant::now())
+        self.cautious.lock().judge((self.clock)(), Instant::now().into_std())
     }
 }
 

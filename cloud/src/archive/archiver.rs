@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
+use shared::name::TimestampMs;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
@@ -20,7 +21,7 @@ use super::{
     CacheStatus, Cold, ColdTier, DiskCache, LocalBlocks, Recovered, RequestSettings, Source, SourceError, Store,
     StoreError, StoredBlock, Tail, identity,
 };
-use crate::manifest::{Index, Keys, PagePointer, Root, sequence_of};
+use crate::manifest::{Index, Keys, OBJECT_BYTES_MAX, PagePointer, Root, sequence_of};
 use crate::wal::object::{ObjectWal, ObjectWalSettings};
 
 /// How an archive behaves.
@@ -53,6 +54,10 @@ pub struct ArchiveSettings {
     pub cache_bytes: usize,
     /// How requests are made.
     pub requests: RequestSettings,
+    /// Whether segments are built on threads of their own.
+    pub threads: bool,
+    /// Milliseconds since 1970.
+    pub clock: fn() -> TimestampMs,
 }
 
 impl Default for ArchiveSettings {
@@ -71,6 +76,8 @@ impl Default for ArchiveSettings {
             sweep_interval: Duration::from_secs(24 * 3600),
             cache_bytes: 64 << 20,
             requests: RequestSettings::default(),
+            threads: true,
+            clock: system_clock,
         }
     }
 }
@@ -167,6 +174,9 @@ pub enum ArchiveError {
         epoch: u32,
     },
 }
+
+/// How often an owner of the WAL in the store looks whether it still is.
+const OWNER_CHECK: Duration = Duration::from_secs(10);
 
 /// What is in force, between a claim and the task that works on.
 #[derive(Debug, Clone)]
@@ -382,7 +392,7 @@ impl Archive {
     }
 
     pub(super) fn now_ms(&self) -> i64 {
-        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
+        (self.settings.clock)()
     }
 
     /// Ships and splits until `stop` resolves or another owner takes over, then ships what is left if it can.
@@ -390,6 +400,7 @@ impl Archive {
         tokio::pin!(stop);
         loop {
             let held = tokio::select! {
+                biased;
                 () = &mut stop => return,
                 held = self.claimed(source.as_ref()) => held,
             };
@@ -403,9 +414,11 @@ impl Archive {
             // The splitter has it now; a second one would keep pages in memory that are long replaced.
             *self.held.lock() = None;
             let fenced = tokio::select! {
+                biased;
                 () = &mut stop => None,
                 error = shipper.run() => Some(error),
                 error = splitter.run() => Some(error),
+                error = self.watch_for_another() => Some(error),
             };
             match fenced {
                 Some(ArchiveError::Overtaken) => {
@@ -468,6 +481,25 @@ impl Archive {
         };
         let local = Compared { first, next, block };
         self.claim_running(&local, view, self.epoch.load(Ordering::Relaxed)).await
+    }
+
+    /// Looks now and then whether another owner has claimed the shard. One that writes learns it from its next PUT; one that
+    /// nobody writes to would go on for ever to answer readers, and to refuse producers, from a state that is over.
+    async fn watch_for_another(&self) -> ArchiveError {
+        if !self.settings.owns_wal {
+            std::future::pending::<()>().await;
+        }
+        loop {
+            tokio::time::sleep(OWNER_CHECK).await;
+            // A claim has the number after the newest root, and is never deleted.
+            let next = self.facts.manifest_seq.load(Ordering::Relaxed) + 1;
+            let Ok(bytes) = self.store.get(&self.keys.root(next), OBJECT_BYTES_MAX).await else { continue };
+            let own = self.facts.claimed_epoch.load(Ordering::Relaxed);
+            match Root::decode(&bytes) {
+                Ok(root) if root.epoch > own => return ArchiveError::Deposed { epoch: root.epoch },
+                _ => {}
+            }
+        }
     }
 
     /// Another owner has the shard, or two histories met: the shard must acknowledge nothing more.
@@ -596,6 +628,10 @@ impl Archive {
             cache: self.cold.cache_status(),
         }
     }
+}
+
+fn system_clock() -> TimestampMs {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
 
 /// What a running shard's WAL holds, as far as a claim compares it.

@@ -27,6 +27,7 @@ use super::store::{backoff, random};
 use super::{Archive, ArchiveError, Snapshot, Source, SourceError, StoreError};
 use crate::block::Block;
 use crate::manifest::{self, HeldRun, Index, PagePointer, Root, SegmentId};
+use crate::planted::{Bug, planted};
 use crate::segment::{Segment, SegmentError, SegmentWriter};
 
 /// Largest segment, whatever the settings say: positions within one are kept in 32 bits, with room to spare.
@@ -249,6 +250,9 @@ impl<'a> Splitter<'a> {
             index.replace(&unwanted.below_start, Vec::new()).map_err(local)?;
             let trim = snapshot.next_seq;
             let end = self.split(&mut index, trim, work).await?;
+            if planted(Bug::TrimBeforeManifest) {
+                self.source.published(trim);
+            }
             let pages = self.write_pages(&mut index, Some(snapshot), work).await?;
             let root = self.next_root(trim, end.map(|(crc, _)| crc).or(self.root.trim_crc), &pages);
             self.publish(root, index, pages.fresh, work).await?;
@@ -387,7 +391,11 @@ impl<'a> Splitter<'a> {
             Ok::<_, SegmentError>(writer.finish())
         };
         // Every batch's checksum is computed again: tens of milliseconds for a full segment.
-        let built = tokio::task::spawn_blocking(build).await.map_err(local)?;
+        let built = if self.archive.settings.threads {
+            tokio::task::spawn_blocking(build).await.map_err(local)?
+        } else {
+            build()
+        };
         let segment = built.map_err(|error| local(format_args!("the WAL: {error}")))?;
         let id = SegmentId { seq, epoch: self.root.epoch, number: work.segments, nonce: random() };
         work.segments += 1;
@@ -506,7 +514,8 @@ impl<'a> Splitter<'a> {
         gone.extend(old_index.usage().keys().filter(|id| !usage.contains_key(id)).map(|id| keys.segment(id)));
         let mut wals = self.archive.wals.lock();
         let keep = wals.split_off(&self.root.wal);
-        let fenced = |seq: &u64| self.root.fences.iter().any(|fence| fence.wal_seq == *seq);
+        let fenced =
+            |seq: &u64| !planted(Bug::FencesCollected) && self.root.fences.iter().any(|fence| fence.wal_seq == *seq);
         gone.extend(std::mem::replace(&mut *wals, keep).iter().filter(|seq| !fenced(seq)).map(|seq| keys.wal(*seq)));
         drop(wals);
         self.bury(gone);

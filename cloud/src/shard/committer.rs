@@ -1,6 +1,7 @@
 //! The one task that writes: takes the open block when the append before has ended, makes it durable, then moves what
 //! readers see.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -13,6 +14,7 @@ use super::flight::{Committing, Inner, OpenBlock};
 use super::fold::fold;
 use super::{Core, ShardSettings};
 use crate::block::{Block, BlockError, BlockHeader};
+use crate::planted::{Bug, planted};
 use crate::state::Change;
 use crate::wal::WalError;
 
@@ -30,8 +32,12 @@ impl Core {
     /// Runs until the shard is closed or its WAL fails.
     pub async fn commit_blocks(&self) {
         let _guard = StopOnEnd(self);
+        let mut late = BTreeMap::new();
         while let Some((seq, mut open)) = self.take_open().await {
-            for (key, (partition, next, chain)) in open.streams.drain() {
+            if planted(Bug::MarkerAfterData) {
+                std::mem::swap(&mut open.streams, &mut late);
+            }
+            for (key, (partition, next, chain)) in std::mem::take(&mut open.streams) {
                 open.builder.change(Change::StreamPosition { key, partition, next, chain });
             }
             let dropped = self.drop_oldest(&mut open);

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
-use std::time::Instant;
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
@@ -10,6 +9,7 @@ use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::block_on::block_on;
 use shared::name::TimestampMs;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::clock::CautiousClock;
@@ -18,6 +18,7 @@ use super::read::ReadCache;
 use super::{Clock, Core, OpenError, ShardSettings};
 use crate::archive::{ColdTier, Recovered, Snapshot, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockError, BlockHeader, Placed};
+use crate::planted::{Bug, planted};
 use crate::state::{Change, State};
 use crate::wal::BlockLog;
 
@@ -60,7 +61,7 @@ pub fn recover(
         read_cache: Mutex::new(ReadCache::new(settings.read_cache_bytes_max)),
         settings,
         wal,
-        cautious: Mutex::new(CautiousClock::new(newest_ms.unwrap_or_else(|| (clock)()), Instant::now())),
+        cautious: Mutex::new(CautiousClock::new(newest_ms.unwrap_or_else(|| (clock)()), Instant::now().into_std())),
         cold,
         clock,
         epoch,
@@ -153,7 +154,8 @@ impl Recovery<'_> {
         self.inner.ship(self.inner.next_seq);
         let mut builder = BlockBuilder::default();
         let epoch = self.inner.state.leader_epoch().saturating_add(1);
-        builder.change(Change::EpochStarted { epoch, skip: OFFSETS_SKIPPED });
+        let skip = if planted(Bug::OffsetsReused) { 0 } else { OFFSETS_SKIPPED };
+        builder.change(Change::EpochStarted { epoch, skip });
         let seq = self.inner.next_seq;
         let ShardSettings { shard, nonce, .. } = *self.settings;
         let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });

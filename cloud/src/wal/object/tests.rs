@@ -340,6 +340,19 @@ async fn a_deposed_owner_acknowledges_nothing_more() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_deposed_owner_that_nobody_writes_to_learns_of_it() {
+    let store = Faulty::new();
+    let old = Owner::start(&store).await;
+    old.append(3).await.unwrap();
+    let new = Owner::start(&store.other()).await;
+    assert_eq!(old.shard.status().stopped, None, "nothing has told it yet");
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    assert!(old.shard.status().stopped.is_some());
+    assert_eq!(new.shard.status().stopped, None);
+    assert_eq!(new.append(1).await.unwrap().base_offset, 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_block_under_way_at_a_take_over_is_in_the_log_or_refused_never_both() {
     for lands_first in [true, false] {
         let store = Faulty::new();

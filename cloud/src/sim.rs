@@ -1,0 +1,248 @@
+//! A simulation of the whole: edges, the link, shards of two engines, the nodes that serve them, and one bucket, driven by
+//! one seed on a scheduler of our own. No sockets, no threads, no clock but a virtual one: the same seed gives the same
+//! history. See docs/verification.md for what is simulated, what is judged, and how to replay a seed.
+
+mod chaos;
+mod client;
+mod edge;
+mod judge;
+mod node;
+mod scheduler;
+mod store;
+mod world;
+
+use std::cell::RefCell;
+
+use shared::name::TimestampMs;
+use tokio::time::Instant;
+
+use crate::planted::Bug;
+use crate::wal::powercut::Random;
+use scheduler::{Processes, Scheduler};
+
+/// What everything in a run draws from and reports to. One run to a thread.
+struct Context {
+    random: Random,
+    /// What the product draws: nonces and the jitter of pauses.
+    nonces: Random,
+    begun: Instant,
+    wall_ms: TimestampMs,
+    bug: Option<Bug>,
+    history: u64,
+    violation: Option<String>,
+    trace: bool,
+    processes: Processes,
+}
+
+thread_local! {
+    static CONTEXT: RefCell<Option<Context>> = const { RefCell::new(None) };
+}
+
+/// 2026-01-01.
+const WALL_MS: TimestampMs = 1_767_225_600_000;
+
+fn with<T>(read: impl FnOnce(&mut Context) -> T) -> Option<T> {
+    CONTEXT.with(|context| context.try_borrow_mut().ok()?.as_mut().map(read))
+}
+
+/// Whether this thread runs a simulation.
+pub(crate) fn is_running() -> bool {
+    with(|_| ()).is_some()
+}
+
+/// The product's next random number, where a simulation runs.
+pub(crate) fn random() -> Option<u64> {
+    with(|context| context.nonces.next())
+}
+
+/// Whether a bug is planted.
+pub(crate) fn planted(bug: Bug) -> bool {
+    with(|context| context.bug == Some(bug)).unwrap_or(false)
+}
+
+/// A number below `bound`, drawn by the seed.
+fn draw(bound: u64) -> u64 {
+    with(|context| context.random.below(bound)).unwrap_or(0)
+}
+
+/// True so many times in a thousand.
+fn chance(per_mille: u64) -> bool {
+    draw(1000) < per_mille
+}
+
+/// Milliseconds since the run began: a clock that only goes forward.
+fn now_ms() -> u64 {
+    with(|context| context.begun.elapsed().as_millis() as u64).unwrap_or(0)
+}
+
+/// The wall clock of all machines.
+fn wall_ms() -> TimestampMs {
+    with(|context| context.wall_ms + context.begun.elapsed().as_millis() as i64).unwrap_or(WALL_MS)
+}
+
+/// The wall clock jumps.
+fn jump(by_ms: i64) {
+    with(|context| context.wall_ms += by_ms);
+}
+
+fn mix(history: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(history, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Adds an event to the history.
+fn note(event: impl FnOnce() -> String) {
+    let text = format!("{:>9} {}", now_ms(), event());
+    with(|context| {
+        context.history = mix(context.history, text.as_bytes());
+        if context.trace {
+            println!("{text}");
+        }
+    });
+}
+
+/// Adds a step to the history.
+fn note_step(process: u64) {
+    let now = now_ms();
+    with(|context| context.history = mix(mix(context.history, &now.to_be_bytes()), &process.to_be_bytes()));
+}
+
+/// An invariant does not hold: the run ends.
+fn fail(violation: String) {
+    note(|| format!("VIOLATION: {violation}"));
+    with(|context| {
+        context.violation.get_or_insert(violation);
+        context.processes.finish();
+    });
+}
+
+/// How a run came out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Outcome {
+    /// Hash over all events and steps.
+    history: u64,
+    steps: u64,
+    violation: Option<String>,
+    /// What happened how often.
+    tally: world::Tally,
+}
+
+/// Runs one seed to its end.
+fn run(seed: u64, bug: Option<Bug>) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    let processes = Processes::default();
+    let entered = runtime.enter();
+    let context = Context {
+        random: Random(seed),
+        nonces: Random(!seed),
+        begun: Instant::now(),
+        wall_ms: WALL_MS,
+        bug,
+        history: 0xcbf2_9ce4_8422_2325,
+        violation: None,
+        trace: std::env::var_os("SIM_TRACE").is_some(),
+        processes: processes.clone(),
+    };
+    CONTEXT.with(|slot| *slot.borrow_mut() = Some(context));
+    let world = world::World::new(processes.clone());
+    world.begin();
+    let scheduler = tokio::task::unconstrained(Scheduler::new(processes));
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.block_on(scheduler)));
+    let steps = ran.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        fail(format!("panic: {}", text.unwrap_or_default()));
+        0
+    });
+    let tally = world.tally();
+    drop((world, entered));
+    drop(runtime);
+    let context = CONTEXT.with(|slot| slot.borrow_mut().take()).expect("it was put there");
+    Outcome { history: context.history, steps, violation: context.violation, tally }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
+/// The command that replays a seed.
+fn replay(seed: u64) -> String {
+    format!("SIM_SEED={seed} SIM_TRACE=1 cargo test -p tributary-cloud --lib sim::nothing -- --nocapture")
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_doubled_or_contradicted() {
+    let seeds = match number("SIM_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..number("SIM_SEEDS").unwrap_or(25),
+    };
+    let mut tally = world::Tally::default();
+    for seed in seeds.clone() {
+        let outcome = run(seed, None);
+        if let Some(violation) = outcome.violation {
+            panic!("seed {seed}: {violation}\nreplay: {}", replay(seed));
+        }
+        tally.add(&outcome.tally);
+    }
+    println!("{} seeds: {tally:?}", seeds.end - seeds.start);
+}
+
+/// Plants a bug and runs seeds until one finds it.
+fn is_found(bug: Bug, seeds_max: u64) {
+    for seed in 0..seeds_max {
+        if let Some(violation) = run(seed, Some(bug)).violation {
+            println!("{bug:?}: found by seed {seed}, after {} seeds: {violation}", seed + 1);
+            return;
+        }
+    }
+    panic!("{bug:?} is not found by {seeds_max} seeds");
+}
+
+#[test]
+fn a_take_over_without_a_fence_block_is_found() {
+    is_found(Bug::NoFence, 40);
+}
+
+#[test]
+fn collected_fence_blocks_are_found() {
+    is_found(Bug::FencesCollected, 40);
+}
+
+#[test]
+fn a_taken_name_counted_as_success_is_found() {
+    is_found(Bug::NoNonce, 40);
+}
+
+#[test]
+fn a_position_written_after_its_data_is_found() {
+    is_found(Bug::MarkerAfterData, 40);
+}
+
+#[test]
+fn an_answer_before_its_block_is_durable_is_found() {
+    is_found(Bug::EarlyAnswer, 40);
+}
+
+#[test]
+fn an_edge_told_to_delete_what_is_merely_durable_is_found() {
+    is_found(Bug::SafeIsDurable, 40);
+}
+
+#[test]
+fn a_wal_trimmed_before_its_manifest_is_found() {
+    is_found(Bug::TrimBeforeManifest, 40);
+}
+
+#[test]
+fn offsets_used_again_after_a_restore_are_found() {
+    is_found(Bug::OffsetsReused, 40);
+}
+
+#[test]
+fn one_seed_is_one_history() {
+    for seed in [3, 4] {
+        let (first, second) = (run(seed, None), run(seed, None));
+        assert_eq!(first, second);
+        assert!(first.steps > 1000, "{first:?}");
+    }
+    assert_ne!(run(3, None).history, run(4, None).history);
+}

@@ -1,0 +1,355 @@
+//! The world: who is there, how requests travel, and the end at which everything is judged.
+
+use std::collections::BTreeSet;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
+use parking_lot::Mutex;
+use shared::log::BoxFuture;
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+
+use super::edge::Edge;
+use super::judge::Judge;
+use super::node::{Engine, Node, Tuning, Up, produced, streamed};
+use super::scheduler::{Owner, Processes, WORLD};
+use super::store::Bucket;
+use super::{chance, chaos, client, draw, fail, note, now_ms};
+
+/// The shard of blocks in the bucket, which two nodes fight for.
+pub const OBJECT: u32 = 0;
+/// The shard of blocks on a node's own disk.
+pub const FILE: u32 = 1;
+
+/// What happened how often.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Tally {
+    pub acknowledged: u64,
+    pub confirmed: u64,
+    pub read: u64,
+    pub renewed: u64,
+    pub starts: u64,
+    pub crashes: u64,
+    pub strikes: u64,
+    pub disks_lost: u64,
+    pub seconds: u64,
+}
+
+impl Tally {
+    pub fn add(&mut self, other: &Self) {
+        let Self { acknowledged, confirmed, read, renewed, starts, crashes, strikes, disks_lost, seconds } = other;
+        self.acknowledged += acknowledged;
+        self.confirmed += confirmed;
+        self.read += read;
+        self.renewed += renewed;
+        self.starts += starts;
+        self.crashes += crashes;
+        self.strikes += strikes;
+        self.disks_lost += disks_lost;
+        self.seconds += seconds;
+    }
+}
+
+/// Everything there is. Clones are handles.
+#[derive(Clone)]
+pub struct World(Arc<Inner>);
+
+struct Inner {
+    processes: Processes,
+    bucket: Bucket,
+    judge: Judge,
+    tuning: Tuning,
+    home: TempDir,
+    nodes: Vec<Arc<Node>>,
+    edges: Vec<Arc<Edge>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    tally: Tally,
+    marks: u64,
+    writes: bool,
+    over: bool,
+    /// Requests lost between clients and nodes, in a thousand.
+    loss: u64,
+    busy: BTreeSet<Owner>,
+}
+
+impl World {
+    pub fn new(processes: Processes) -> Self {
+        let base = FilePath::new("/dev/shm");
+        let home = if base.is_dir() { TempDir::new_in(base) } else { TempDir::new() }.expect("a directory");
+        std::fs::write(home.path().join("cluster-id"), "simulated\n").expect("a file");
+        let bucket = Bucket::new(processes.clone());
+        let id = bucket.content.put(&Path::from("cluster-id"), "simulated\n".into()).now_or_never();
+        assert!(id.is_some_and(|put| put.is_ok()), "memory answers at once");
+        let nodes = [(1, Engine::Object, OBJECT), (2, Engine::Object, OBJECT), (3, Engine::File, FILE)];
+        let nodes = nodes.map(|(owner, engine, shard)| Arc::new(Node::new(owner, engine, shard)));
+        nodes[1].state.lock().held_back = true;
+        let edges = (0..1 + draw(3)).map(|n| Arc::new(Edge::new(10 + n as Owner, draw(2) as u32)));
+        Self(Arc::new(Inner {
+            bucket,
+            judge: Judge::default(),
+            tuning: Tuning::drawn(),
+            home,
+            nodes: nodes.into(),
+            edges: edges.collect(),
+            state: Mutex::new(State { writes: true, ..State::default() }),
+            processes,
+        }))
+    }
+
+    /// Starts everything.
+    pub fn begin(&self) {
+        note(|| format!("{:?}, {} edges", self.0.tuning, self.0.edges.len()));
+        self.processes().spawn(WORLD, supervise(self.clone()));
+        for edge in self.edges() {
+            self.processes().spawn(edge.owner, edge.clone().run(self.clone()));
+        }
+        for (shard, engine) in [(OBJECT, Engine::Object), (FILE, Engine::File)] {
+            self.processes().spawn(WORLD, client::produce(self.clone(), 30 + shard, shard, engine));
+            self.processes().spawn(WORLD, client::consume(self.clone(), 40 + shard, shard));
+        }
+        self.processes().spawn(WORLD, run(self.clone()));
+    }
+
+    pub fn processes(&self) -> &Processes {
+        &self.0.processes
+    }
+
+    pub fn bucket(&self) -> &Bucket {
+        &self.0.bucket
+    }
+
+    pub fn judge(&self) -> &Judge {
+        &self.0.judge
+    }
+
+    pub fn tuning(&self) -> &Tuning {
+        &self.0.tuning
+    }
+
+    pub fn home(&self) -> &FilePath {
+        self.0.home.path()
+    }
+
+    pub fn nodes(&self) -> &[Arc<Node>] {
+        &self.0.nodes
+    }
+
+    pub fn edges(&self) -> &[Arc<Edge>] {
+        &self.0.edges
+    }
+
+    /// Whether devices and producers write.
+    pub fn writes(&self) -> bool {
+        self.0.state.lock().writes
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.0.state.lock().over
+    }
+
+    pub fn set_loss(&self, per_mille: u64) {
+        self.0.state.lock().loss = per_mille;
+    }
+
+    /// A number that no other record has.
+    pub fn mark(&self) -> u64 {
+        let mut state = self.0.state.lock();
+        state.marks += 1;
+        state.marks
+    }
+
+    pub fn count(&self, count: impl FnOnce(&mut Tally)) {
+        count(&mut self.0.state.lock().tally);
+    }
+
+    pub fn tally(&self) -> Tally {
+        Tally { seconds: now_ms() / 1000, ..self.0.state.lock().tally.clone() }
+    }
+
+    pub fn producer_idle(&self, owner: Owner, idle: bool) {
+        let mut state = self.0.state.lock();
+        if idle {
+            state.busy.remove(&owner)
+        } else {
+            state.busy.insert(owner)
+        };
+    }
+
+    /// One of the machines that may serve a shard.
+    pub fn node_of(&self, shard: u32, guess: usize) -> Option<Arc<Node>> {
+        let mut serving = self.nodes().iter().filter(|node| node.shard == shard);
+        let count = serving.clone().count().max(1);
+        serving.nth(guess % count).cloned()
+    }
+
+    /// Sends a request to a node. It may be lost or come twice, and so may the answer; what is not up refuses at once.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        from: Owner,
+        node: Arc<Node>,
+        patience: Duration,
+        work: Arc<dyn Fn(Up) -> BoxFuture<'static, T> + Send + Sync>,
+    ) -> Option<T> {
+        let (tell, mut told) = mpsc::unbounded_channel();
+        let loss = self.0.state.lock().loss;
+        let copies = 1 + u64::from(chance(loss / 2));
+        for copy in 0..copies {
+            if chance(loss) {
+                // Nobody tells the sender.
+                let tell = tell.clone();
+                self.processes().spawn(WORLD, async move {
+                    tokio::time::sleep(Duration::from_secs(60)).await;
+                    drop(tell);
+                });
+                continue;
+            }
+            let delay = Duration::from_millis(1 + draw(30) + copy * draw(9000));
+            let (world, node, work, tell) = (self.clone(), node.clone(), work.clone(), tell.clone());
+            self.processes().spawn(WORLD, async move {
+                tokio::time::sleep(delay).await;
+                let (there, owner) = (world.clone(), node.owner);
+                world.processes().spawn(owner, async move {
+                    let Some(up) = node.up() else { return };
+                    let answer = work(up).await;
+                    let delay = Duration::from_millis(1 + draw(30) + if chance(loss) { 60_000 } else { 0 });
+                    there.processes().spawn(WORLD, async move {
+                        tokio::time::sleep(delay).await;
+                        let _ = tell.send(answer);
+                    });
+                });
+            });
+        }
+        drop(tell);
+        let answer = tokio::time::timeout(patience, told.recv()).await.ok().flatten();
+        note(|| format!("{from} asked: {}", if answer.is_some() { "answered" } else { "no answer" }));
+        answer
+    }
+
+    /// Starts a node, if nothing of it runs.
+    pub fn start(&self, node: &Arc<Node>) {
+        let mut state = node.state.lock();
+        if state.started || state.held_back {
+            return;
+        }
+        state.started = true;
+        drop(state);
+        self.count(|tally| tally.starts += 1);
+        self.processes().spawn(node.owner, node.clone().boot(self.clone()));
+    }
+
+    /// Takes a node's power away for a while.
+    pub fn crash(&self, node: &Arc<Node>, off: Duration) {
+        note(|| format!("node {}: crashes for {off:?}", node.owner));
+        self.count(|tally| tally.crashes += 1);
+        node.crash(self);
+        let (world, node) = (self.clone(), node.clone());
+        self.processes().spawn(WORLD, async move {
+            tokio::time::sleep(off).await;
+            world.start(&node);
+        });
+    }
+
+    /// Faults end, and everything gets the time to be delivered; then fresh nodes say what there is.
+    async fn settle(&self) {
+        note(|| "faults end".to_owned());
+        self.0.state.lock().writes = false;
+        self.calm();
+        let mut quiet = 0;
+        for _ in 0..1000 {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            let busy = !self.0.state.lock().busy.is_empty();
+            let delivered = self.edges().iter().all(|edge| edge.disk.lock().is_delivered());
+            quiet = if busy || !delivered { 0 } else { quiet + 1 };
+            if quiet == 4 {
+                return;
+            }
+        }
+        fail("there is no progress, although nothing is in the way any more".into());
+    }
+
+    /// Nothing is in the way any more; of the two nodes that fight one is switched off.
+    fn calm(&self) {
+        self.bucket().clear_up();
+        self.set_loss(0);
+        for (index, node) in self.nodes().iter().enumerate() {
+            self.processes().resume(node.owner);
+            let mut state = node.state.lock();
+            (state.cut_off, state.paused, state.held_back) = (false, false, index == 1);
+            drop(state);
+            if index == 1 {
+                node.crash(self);
+            } else {
+                self.start(node);
+            }
+        }
+        self.edges().iter().for_each(|edge| self.processes().resume(edge.owner));
+    }
+
+    async fn last_judgement(&self) {
+        note(|| "fresh nodes".to_owned());
+        let [first, second, file] = self.nodes() else { return };
+        for node in self.nodes() {
+            node.crash(self);
+        }
+        first.state.lock().held_back = true;
+        second.state.lock().held_back = false;
+        let mut services = Vec::new();
+        for node in [second, file] {
+            self.start(node);
+            let mut up = None;
+            for _ in 0..100 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                up = node.up();
+                if up.is_some() {
+                    break;
+                }
+            }
+            match up {
+                Some(up) => services.push((node.shard, up)),
+                None => return fail(format!("node {} does not start any more", node.owner)),
+            }
+        }
+        for (shard, up) in &services {
+            self.judge().last_word(self, *shard, up, produced(*shard)).await;
+            self.judge().last_word(self, *shard, up, streamed(*shard)).await;
+        }
+        self.judge().edges(self, &services).await;
+    }
+}
+
+async fn run(world: World) {
+    chaos::reign(&world).await;
+    world.settle().await;
+    world.last_judgement().await;
+    world.0.state.lock().over = true;
+    world.processes().finish();
+}
+
+/// Starts what is off and starts again what has stopped, as a service manager does.
+async fn supervise(world: World) {
+    loop {
+        for node in world.nodes() {
+            let stopped = node.state.lock().up.as_ref().is_some_and(|up| up.shard.status().stopped.is_some());
+            if stopped {
+                world.crash(node, Duration::from_millis(500 + draw(30_000)));
+            } else if world.is_first_second() {
+                world.start(node);
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+impl World {
+    fn is_first_second(&self) -> bool {
+        now_ms() < 1000
+    }
+}
