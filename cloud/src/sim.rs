@@ -175,15 +175,16 @@ fn nothing_acknowledged_is_lost_doubled_or_contradicted() {
         Some(seed) => seed..seed + 1,
         None => 0..number("SIM_SEEDS").unwrap_or(25),
     };
-    let mut tally = world::Tally::default();
+    let (mut tally, mut steps) = (world::Tally::default(), 0);
     for seed in seeds.clone() {
         let outcome = run(seed, None);
         if let Some(violation) = outcome.violation {
             panic!("seed {seed}: {violation}\nreplay: {}", replay(seed));
         }
         tally.add(&outcome.tally);
+        steps += outcome.steps;
     }
-    println!("{} seeds: {tally:?}", seeds.end - seeds.start);
+    println!("{} seeds, {steps} steps: {tally:?}", seeds.end - seeds.start);
 }
 
 /// Plants a bug and runs seeds until one finds it.

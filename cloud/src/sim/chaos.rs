@@ -13,6 +13,7 @@ use super::{chance, draw, jump, note, now_ms};
 enum Kind {
     NodeCrash,
     NodePause,
+    Suspended,
     PowerCut,
     TakeOver,
     StoreCutOff,
@@ -30,9 +31,10 @@ enum Kind {
     Roll,
 }
 
-const KINDS: [Kind; 17] = [
+const KINDS: [Kind; 18] = [
     Kind::NodeCrash,
     Kind::NodePause,
+    Kind::Suspended,
     Kind::PowerCut,
     Kind::TakeOver,
     Kind::StoreCutOff,
@@ -59,7 +61,7 @@ pub async fn reign(world: &World) {
     // Few kinds at a time go deeper than all at once.
     let share = [200, 500, 900][draw(3) as usize];
     let kinds: Vec<Kind> = KINDS.into_iter().filter(|_| chance(share)).collect();
-    let (end, pace) = (60_000 + draw(240_000), 1 + draw(20));
+    let (end, pace) = (40_000 + draw(160_000), 1 + draw(20));
     note(|| format!("for {end} ms, every {pace} s: {kinds:?}"));
     tokio::time::sleep(secs(10)).await;
     while now_ms() < end {
@@ -97,6 +99,17 @@ async fn strike(world: &World, kind: Kind) {
         }
         Kind::PowerCut => {
             world.nodes().iter().filter(|node| node.engine == Engine::File).for_each(|node| node.cut_power_soon())
+        }
+        Kind::Suspended => {
+            // An owner stands still, its requests wait, and meanwhile another goes on and clears up.
+            let fighters = || world.nodes().iter().filter(|node| node.engine == Engine::Object);
+            let Some(owner) = fighters().find(|node| node.up().is_some()).map(|node| node.owner) else { return };
+            world.processes().pause(owner);
+            later(world, secs(200), move |world| world.processes().resume(owner));
+            for node in fighters().filter(|node| node.owner != owner) {
+                node.state.lock().held_back = false;
+                world.start(node);
+            }
         }
         Kind::TakeOver => {
             for node in world.nodes().iter().filter(|node| node.engine == Engine::Object) {

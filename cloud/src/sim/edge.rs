@@ -22,6 +22,9 @@ use super::world::World;
 use super::{draw, fail, note, now_ms, random};
 use crate::ingest::{Grants, IngestError};
 
+/// Rows of a stream that wait, at most.
+const ROWS_MAX: usize = 200;
+
 /// A gateway and its disk.
 pub struct Edge {
     pub owner: Owner,
@@ -70,6 +73,11 @@ impl EdgeDisk {
     /// Marks of the records that are held.
     pub fn marks(&self) -> Vec<u64> {
         self.0.values().flat_map(|stream| marks_from(&stream.rows, 0)).collect()
+    }
+
+    /// No more is written: a long outage need not be filled with records.
+    fn is_full(&self) -> bool {
+        self.0.values().any(|stream| stream.rows.len() > ROWS_MAX)
     }
 
     fn write(&mut self, name: &StreamName, marks: &[u64]) {
@@ -127,7 +135,7 @@ impl Rows for EdgeDisk {
     fn read(&self, stream: &StreamName, from: Offset, bytes_max: usize) -> Result<Vec<Row>, String> {
         let (mut left, mut out) = (bytes_max, Vec::new());
         let rows = self.0.get(stream).map_or(&[][..], |stream| &stream.rows);
-        for row in rows.iter().filter(|row| row.batch.last_offset() >= from) {
+        for row in &rows[rows.partition_point(|row| row.batch.last_offset() < from)..] {
             if !out.is_empty() && row.batch.len() > left {
                 break;
             }
@@ -139,7 +147,8 @@ impl Rows for EdgeDisk {
 
     fn chain_at(&self, stream: &StreamName, next: Offset) -> Option<Chain> {
         let rows = &self.0.get(stream)?.rows;
-        rows.iter().find(|row| row.batch.last_offset() + 1 == next).map(|row| row.chain)
+        let row = rows.get(rows.partition_point(|row| row.batch.last_offset() + 1 < next))?;
+        (row.batch.last_offset() + 1 == next).then_some(row.chain)
     }
 }
 
@@ -220,7 +229,7 @@ impl Edge {
         loop {
             tokio::time::sleep(Duration::from_millis(draw(pace))).await;
             let mut disk = self.disk.lock();
-            if world.writes() {
+            if world.writes() && !disk.is_full() {
                 let names: Vec<StreamName> = disk.0.keys().cloned().collect();
                 let name = &names[draw(names.len() as u64) as usize];
                 let marks: Vec<u64> = (0..1 + draw(4)).map(|_| world.mark()).collect();

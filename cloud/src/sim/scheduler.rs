@@ -20,7 +20,7 @@ pub type Owner = u32;
 pub const WORLD: Owner = 0;
 
 /// More steps than any run takes: beyond it something spins.
-const STEPS_MAX: u64 = 5_000_000;
+const STEPS_MAX: u64 = 1_000_000;
 
 /// Starts, stops and pauses processes.
 #[derive(Clone, Default)]
