@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod committer;
+pub mod scan;
 mod tables;
 mod tail;
 

@@ -27,7 +27,7 @@ use crate::redb_log::{Commit, LogError, RedbLog, SessionChange, StoredBatch as S
 use crate::streams::{OnFull, RuleError, Rules};
 
 pub use crate::redb_log::StoredBatch;
-pub use open::{OpenError, StoreSettings};
+pub use open::{OpenError, StoreSettings, lock};
 use state::{State, Verdict};
 pub use status::{StoreStatus, StreamStatus};
 

@@ -276,7 +276,8 @@ fn make(dir: &Path, path: &Path, settings: &StoreSettings, bound: &Arc<DiskBound
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
 }
 
-fn lock(dir: &Path) -> Result<File, OpenError> {
+/// Holds a data directory against every other process of this program, until it is dropped.
+pub fn lock(dir: &Path) -> Result<File, OpenError> {
     let path = dir.join(LOCK);
     let remedy = "make it writable for this user, or set another data_dir";
     let file = OpenOptions::new()
