@@ -312,7 +312,8 @@ pub fn render(status: &serde_json::Value) -> String {
     for stream in status["streams"].as_array().into_iter().flatten() {
         let fields = ["name", "topic", "first", "next", "durable", "safe", "bytes", "oldest_unsent_seconds"];
         let mut row: Vec<String> = fields.iter().map(|field| text(&stream[*field])).collect();
-        row.push(stream["parked"].as_str().map_or("ok".to_owned(), |why| format!("PARKED: {why}")));
+        let well = if stream["engine"] == "memory" { "ok, in memory: gone at a restart" } else { "ok" };
+        row.push(stream["parked"].as_str().map_or(well.to_owned(), |why| format!("PARKED: {why}")));
         rows.push(row);
     }
     let _ = write!(out, "\n{}", table(&rows));

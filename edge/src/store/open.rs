@@ -11,9 +11,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tracing::{error, info};
 
 use super::*;
-use crate::redb_log::StreamRecord;
 use crate::redb_log::backend::{CappedFile, OpenStorage};
 use crate::redb_log::committer::{self, Pace};
+use crate::redb_log::{StreamRecord, Trim};
 use crate::retention::{BUDGET_BYTES_MIN, Budget};
 use crate::streams::StreamSettings;
 
@@ -94,6 +94,16 @@ pub enum OpenError {
     Budget {
         /// What there is.
         found: u64,
+    },
+    /// A stream moves to memory, and the database holds what only it has.
+    #[error(
+        "[[stream]] name = \"{stream}\": engine = \"memory\", but the database holds {records} records of it that are not safe in the cloud yet: start with engine = \"redb\" until status shows SAFE = NEXT, or give the stream in memory another name"
+    )]
+    Engine {
+        /// The stream.
+        stream: StreamName,
+        /// What would be left behind.
+        records: Offset,
     },
     /// The rules cannot be used.
     #[error(transparent)]
@@ -197,12 +207,14 @@ impl EdgeStore {
         lock: Option<File>,
         aside: Vec<PathBuf>,
     ) -> Result<Arc<Self>, OpenError> {
+        let mut contents = contents;
+        leave_database(&log, &mut contents, &rules)?;
         let commit = contents.commit;
         info!(incarnation = %contents.incarnation, commit, streams = contents.streams.len(), "store opened");
         let mut state = State::new(contents, &rules, budget, settings.batch_bytes_max, settings.commit_bytes);
         state.set_aside = aside;
         let ids: BTreeMap<u32, StreamRecord> =
-            state.streams.iter().map(|stream| (stream.id, stream.record.clone())).collect();
+            state.streams.iter().filter(|one| one.memory.is_none()).map(|one| (one.id, one.record.clone())).collect();
         for (id, record) in ids {
             let at = |offset| log.locate(id, offset).ok().flatten().map(|(_, place)| place);
             state.place_cursors(id, at(record.confirmed), at(record.safe));
@@ -236,6 +248,37 @@ impl EdgeStore {
             std::thread::Builder::new().name("committer".into()).spawn(thread).map_err(OpenError::Thread)?;
         Ok(Arc::new(Self { core, committer: Mutex::new(Some(committer)) }))
     }
+}
+
+/// Streams whose engine is memory now: what the database has of them is deleted if it is safe, and else stops the start.
+fn leave_database(log: &RedbLog, contents: &mut crate::redb_log::Contents, rules: &Rules) -> Result<(), OpenError> {
+    let moved =
+        |record: &StreamRecord| rules.all().iter().any(|rule| rule.memory_bytes.is_some() && rule.name == record.name);
+    for (id, record) in contents.streams.iter_mut().filter(|(_, record)| moved(record)) {
+        let unsafe_from = record.safe.max(record.first);
+        if unsafe_from < record.next {
+            return Err(OpenError::Engine { stream: record.name.clone(), records: record.next - unsafe_from });
+        }
+        loop {
+            let trim = Trim { stream: *id, below: record.next, bytes: u64::MAX, older_than: None };
+            let commit = Commit {
+                number: contents.commit + 1,
+                trims: vec![trim],
+                records: BTreeMap::from([(*id, record.clone())]),
+                unchanged: std::collections::BTreeSet::from([*id]),
+                ..Commit::default()
+            };
+            let remedy = "look at the disk and start again; nothing that is not safe in the cloud was deleted";
+            let path = PathBuf::from(DATABASE);
+            let trimmed = log.commit(&commit).map_err(|error| OpenError::Database { path, error, remedy })?;
+            contents.commit += 1;
+            trimmed.iter().for_each(|trim| crate::redb_log::apply_trim(record, trim));
+            if !trimmed.iter().any(|trim| trim.more) {
+                break;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn open_log(

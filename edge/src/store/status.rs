@@ -45,6 +45,8 @@ pub struct StreamStatus {
     pub name: StreamName,
     /// Its Kafka topic.
     pub topic: TopicName,
+    /// `redb`, or `memory`: gone with the process.
+    pub engine: &'static str,
     /// The life it is in, hexadecimal.
     pub incarnation: String,
     /// The first record that is kept.
@@ -97,6 +99,7 @@ pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> Store
         StreamStatus {
             name: stream.record.name.clone(),
             topic: at.topic,
+            engine: if stream.memory.is_some() { "memory" } else { "redb" },
             incarnation: at.incarnation.to_string(),
             first: at.first,
             next: at.next,

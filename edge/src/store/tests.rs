@@ -9,6 +9,7 @@ use shared::log::conformance::block_on;
 use super::*;
 use crate::streams::StreamSettings;
 
+mod memory;
 mod power;
 
 const CLOCK_MS: TimestampMs = 1_700_000_000_000;
