@@ -121,6 +121,7 @@ impl Gateway {
         let ratio = store.disk_budget_ratio;
         metrics.gauge("tributary_edge_disk_budget_ratio", "Part of the disk budget in use", ratio)?;
         metrics.gauge("tributary_edge_disk_used_bytes", "Size of the database", store.disk_used_bytes as f64)?;
+        metrics.gauge("tributary_edge_disk_dead_bytes", "Freed pages in it", store.disk_dead_bytes as f64)?;
         metrics.gauge("tributary_edge_held_acks", "Messages whose PUBACK waits", store.held_acks as f64)?;
         let aside = store.set_aside.len() as f64;
         metrics.gauge("tributary_edge_databases_set_aside", "Damaged databases kept", aside)?;

@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::*;
 use crate::redb_log::backend::{CappedFile, OpenStorage};
 use crate::redb_log::committer::{self, Pace};
 use crate::redb_log::{StreamRecord, Trim};
-use crate::retention::{BUDGET_BYTES_MIN, Budget};
+use crate::retention::{BUDGET_BYTES_MIN, Budget, wants_compaction};
 use crate::streams::StreamSettings;
 
 /// Settings of the store.
@@ -116,6 +116,8 @@ pub enum OpenError {
 const DATABASE: &str = "edge.redb";
 const LOCK: &str = "lock";
 const SET_ASIDE: &str = "edge.redb.bad-";
+/// Free bytes on the disk without which nothing is compacted.
+const COMPACTION_FREE_MIN: u64 = 8 << 20;
 /// Damaged databases kept for whoever wants to look.
 const SET_ASIDE_MAX: usize = 2;
 
@@ -178,6 +180,11 @@ impl EdgeStore {
                 _ => "look at the system log for disk errors, check the file's permissions, and start again; nothing was deleted",
             };
             OpenError::Database { path: path.clone(), error, remedy }
+        })?;
+        let opened = compact_if_worth(opened, &dir, &bound).map_err(|error| OpenError::Database {
+            path,
+            error,
+            remedy: "start again; nothing was deleted",
         })?;
         Self::start(settings, rules, opened, bound, budget, Some(lock), aside)
     }
@@ -247,6 +254,41 @@ impl EdgeStore {
         let committer =
             std::thread::Builder::new().name("committer".into()).spawn(thread).map_err(OpenError::Thread)?;
         Ok(Arc::new(Self { core, committer: Mutex::new(Some(committer)) }))
+    }
+}
+
+/// Compacts a file that is mostly dead. It never stops a start: what fails is said, and the file stays as it was.
+fn compact_if_worth(
+    (log, contents): (RedbLog, crate::redb_log::Contents),
+    dir: &Path,
+    bound: &Arc<DiskBound>,
+) -> Result<(RedbLog, crate::redb_log::Contents), LogError> {
+    let records = contents.streams.values().map(|one| one.next_bytes.saturating_sub(one.first_bytes)).sum();
+    let live = Budget::live(records, contents.retained.iter().map(|(_, size)| u64::from(*size)).sum());
+    let before = bound.used();
+    if !wants_compaction(before, live) {
+        return Ok((log, contents));
+    }
+    // Pages move within the file, which hardly grows by it; but a disk that is full to the brim is left alone.
+    let free = rustix::fs::statvfs(dir).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+    if free < COMPACTION_FREE_MIN {
+        warn!(
+            before,
+            live, free, "the database is mostly dead and not compacted: the disk has no room to do it safely"
+        );
+        return Ok((log, contents));
+    }
+    info!(before, live, "compacting the database: most of the file is dead");
+    match log.compact() {
+        Ok(_) => {
+            info!(before, after = bound.used(), "the database is compacted");
+            Ok((log, contents))
+        }
+        Err(error) => {
+            warn!(%error, "the database was not compacted; it is opened as it is");
+            let contents = log.reopen()?;
+            Ok((log, contents))
+        }
     }
 }
 
