@@ -121,6 +121,7 @@ impl Gateway {
         let ratio = store.disk_budget_ratio;
         metrics.gauge("tributary_edge_disk_budget_ratio", "Part of the disk budget in use", ratio)?;
         metrics.gauge("tributary_edge_disk_used_bytes", "Size of the database", store.disk_used_bytes as f64)?;
+        metrics.gauge("tributary_edge_disk_dead_bytes", "Freed pages in it", store.disk_dead_bytes as f64)?;
         metrics.gauge("tributary_edge_held_acks", "Messages whose PUBACK waits", store.held_acks as f64)?;
         let aside = store.set_aside.len() as f64;
         metrics.gauge("tributary_edge_databases_set_aside", "Damaged databases kept", aside)?;
@@ -312,7 +313,8 @@ pub fn render(status: &serde_json::Value) -> String {
     for stream in status["streams"].as_array().into_iter().flatten() {
         let fields = ["name", "topic", "first", "next", "durable", "safe", "bytes", "oldest_unsent_seconds"];
         let mut row: Vec<String> = fields.iter().map(|field| text(&stream[*field])).collect();
-        row.push(stream["parked"].as_str().map_or("ok".to_owned(), |why| format!("PARKED: {why}")));
+        let well = if stream["engine"] == "memory" { "ok, in memory: gone at a restart" } else { "ok" };
+        row.push(stream["parked"].as_str().map_or(well.to_owned(), |why| format!("PARKED: {why}")));
         rows.push(row);
     }
     let _ = write!(out, "\n{}", table(&rows));

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod config;
 pub mod redb_log;
 pub mod retention;
+pub mod salvage;
 pub mod store;
 pub mod streams;
 pub mod uplink;

@@ -1,5 +1,6 @@
 //! `tributary-edge`: the command line, and the one place that names engines and puts the parts together.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,8 @@ use daemon::settings::SettingsArgs;
 use daemon::tls;
 use edge::admin::{Gateway, render, routes, tail};
 use edge::config::{EdgeConfig, Transport, UplinkConfig};
-use edge::store::{EdgeStore, StoreSettings};
+use edge::salvage::{self, Salvage};
+use edge::store::{EdgeStore, StoreSettings, lock};
 use edge::uplink::{Uplink, UplinkSettings};
 use mqtt::front::{Front, ListenerSettings, Settings, User};
 use shared::config::Loaded;
@@ -41,6 +43,16 @@ enum Command {
         /// The broker's admin port.
         #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
         admin: String,
+    },
+    /// Sends what can be read of a database that was set aside (edge.redb.bad-*) to the cloud of the settings.
+    ///
+    /// The file is only read, and may be sent again: what the cloud has stays there once. The broker must not run
+    /// meanwhile.
+    Salvage {
+        /// The database.
+        file: PathBuf,
+        #[command(flatten)]
+        settings: SettingsArgs,
     },
     /// Prints a stream's records as they come.
     Tail {
@@ -74,6 +86,11 @@ fn main() -> anyhow::Result<()> {
         Command::Status { admin } => {
             print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
             Ok(())
+        }
+        Command::Salvage { file, settings } => {
+            daemon::init_logging();
+            let loaded = load(&settings)?;
+            runtime.block_on(salvage(&file, loaded.settings))
         }
         Command::Tail { stream, from, json, admin } => runtime.block_on(tail(&admin, &stream, from, json)),
     }
@@ -169,6 +186,44 @@ async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
     let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), stopping);
     tasks.spawn(async move { serving.await.context("[admin] listen") });
     Ok(Started { gateway, stop, tasks })
+}
+
+async fn salvage(file: &Path, config: EdgeConfig) -> anyhow::Result<()> {
+    let id = config.edge_id().map_err(|text| anyhow!(text))?;
+    let uplink = config.uplink.0.first().context("uplink = []: salvage needs the cloud's [uplink] url")?;
+    let settings = uplink_settings(uplink, &id)?;
+    let data_dir = std::path::absolute(&config.data_dir)?;
+    // Broker and salvage speak for one gateway, and the cloud listens to the last that said hello.
+    let _held = if data_dir.is_dir() { Some(lock(&data_dir)?) } else { None };
+    let reading = |done: u64, of: u64| eprintln!("read {} of {} MiB", done >> 20, of >> 20);
+    let path = file.to_owned();
+    let salvage = tokio::task::spawn_blocking(move || Salvage::read(&path, reading)).await??;
+    if let Some(why) = &salvage.refused {
+        eprintln!("the database engine does not open {}, not even to repair a copy: {why}", file.display());
+        eprintln!("its pages were read one by one: what holds by its own checksums is sent");
+    }
+    let (pages, batches) = salvage.damage();
+    eprintln!("{pages} pages could not be read, {batches} batches do not hold");
+    for (stream, records) in &salvage.nameless {
+        eprintln!("{records} records of stream number {stream} cannot be sent: its name is lost");
+    }
+    let (stop, stopping) = watch::channel(false);
+    tokio::spawn(async move {
+        let _ = daemon::stop_signal().await;
+        stop.send_replace(true);
+    });
+    let salvage = Arc::new(salvage);
+    let reports = salvage
+        .send(settings, stopping, |reports, link| {
+            let (sent, left) = reports.iter().fold((0, 0), |sum, one| (sum.0 + one.sent, sum.1 + one.unsent()));
+            let trouble = link.last_error.as_ref().map_or(String::new(), |why| format!("; the link: {why}"));
+            eprintln!("sent {sent} records, {left} to go{trouble}");
+        })
+        .await?;
+    print!("{}", salvage::render(&reports));
+    let left: u64 = reports.iter().map(salvage::StreamReport::unsent).sum();
+    anyhow::ensure!(left == 0, "{left} records were read and not sent: run this again when the reason is mended");
+    Ok(())
 }
 
 fn uplink_settings(uplink: &UplinkConfig, id: &EdgeId) -> anyhow::Result<UplinkSettings> {

@@ -68,6 +68,16 @@ impl Budget {
     }
 }
 
+/// Whether a file that takes `used` bytes of which `live` are needed is worth compacting at the start. Freed pages are
+/// used again anyway; what is gained is room for others on the disk.
+pub fn wants_compaction(used: u64, live: u64) -> bool {
+    let dead = used.saturating_sub(live);
+    dead >= COMPACTION_BYTES_MIN && dead > used / 2
+}
+
+/// Dead bytes below which a start does not compact.
+pub const COMPACTION_BYTES_MIN: u64 = 16 << 20;
+
 /// What the decision needs to know of a stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StreamUse {
@@ -183,6 +193,14 @@ mod tests {
         one.retention_age_ms = Some(60_000);
         let expected = Trim { stream: 1, below: 40, bytes: 0, older_than: Some(40_000) };
         assert_eq!(trims(100_000, &[one], 0), [expected]);
+    }
+
+    #[test]
+    fn a_file_is_compacted_when_most_of_it_is_dead_and_it_is_worth_it() {
+        assert!(wants_compaction(100 << 20, 20 << 20));
+        assert!(!wants_compaction(100 << 20, 60 << 20), "half is alive");
+        assert!(!wants_compaction(12 << 20, 1 << 20), "too little to gain");
+        assert!(!wants_compaction(1 << 20, 4 << 20), "the estimate may exceed the file");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! and offsets move. Nothing here blocks on the disk but [`EdgeStore::open`], `load_*`, [`EdgeStore::read`],
 //! [`EdgeStore::chain_at`] and the setting of cursors, which read a row.
 
+mod memory;
 mod open;
 mod state;
 mod status;
@@ -27,7 +28,7 @@ use crate::redb_log::{Commit, LogError, RedbLog, SessionChange, StoredBatch as S
 use crate::streams::{OnFull, RuleError, Rules};
 
 pub use crate::redb_log::StoredBatch;
-pub use open::{OpenError, StoreSettings};
+pub use open::{OpenError, StoreSettings, lock};
 use state::{State, Verdict};
 pub use status::{StoreStatus, StreamStatus};
 
@@ -148,6 +149,9 @@ impl EdgeStore {
             if from < first || from > next {
                 return Err(StreamError::OutOfRange { requested: from, first, next });
             }
+            if let Some(memory) = &found.memory {
+                return Ok(memory.read(from, bytes_max));
+            }
             (found.id, next)
         };
         if from == next {
@@ -180,6 +184,9 @@ impl EdgeStore {
             if next < record.first || next > record.next {
                 return None;
             }
+            if let Some(memory) = &found.memory {
+                return memory.chain_at(next);
+            }
             found.id
         };
         let (entry, _) = self.core.log.locate(id, next - 1).ok()??;
@@ -202,7 +209,15 @@ impl EdgeStore {
         let incarnation = open::mint();
         let unknown = StoreFailed(format!("no such stream: {stream}"));
         let found = {
-            let state = self.core.state.lock();
+            let mut state = self.core.state.lock();
+            if let Some(found) = state.by_name_mut(stream)
+                && let Some(memory) = &found.memory
+            {
+                let from = found.record.safe.max(found.record.first);
+                let place = memory.place(found.record.first_bytes, from);
+                found.renew(incarnation, from, place);
+                return Box::pin(std::future::ready(Ok(incarnation)));
+            }
             state.by_name(stream).map(|found| (found.id, found.record.safe.max(found.record.first)))
         };
         let Some((id, from)) = found else { return Box::pin(std::future::ready(Err(unknown))) };
@@ -333,11 +348,19 @@ impl Core {
 
     fn move_cursor(&self, stream: &StreamName, offset: Offset, safe: bool) {
         let (id, offset, end) = {
-            let state = self.state.lock();
-            let Some(found) = state.by_name(stream) else { return };
+            let mut state = self.state.lock();
+            let Some(found) = state.by_name_mut(stream) else { return };
             let record = &found.record;
             let offset = offset.min(record.next);
             if offset <= if safe { record.safe } else { record.confirmed } {
+                return;
+            }
+            if let Some(memory) = &found.memory {
+                let place = memory.place(record.first_bytes, offset);
+                found.move_cursor(offset, place, safe);
+                found.trim_memory();
+                drop(state);
+                self.room.send_modify(|count| *count += 1);
                 return;
             }
             (found.id, offset, offset == record.next)
@@ -370,7 +393,12 @@ impl Store for EdgeStore {
             }
         }
         let ring = state.rings(was_waiting);
+        let shown = state.seal_memory();
         drop(state);
+        if shown {
+            // Wakes those who wait for records; nothing became durable.
+            core.progress.send_modify(|_| {});
+        }
         if ring {
             core.bell.ring();
         }

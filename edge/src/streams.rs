@@ -31,6 +31,10 @@ pub struct StreamSettings {
     pub headers: HeaderRule,
     /// What happens when there is no room and nothing may be deleted.
     pub on_full: OnFull,
+    /// Where records rest until the cloud has them.
+    pub engine: Engine,
+    /// Bound of what `engine = "memory"` keeps; [`MEMORY_BYTES_DEFAULT`] when absent.
+    pub memory_bytes: Option<ByteSize>,
     /// Records that are safe in the cloud are deleted beyond this size.
     pub retention_bytes: Option<ByteSize>,
     /// Records that are safe in the cloud are deleted beyond this age.
@@ -120,6 +124,20 @@ impl<'de> Deserialize<'de> for HeaderRule {
     }
 }
 
+/// Where a stream's records rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// In the database: acknowledged after its commit.
+    #[default]
+    Redb,
+    /// In memory: acknowledged at once, gone with the process.
+    Memory,
+}
+
+/// What a stream keeps in memory unless it says otherwise.
+pub const MEMORY_BYTES_DEFAULT: u64 = 16 << 20;
+
 /// What happens to a PUBLISH when its stream is full and nothing may be deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -189,6 +207,16 @@ pub enum RuleError {
         "[[stream]] name = \"{0}\": filters is empty: expected MQTT topic filters such as [\"factory/+/telemetry/#\"]"
     )]
     NoFilters(StreamName),
+    /// A setting of the other engine.
+    #[error("[[stream]] name = \"{stream}\": {key} goes with engine = \"{engine}\" only: leave one of them out")]
+    Engine {
+        /// The rule.
+        stream: StreamName,
+        /// The setting.
+        key: &'static str,
+        /// The engine that has it.
+        engine: &'static str,
+    },
     /// A filter is not one.
     #[error(
         "[[stream]] name = \"{stream}\": {key} holds {filter:?}, which is not an MQTT topic filter: `+` stands for a whole level, `#` for the rest"
@@ -212,6 +240,8 @@ pub struct Rule {
     pub topic: TopicName,
     /// What happens when there is no room.
     pub on_full: OnFull,
+    /// Bound of what is kept in memory; `None`: it rests in the database.
+    pub memory_bytes: Option<u64>,
     /// Bound of what is kept although it is safe.
     pub retention_bytes: Option<u64>,
     /// Bound of how long what is safe is kept.
@@ -233,6 +263,16 @@ impl Rule {
         if settings.filters.is_empty() {
             return Err(RuleError::NoFilters(name));
         }
+        let kept = settings.retention_bytes.is_some() || settings.retention_age.is_some();
+        match settings.engine {
+            Engine::Redb if settings.memory_bytes.is_some() => {
+                return Err(RuleError::Engine { stream: name, key: "memory_bytes", engine: "memory" });
+            }
+            Engine::Memory if kept => {
+                return Err(RuleError::Engine { stream: name, key: "retention", engine: "redb" });
+            }
+            _ => {}
+        }
         for (key, filters) in [("filters", &settings.filters), ("exclude", &settings.exclude)] {
             for filter in filters {
                 // A shared subscription's filter says who receives, which a rule does not ask.
@@ -253,6 +293,8 @@ impl Rule {
             name,
             topic,
             on_full: settings.on_full,
+            memory_bytes: (settings.engine == Engine::Memory)
+                .then(|| settings.memory_bytes.map_or(MEMORY_BYTES_DEFAULT, |size| size.0)),
             retention_bytes: settings.retention_bytes.map(|size| size.0),
             retention_age_ms: settings.retention_age.map(|age| i64::try_from(age.0.as_millis()).unwrap_or(i64::MAX)),
             filters: settings.filters.clone(),

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shared::batch::Compression;
-use shared::link::frame::{AppendReply, HelloReply, Limits, PollReply, path};
+use shared::link::frame::{
+    self, AppendReply, Hello, HelloReply, HelloStream, Limits, PollReply, Session, bounded_text, path,
+};
 use shared::link::sender::{Body, Failure, Output, Report, Rows, Sender, SenderSettings, Step, StreamInfo, seal_body};
 use shared::log::BoxFuture;
 use shared::name::{EdgeId, Incarnation, Offset, StreamName};
@@ -118,6 +120,56 @@ pub struct UplinkStatus {
     pub superseded: u64,
     /// The cloud's clock less ours, in milliseconds, at the last hello.
     pub clock_behind_ms: i64,
+}
+
+/// Asks the cloud where streams stand, without sending anything.
+pub struct Greeter {
+    client: LinkClient,
+    edge: EdgeId,
+    session: Session,
+}
+
+impl std::fmt::Debug for Greeter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Greeter({})", self.edge)
+    }
+}
+
+impl Greeter {
+    /// A run of its own, as the cloud sees it.
+    pub fn new(settings: &UplinkSettings) -> Result<Self, ClientError> {
+        let mut boot = [0; 16];
+        getrandom::fill(&mut boot).map_err(|error| ClientError::Random(error.to_string()))?;
+        let session = Session { boot, hello: 0 };
+        Ok(Self { client: LinkClient::new(settings)?, edge: settings.edge.clone(), session })
+    }
+
+    /// Says hello with these streams.
+    pub async fn hello(&mut self, infos: Vec<StreamInfo>) -> Result<HelloReply, String> {
+        self.session.hello += 1;
+        let stream = |info: StreamInfo| HelloStream {
+            name: info.name,
+            topic: info.topic,
+            incarnation: info.incarnation,
+            first: info.first,
+            next: info.next,
+            confirmed: info.confirmed,
+            safe: info.safe,
+        };
+        let hello = Hello {
+            lowest: frame::VERSION_LOWEST,
+            highest: frame::VERSION_HIGHEST,
+            edge: self.edge.clone(),
+            session: self.session,
+            software: bounded_text(SenderSettings::default().software),
+            streams: infos.into_iter().map(stream).collect(),
+        };
+        let reply = self.client.post(path::HELLO, frame::encode(&hello), Duration::from_secs(30)).await;
+        reply.map_err(|failure| match failure {
+            Failure::Unreachable(text) | Failure::TooLarge(text) | Failure::Refused(text) => text,
+            Failure::Busy { text, .. } => text,
+        })
+    }
 }
 
 /// A running uplink. Dropping it ends it at once.

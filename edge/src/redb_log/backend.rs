@@ -253,5 +253,7 @@ mod tests {
         file.set_len(CHUNK_BYTES).unwrap();
         file.write(0, b"x").unwrap();
         assert_eq!((bound.used(), bound.syncs()), (CHUNK_BYTES, 1));
+        // Three bytes at first, then five, one with the reserve, one now; what was refused never reached the file.
+        assert_eq!(bound.written(), 10, "every byte that reached the file, and no other");
     }
 }

@@ -143,7 +143,7 @@ impl StoredBatch {
     }
 }
 
-const CHAIN_BYTES: usize = 8;
+pub(super) const CHAIN_BYTES: usize = 8;
 
 /// Stored bytes that are not what was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

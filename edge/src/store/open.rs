@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::*;
-use crate::redb_log::StreamRecord;
 use crate::redb_log::backend::{CappedFile, OpenStorage};
 use crate::redb_log::committer::{self, Pace};
-use crate::retention::{BUDGET_BYTES_MIN, Budget};
+use crate::redb_log::{StreamRecord, Trim};
+use crate::retention::{BUDGET_BYTES_MIN, Budget, wants_compaction};
 use crate::streams::StreamSettings;
 
 /// Settings of the store.
@@ -95,6 +95,16 @@ pub enum OpenError {
         /// What there is.
         found: u64,
     },
+    /// A stream moves to memory, and the database holds what only it has.
+    #[error(
+        "[[stream]] name = \"{stream}\": engine = \"memory\", but the database holds {records} records of it that are not safe in the cloud yet: start with engine = \"redb\" until status shows SAFE = NEXT, or give the stream in memory another name"
+    )]
+    Engine {
+        /// The stream.
+        stream: StreamName,
+        /// What would be left behind.
+        records: Offset,
+    },
     /// The rules cannot be used.
     #[error(transparent)]
     Rules(#[from] RuleError),
@@ -106,6 +116,8 @@ pub enum OpenError {
 const DATABASE: &str = "edge.redb";
 const LOCK: &str = "lock";
 const SET_ASIDE: &str = "edge.redb.bad-";
+/// Free bytes on the disk without which nothing is compacted.
+const COMPACTION_FREE_MIN: u64 = 8 << 20;
 /// Damaged databases kept for whoever wants to look.
 const SET_ASIDE_MAX: usize = 2;
 
@@ -169,6 +181,11 @@ impl EdgeStore {
             };
             OpenError::Database { path: path.clone(), error, remedy }
         })?;
+        let opened = compact_if_worth(opened, &dir, &bound).map_err(|error| OpenError::Database {
+            path,
+            error,
+            remedy: "start again; nothing was deleted",
+        })?;
         Self::start(settings, rules, opened, bound, budget, Some(lock), aside)
     }
 
@@ -197,12 +214,14 @@ impl EdgeStore {
         lock: Option<File>,
         aside: Vec<PathBuf>,
     ) -> Result<Arc<Self>, OpenError> {
+        let mut contents = contents;
+        leave_database(&log, &mut contents, &rules)?;
         let commit = contents.commit;
         info!(incarnation = %contents.incarnation, commit, streams = contents.streams.len(), "store opened");
         let mut state = State::new(contents, &rules, budget, settings.batch_bytes_max, settings.commit_bytes);
         state.set_aside = aside;
         let ids: BTreeMap<u32, StreamRecord> =
-            state.streams.iter().map(|stream| (stream.id, stream.record.clone())).collect();
+            state.streams.iter().filter(|one| one.memory.is_none()).map(|one| (one.id, one.record.clone())).collect();
         for (id, record) in ids {
             let at = |offset| log.locate(id, offset).ok().flatten().map(|(_, place)| place);
             state.place_cursors(id, at(record.confirmed), at(record.safe));
@@ -236,6 +255,72 @@ impl EdgeStore {
             std::thread::Builder::new().name("committer".into()).spawn(thread).map_err(OpenError::Thread)?;
         Ok(Arc::new(Self { core, committer: Mutex::new(Some(committer)) }))
     }
+}
+
+/// Compacts a file that is mostly dead. It never stops a start: what fails is said, and the file stays as it was.
+fn compact_if_worth(
+    (log, contents): (RedbLog, crate::redb_log::Contents),
+    dir: &Path,
+    bound: &Arc<DiskBound>,
+) -> Result<(RedbLog, crate::redb_log::Contents), LogError> {
+    let records = contents.streams.values().map(|one| one.next_bytes.saturating_sub(one.first_bytes)).sum();
+    let live = Budget::live(records, contents.retained.iter().map(|(_, size)| u64::from(*size)).sum());
+    let before = bound.used();
+    if !wants_compaction(before, live) {
+        return Ok((log, contents));
+    }
+    // Pages move within the file, which hardly grows by it; but a disk that is full to the brim is left alone.
+    let free = rustix::fs::statvfs(dir).map_or(0, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+    if free < COMPACTION_FREE_MIN {
+        warn!(
+            before,
+            live, free, "the database is mostly dead and not compacted: the disk has no room to do it safely"
+        );
+        return Ok((log, contents));
+    }
+    info!(before, live, "compacting the database: most of the file is dead");
+    match log.compact() {
+        Ok(_) => {
+            info!(before, after = bound.used(), "the database is compacted");
+            Ok((log, contents))
+        }
+        Err(error) => {
+            warn!(%error, "the database was not compacted; it is opened as it is");
+            let contents = log.reopen()?;
+            Ok((log, contents))
+        }
+    }
+}
+
+/// Streams whose engine is memory now: what the database has of them is deleted if it is safe, and else stops the start.
+fn leave_database(log: &RedbLog, contents: &mut crate::redb_log::Contents, rules: &Rules) -> Result<(), OpenError> {
+    let moved =
+        |record: &StreamRecord| rules.all().iter().any(|rule| rule.memory_bytes.is_some() && rule.name == record.name);
+    for (id, record) in contents.streams.iter_mut().filter(|(_, record)| moved(record)) {
+        let unsafe_from = record.safe.max(record.first);
+        if unsafe_from < record.next {
+            return Err(OpenError::Engine { stream: record.name.clone(), records: record.next - unsafe_from });
+        }
+        loop {
+            let trim = Trim { stream: *id, below: record.next, bytes: u64::MAX, older_than: None };
+            let commit = Commit {
+                number: contents.commit + 1,
+                trims: vec![trim],
+                records: BTreeMap::from([(*id, record.clone())]),
+                unchanged: std::collections::BTreeSet::from([*id]),
+                ..Commit::default()
+            };
+            let remedy = "look at the disk and start again; nothing that is not safe in the cloud was deleted";
+            let path = PathBuf::from(DATABASE);
+            let trimmed = log.commit(&commit).map_err(|error| OpenError::Database { path, error, remedy })?;
+            contents.commit += 1;
+            trimmed.iter().for_each(|trim| crate::redb_log::apply_trim(record, trim));
+            if !trimmed.iter().any(|trim| trim.more) {
+                break;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn open_log(
@@ -276,7 +361,8 @@ fn make(dir: &Path, path: &Path, settings: &StoreSettings, bound: &Arc<DiskBound
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)
 }
 
-fn lock(dir: &Path) -> Result<File, OpenError> {
+/// Holds a data directory against every other process of this program, until it is dropped.
+pub fn lock(dir: &Path) -> Result<File, OpenError> {
     let path = dir.join(LOCK);
     let remedy = "make it writable for this user, or set another data_dir";
     let file = OpenOptions::new()

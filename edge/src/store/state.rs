@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use shared::batch::{BatchBuilder, Compression, HEADER_BYTES};
 
+use super::memory::{MemoryRows, Room};
 use super::status::Counters;
 use super::*;
 use crate::redb_log::{Contents, Place, StreamAppend, StreamRecord, Trim, apply_trim, chain_after};
@@ -77,7 +78,9 @@ pub(super) struct Stream {
     rule: Option<usize>,
     retention_bytes: Option<u64>,
     retention_age_ms: Option<i64>,
-    on_full: OnFull,
+    pub(super) on_full: OnFull,
+    /// Its rows, if they are not in the database. Then nothing of it is ever written there.
+    pub(super) memory: Option<MemoryRows>,
     /// The record differs from the one stored.
     dirty: bool,
     /// Batches that are full, and the one that is open.
@@ -86,7 +89,7 @@ pub(super) struct Stream {
     last_timestamp: TimestampMs,
     bytes_at_confirmed: u64,
     bytes_at_safe: u64,
-    oldest_unsent_ms: Option<TimestampMs>,
+    pub(super) oldest_unsent_ms: Option<TimestampMs>,
     pub(super) parked: Option<String>,
     /// Records dropped before they were sent, since the start.
     pub(super) dropped_records: u64,
@@ -125,6 +128,7 @@ impl Stream {
             retention_bytes: rule.and_then(|(_, rule)| rule.retention_bytes),
             retention_age_ms: rule.and_then(|(_, rule)| rule.retention_age_ms),
             on_full: rule.map_or(OnFull::Hold, |(_, rule)| rule.on_full),
+            memory: rule.and_then(|(_, rule)| rule.memory_bytes).map(MemoryRows::new),
             dirty,
             full: Vec::new(),
             open: BatchBuilder::default(),
@@ -238,6 +242,14 @@ impl State {
         let mut streams = Vec::new();
         let mut next_id = stored.keys().next_back().map_or(0, |id| id.saturating_add(1));
         for rule in rules.all().iter().enumerate() {
+            if rule.1.memory_bytes.is_some() {
+                // What the database has under that name is safe in the cloud, or the store would not have opened.
+                stored.retain(|_, record| record.name != rule.1.name);
+                let record = StreamRecord::new(rule.1.name.clone(), rule.1.topic.clone(), open::mint());
+                next_id += 1;
+                streams.push(Stream::new(next_id - 1, record, Some(rule), false));
+                continue;
+            }
             let known = stored.iter().find(|(_, record)| record.name == rule.1.name).map(|(id, _)| *id);
             let stream = match known.and_then(|id| stored.remove_entry(&id)) {
                 Some((id, mut record)) => {
@@ -334,7 +346,8 @@ impl State {
 
     /// Whether what was held may be offered again.
     pub(super) fn has_room_for_held(&self) -> bool {
-        self.has_room_to_wait(self.held_bytes) && self.has_room_on_disk(self.held_bytes)
+        let in_memory = self.streams.iter().all(Stream::memory_has_room);
+        in_memory && self.has_room_to_wait(self.held_bytes) && self.has_room_on_disk(self.held_bytes)
     }
 
     /// Whether nothing more fits, for status.
@@ -367,6 +380,22 @@ impl State {
             }
             bytes += record;
         }
+        let memory = stream.filter(|(_, rule)| rule.memory_bytes.is_some());
+        if let Some((index, rule)) = memory
+            && let Some(found) = self.streams.get_mut(index)
+        {
+            match found.memory_room(bytes) {
+                Room::Held => return Held,
+                Room::Refused => return Admitted(Admission::Refused(Refusal::QuotaExceeded)),
+                Room::Yes => {}
+            }
+            if !publish.retain && packet.is_none() {
+                found.push(rule, core, session, publish, bytes);
+                // Nothing of it waits for a commit.
+                return Admitted(Admission::Stored(Ticket::default()));
+            }
+            bytes = OVERHEAD_BYTES;
+        }
         if publish.retain && !publish.payload.is_empty() {
             bytes += 2 * (publish.topic.len() + publish.payload.len());
         }
@@ -375,14 +404,16 @@ impl State {
             return Held;
         }
         // A packet id alone, or the end of a retained message, may use the reserve.
-        let grows = stream.is_some() || (publish.retain && !publish.payload.is_empty());
+        let grows = (stream.is_some() && memory.is_none()) || (publish.retain && !publish.payload.is_empty());
         if grows && !self.has_room_on_disk(bytes) {
             let on_full = stream.map_or(OnFull::Reject, |(_, rule)| rule.on_full);
             let found = stream.and_then(|(index, _)| self.streams.get_mut(index));
             match (on_full, found) {
                 (OnFull::Reject, _) => return Admitted(Admission::Refused(Refusal::QuotaExceeded)),
                 // Twice the record: what is dropped must make up for how rows pack.
-                (OnFull::DropOldest, Some(found)) if found.bytes() > found.drop_bytes + bytes as u64 * 2 => {
+                (OnFull::DropOldest, Some(found))
+                    if memory.is_none() && found.bytes() > found.drop_bytes + bytes as u64 * 2 =>
+                {
                     found.drop_bytes += bytes as u64 * 2;
                 }
                 _ => {
@@ -396,9 +427,9 @@ impl State {
         {
             // Rules and streams share their first indexes.
             debug_assert_eq!(found.rule, Some(index));
-            let bound = bytes;
+            let bound = rule.record_bytes_max(&core.edge, session.client_id, publish) + OVERHEAD_BYTES;
             let taken = found.push(rule, core, session, publish, bound);
-            bytes = taken + OVERHEAD_BYTES;
+            bytes = if memory.is_some() { OVERHEAD_BYTES } else { taken + OVERHEAD_BYTES };
         }
         if publish.retain {
             self.retain(publish);
@@ -434,13 +465,24 @@ impl State {
             return Urgency::Now { bytes: pending.bytes };
         }
         let old = self.last_commit.elapsed() > IDLE_TRIM
-            && self.streams.iter().any(|stream| stream.retention_age_ms.is_some() && stream.bytes_safe() > 0);
-        if old || self.streams.iter().any(|stream| stream.dirty) { Urgency::Later } else { Urgency::None }
+            && self.in_database().any(|stream| stream.retention_age_ms.is_some() && stream.bytes_safe() > 0);
+        if old || self.in_database().any(|stream| stream.dirty) { Urgency::Later } else { Urgency::None }
     }
 
     /// Whether somebody waits for room that a trim could make.
     pub(super) fn trims_wanted(&self) -> bool {
-        self.held_bytes > 0 && self.streams.iter().any(|stream| stream.bytes_safe() > 0)
+        self.held_bytes > 0 && self.in_database().any(|stream| stream.bytes_safe() > 0)
+    }
+
+    fn in_database(&self) -> impl Iterator<Item = &Stream> {
+        self.streams.iter().filter(|stream| stream.memory.is_none())
+    }
+
+    /// Shows what came for streams in memory. True if anything did.
+    pub(super) fn seal_memory(&mut self) -> bool {
+        let before: Offset = self.streams.iter().map(|stream| stream.record.next).sum();
+        self.streams.iter_mut().for_each(Stream::seal_memory);
+        self.streams.iter().map(|stream| stream.record.next).sum::<Offset>() != before
     }
 
     fn excess(&self) -> u64 {
@@ -449,7 +491,7 @@ impl State {
 
     /// Decides what the next commit deletes.
     pub(super) fn plan_trims(&mut self, now_ms: TimestampMs) -> Vec<Trim> {
-        let uses: Vec<StreamUse> = self.streams.iter().map(Stream::in_use).collect();
+        let uses: Vec<StreamUse> = self.in_database().map(Stream::in_use).collect();
         trims(now_ms, &uses, self.excess())
     }
 
@@ -463,7 +505,7 @@ impl State {
         self.in_flight_bytes = pending.bytes;
         self.in_flight_messages = pending.messages;
         let mut open = Vec::new();
-        for stream in &mut self.streams {
+        for stream in self.streams.iter_mut().filter(|stream| stream.memory.is_none()) {
             let trimmed = commit.trims.iter().any(|trim| trim.stream == stream.id);
             if stream.dirty || trimmed {
                 if !stream.dirty {
@@ -505,7 +547,7 @@ impl State {
             }
             self.pending.urgent |= trim.more;
         }
-        self.record_bytes = self.streams.iter().map(Stream::bytes).sum();
+        self.record_bytes = self.in_database().map(Stream::bytes).sum();
         self.counters.committed(self.in_flight_messages, took);
         self.in_flight_bytes = 0;
         self.in_flight_messages = 0;
@@ -513,7 +555,7 @@ impl State {
         if self.held_bytes > 0 {
             if self.has_room_for_held() {
                 self.held_bytes = 0;
-            } else if !self.has_room_on_disk(self.held_bytes) && self.streams.iter().any(|one| one.bytes_safe() > 0) {
+            } else if !self.has_room_on_disk(self.held_bytes) && self.in_database().any(|one| one.bytes_safe() > 0) {
                 // Somebody is held, and more can be deleted.
                 self.pending.urgent |= trimmed.iter().any(|trim| trim.more);
             }
@@ -555,11 +597,23 @@ impl Stream {
         self.open.len() - before
     }
 
-    fn take(&mut self) -> Option<OpenStream> {
+    /// Takes the batches that are full and the one that is open.
+    pub(super) fn take_builders(&mut self) -> Vec<BatchBuilder> {
         let mut builders = std::mem::take(&mut self.full);
         if !self.open.is_empty() {
             builders.push(std::mem::take(&mut self.open));
         }
+        builders
+    }
+
+    /// Bytes of records that are in no sealed batch yet.
+    pub(super) fn open_bytes(&self) -> usize {
+        let open = if self.open.is_empty() { 0 } else { self.open.len() };
+        open + self.full.iter().map(BatchBuilder::len).sum::<usize>()
+    }
+
+    fn take(&mut self) -> Option<OpenStream> {
+        let builders = self.take_builders();
         (!builders.is_empty()).then_some(OpenStream {
             id: self.id,
             builders,

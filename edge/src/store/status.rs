@@ -24,6 +24,8 @@ pub struct StoreStatus {
     pub disk_budget_bytes: u64,
     /// What the database file takes on the disk.
     pub disk_used_bytes: u64,
+    /// Of these, what is not needed any more (estimated): freed pages that new records will fill.
+    pub disk_dead_bytes: u64,
     /// Live data, estimated, as a share of what it may take; from 1 on, `on_full` decides.
     pub disk_budget_ratio: f64,
     /// No record is admitted for want of room.
@@ -45,6 +47,8 @@ pub struct StreamStatus {
     pub name: StreamName,
     /// Its Kafka topic.
     pub topic: TopicName,
+    /// `redb`, or `memory`: gone with the process.
+    pub engine: &'static str,
     /// The life it is in, hexadecimal.
     pub incarnation: String,
     /// The first record that is kept.
@@ -97,6 +101,7 @@ pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> Store
         StreamStatus {
             name: stream.record.name.clone(),
             topic: at.topic,
+            engine: if stream.memory.is_some() { "memory" } else { "redb" },
             incarnation: at.incarnation.to_string(),
             first: at.first,
             next: at.next,
@@ -121,6 +126,7 @@ pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> Store
         syncs_total: bound.syncs(),
         disk_budget_bytes: state.budget.bytes_max,
         disk_used_bytes: bound.used(),
+        disk_dead_bytes: bound.used().saturating_sub(state.live()),
         disk_budget_ratio: state.live() as f64 / state.budget.ceiling().max(1) as f64,
         full: state.is_full(),
         held_acks: state.pending.messages + state.in_flight_messages,
