@@ -4,14 +4,17 @@
 //! - the rate at which one partition is read from the WAL and from segments in a `file://` archive, as a part of a plain
 //!   sequential read of a file of as many bytes, in turns. The tail cache is off, caches of blocks and ranges are as they come.
 //!
-//! All of it comes from the page cache, which is the harder comparison: there the bound is copying, not the disk.
+//! Each once from the page cache, where the bound is copying, and once from the disk: `dd iflag=nocache` drops what the
+//! system has of the files before either side reads.
 //!
 //! `cargo run --release -p tributary-cloud --example tier_rate -- DIR [MIB] [ROUNDS]`
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read as _;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -101,6 +104,8 @@ async fn recovery(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -> a
     fill(&shard, bytes, partitions).await?;
     let (blocks, log_bytes) = (shard.status().next_seq, shard.status().wal.bytes);
     shard.close();
+    // The directory stays locked as long as the shard lives.
+    drop(shard);
     let mut times = Vec::new();
     for _ in 0..rounds {
         let began = Instant::now();
@@ -126,8 +131,13 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     let shard = open(log, recovered, Some(archive.cold()))?;
     let (plain, piece) = (dir.join("plain"), bytes / partitions as u64);
     std::fs::write(&plain, vec![7; piece as usize])?;
+    File::open(&plain)?.sync_all()?;
     let readers = partitions.min(4);
-    let from_wal = rates(&shard, &plain, readers, rounds).await?;
+    let mut table = Vec::new();
+    let mut unread = 0..partitions;
+    for cached in [true, false] {
+        table.push(("the WAL", cached, rates(dir, &shard, &mut unread, readers, rounds, cached).await?));
+    }
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let stopped = async {
@@ -142,28 +152,59 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     let _ = stop.send(());
     running.await?;
     let before = archive.status();
-    let from_archive = rates(&shard, &plain, readers, rounds).await?;
+    for cached in [true, false] {
+        table.push(("the archive", cached, rates(dir, &shard, &mut unread, readers, rounds, cached).await?));
+    }
     let after = archive.status();
     anyhow::ensure!(after.get_bytes > before.get_bytes, "the archive was read");
     anyhow::ensure!(after.lists == before.lists, "reading lists nothing");
     shard.close();
-    println!("| {partitions} partition(s), {} MiB each | plain read, MB/s | shard, MB/s | ratio |", piece >> 20);
+    let each = piece >> 20;
+    println!(
+        "| {partitions} partition(s) of {each} MiB, {} segments | plain read, MB/s | shard, MB/s | ratio |",
+        after.segments
+    );
     println!("|---|---|---|---|");
-    println!("| from the WAL | {from_wal} |");
-    println!("| from the archive, {} segments | {from_archive} |", after.segments);
+    for (what, cached, rates) in table {
+        println!("| {what}, from the {} | {rates} |", if cached { "page cache" } else { "disk" });
+    }
+    Ok(())
+}
+
+/// Makes the system forget what it has of every file below `dir`.
+fn forget(dir: &Path) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            forget(&entry.path())?;
+        } else {
+            let from = format!("if={}", entry.path().display());
+            let done = Command::new("dd").args([&from, "iflag=nocache", "count=0", "status=none"]).status()?;
+            anyhow::ensure!(done.success(), "dd {from} ended with {done}");
+        }
+    }
     Ok(())
 }
 
 /// A plain sequential read and the shard's, in turns.
-async fn rates(shard: &Shard, plain: &Path, readers: usize, rounds: usize) -> anyhow::Result<String> {
+async fn rates(
+    dir: &Path,
+    shard: &Shard,
+    unread: &mut Range<usize>,
+    readers: usize,
+    rounds: usize,
+    cached: bool,
+) -> anyhow::Result<String> {
     let (mut plain_rates, mut rates, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..rounds {
-        let plain_rate = read_plain(plain, readers)?;
+    for _ in 0..rounds {
+        let prepare = || if cached { Ok(()) } else { forget(dir) };
+        prepare()?;
+        let plain_rate = read_plain(&dir.join("plain"), if cached { readers } else { 1 })?;
+        prepare()?;
         let (mut bytes, mut seconds) = (0, 0.0);
-        for reader in 0..readers {
-            // Another partition each time where there are some: the caches have nothing of it.
-            let (read, took) =
-                read(shard, partition(round * readers + reader)).await.or(read(shard, partition(0)).await)?;
+        for _ in 0..readers {
+            // Another partition each time where there are some: the caches have nothing of it. A single one is larger.
+            let (read, took) = read(shard, partition(unread.next().unwrap_or(0))).await?;
             bytes += read;
             seconds += took;
         }

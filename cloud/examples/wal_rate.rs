@@ -1,10 +1,10 @@
-//! How fast the file engine commits, as a part of what the disk gives: the same bytes written over a file that was
-//! zero-filled before, one `fdatasync` per commit. The three take turns within each round, and each round gives a ratio.
+//! How fast the file engine commits, as a part of what the disk gives: as many bytes written over a file that was zero-filled
+//! before, one `pwrite` and one `fdatasync` per commit. They take turns commit by commit, since other programs use the disk too.
 //!
-//! - `raw`: one `pwrite` and one `fdatasync` per commit;
-//! - `engine`: [`FileWal::append`] of a block of as many bytes;
-//! - `shard`: batches for so many partitions appended to a [`Shard`] over such a WAL. Two commits' worth is under way all the
-//!   time, so that a block gathers while the one before is written. How large blocks became is shown.
+//! - `engine`: [`FileWal::append`] of a block of so many bytes, against raw commits of the same size;
+//! - `shard`: batches for so many partitions appended to a [`Shard`] over such a WAL. Two commits' worth is under way, so that
+//!   a block gathers while the one before is written. How large blocks became is shown; the raw commits that take turns
+//!   with such a burst have that size.
 //!
 //! `cargo run --release -p tributary-cloud --example wal_rate -- DIR [ROUNDS]`
 
@@ -36,15 +36,19 @@ const PARTITIONS: [u32; 3] = [1, 128, 1_000];
 /// Smaller batches are mostly header: with more partitions than a commit has room for they take turns.
 const BATCH_BYTES_MIN: usize = 512;
 const FILE_BYTES: u64 = 64 << 20;
-/// How long each of the three works per round.
-const TURN: Duration = Duration::from_millis(400);
+/// Commits per round.
+const COMMITS: usize = 48;
+/// Commits' worth that a shard is given at a time.
+const BURST: usize = 16;
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let dir = PathBuf::from(args.next().context("a directory on the disk to measure")?);
-    let rounds: usize = args.next().map_or(Ok(7), |text| text.parse())?;
-    println!("| commit | partitions | raw file, MB/s | engine, MB/s | ratio | shard, MB/s | ratio | bytes per block |");
-    println!("|---|---|---|---|---|---|---|---|");
+    let rounds: usize = args.next().map_or(Ok(9), |text| text.parse())?;
+    println!(
+        "| commit | partitions | raw, MB/s | engine, MB/s | ratio | KiB per block | raw, MB/s | shard, MB/s | ratio |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
     for commit_bytes in COMMIT_BYTES {
         for partitions in PARTITIONS {
             let here = dir.join(format!("{commit_bytes}-{partitions}"));
@@ -56,42 +60,86 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Rates of one side and the other, round by round.
+#[derive(Default)]
+struct Sides {
+    raw: Vec<f64>,
+    other: Vec<f64>,
+}
+
+impl Sides {
+    fn add(&mut self, raw: &Spent, other: &Spent) {
+        self.raw.push(raw.rate());
+        self.other.push(other.rate());
+    }
+
+    /// Both and their ratio, as cells.
+    fn cells(self) -> String {
+        let ratios = self.raw.iter().zip(&self.other).map(|(raw, other)| other / raw).collect();
+        format!("{} | {} | {}", spread(self.raw, 0), spread(self.other, 0), spread(ratios, 2))
+    }
+}
+
+/// Bytes written, and the time that took.
+#[derive(Default)]
+struct Spent {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Spent {
+    fn on(&mut self, bytes: usize, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+        let began = Instant::now();
+        work()?;
+        self.time += began.elapsed();
+        self.bytes += bytes as u64;
+        Ok(())
+    }
+
+    fn rate(&self) -> f64 {
+        self.bytes as f64 / 1e6 / self.time.as_secs_f64()
+    }
+}
+
 fn case(dir: &Path, commit_bytes: usize, partitions: u32, rounds: usize) -> anyhow::Result<String> {
     let mut raw = Raw::new(&dir.join("raw"))?;
     let mut engine = Engine::new(&dir.join("engine"), commit_bytes, partitions)?;
     let mut shard = ShardUnderLoad::new(&dir.join("shard"), commit_bytes, partitions)?;
     // Until files are recycled: what is measured is overwriting.
-    engine.write(3 * FILE_BYTES)?;
-    shard.write(3 * FILE_BYTES)?;
-    let (mut rates, mut ratios) = ([const { Vec::new() }; 3], [const { Vec::new() }; 2]);
-    let before = shard.shard.status();
+    while engine.written < 3 * FILE_BYTES {
+        engine.commit()?;
+    }
+    while shard.written < 3 * FILE_BYTES {
+        shard.burst()?;
+    }
+    let (mut of_engine, mut of_shard, mut blocks) = (Sides::default(), Sides::default(), Vec::new());
     for _ in 0..rounds {
-        let rate = [
-            raw.turn(&engine.block)?,
-            rate(|| engine.write(1).map(|()| engine.block.len()))?,
-            rate(|| shard.write(1).map(|()| shard.wave_bytes))?,
-        ];
-        rates.iter_mut().zip(rate).for_each(|(rates, rate)| rates.push(rate));
-        ratios.iter_mut().zip(&rate[1..]).for_each(|(ratios, other)| ratios.push(other / rate[0]));
+        let (mut raw_spent, mut spent) = (Spent::default(), Spent::default());
+        for _ in 0..COMMITS {
+            let bytes = engine.block.len();
+            raw_spent.on(bytes, || raw.commit(bytes))?;
+            spent.on(bytes, || engine.commit())?;
+        }
+        of_engine.add(&raw_spent, &spent);
+        let (mut raw_spent, mut spent) = (Spent::default(), Spent::default());
+        let (before, mut after) = (shard.shard.status(), shard.shard.status());
+        for _ in 0..COMMITS / BURST {
+            let began = after.block_bytes;
+            spent.on(BURST * shard.wave_bytes, || shard.burst())?;
+            let was = after.blocks;
+            after = shard.shard.status();
+            let (count, bytes) = (after.blocks - was, after.block_bytes - began);
+            for _ in 0..count {
+                raw_spent.on((bytes / count) as usize, || raw.commit((bytes / count) as usize))?;
+            }
+        }
+        of_shard.add(&raw_spent, &spent);
+        let count = (after.blocks - before.blocks).max(1);
+        blocks.push((after.block_bytes - before.block_bytes) as f64 / count as f64 / 1024.0);
     }
-    shard.drain()?;
-    let after = shard.shard.status();
-    let block_bytes = (after.block_bytes - before.block_bytes) / (after.blocks - before.blocks).max(1);
-    let [raw, engine, shard] = rates.map(|rates| spread(rates, 0));
-    let [engine_ratio, shard_ratio] = ratios.map(|ratios| spread(ratios, 2));
     let commit = format!("{} KiB", commit_bytes >> 10);
-    Ok(format!(
-        "| {commit} | {partitions} | {raw} | {engine} | {engine_ratio} | {shard} | {shard_ratio} | {block_bytes} |"
-    ))
-}
-
-/// MB/s of work repeated for a turn.
-fn rate(mut work: impl FnMut() -> anyhow::Result<usize>) -> anyhow::Result<f64> {
-    let (began, mut bytes) = (Instant::now(), 0);
-    while began.elapsed() < TURN {
-        bytes += work()?;
-    }
-    Ok(bytes as f64 / 1e6 / began.elapsed().as_secs_f64())
+    let (engine, shard) = (of_engine.cells(), of_shard.cells());
+    Ok(format!("| {commit} | {partitions} | {engine} | {} | {shard} |", spread(blocks, 0)))
 }
 
 /// Median with the least and the greatest.
@@ -104,6 +152,7 @@ fn spread(mut values: Vec<f64>, digits: usize) -> String {
 /// The bound: a file of zeros, written over from its beginning again and again.
 struct Raw {
     file: File,
+    content: Vec<u8>,
     position: u64,
 }
 
@@ -115,19 +164,17 @@ impl Raw {
             file.write_all_at(&zeros, position)?;
         }
         file.sync_all()?;
-        Ok(Self { file, position: 0 })
+        Ok(Self { file, content: vec![7; 16 << 20], position: 0 })
     }
 
-    fn turn(&mut self, block: &Bytes) -> anyhow::Result<f64> {
-        rate(|| {
-            if self.position + block.len() as u64 > FILE_BYTES {
-                self.position = 0;
-            }
-            self.file.write_all_at(block, self.position)?;
-            self.file.sync_data()?;
-            self.position += (block.len() as u64).next_multiple_of(512);
-            Ok(block.len())
-        })
+    fn commit(&mut self, bytes: usize) -> anyhow::Result<()> {
+        if self.position + bytes as u64 > FILE_BYTES {
+            self.position = 0;
+        }
+        self.file.write_all_at(&self.content[..bytes], self.position)?;
+        self.file.sync_data()?;
+        self.position += (bytes as u64).next_multiple_of(512);
+        Ok(())
     }
 }
 
@@ -151,6 +198,8 @@ struct Engine {
     wal: FileWal,
     block: Bytes,
     seq: u64,
+    written: u64,
+    trimmed: u64,
 }
 
 impl Engine {
@@ -162,18 +211,17 @@ impl Engine {
             builder.push(Placed { partition, base_offset: 0, leader_epoch: 1, batch: batch.clone() });
         }
         let block = builder.finish(BlockHeader { shard: 0, epoch: 1, nonce: 1, seq: 0, append_ms: 0 });
-        Ok(Self { wal: wal(path)?, block: block.bytes().clone(), seq: 0 })
+        Ok(Self { wal: wal(path)?, block: block.bytes().clone(), seq: 0, written: 0, trimmed: 0 })
     }
 
-    /// At least so many bytes.
-    fn write(&mut self, bytes: u64) -> anyhow::Result<()> {
-        let mut written = 0;
-        while written < bytes {
-            self.wal.append(self.seq, &self.block)?;
-            self.seq += 1;
-            written += self.block.len() as u64;
-            // Two files' worth is kept, so that two others are free.
-            self.wal.trim(self.seq.saturating_sub(2 * FILE_BYTES / self.block.len() as u64))?;
+    fn commit(&mut self) -> anyhow::Result<()> {
+        self.wal.append(self.seq, &self.block)?;
+        self.seq += 1;
+        self.written += self.block.len() as u64;
+        // As the archive does: a file's worth at a time.
+        if self.written - self.trimmed > 2 * FILE_BYTES {
+            self.trimmed += FILE_BYTES;
+            self.wal.trim(self.trimmed / self.block.len() as u64)?;
         }
         Ok(())
     }
@@ -189,7 +237,10 @@ struct ShardUnderLoad {
     partitions: u32,
     next: u32,
     wave_bytes: usize,
-    under_way: Option<Wave>,
+    written: u64,
+    trimmed: u64,
+    /// Where blocks began after so many bytes.
+    kept: u64,
 }
 
 impl ShardUnderLoad {
@@ -202,30 +253,29 @@ impl ShardUnderLoad {
         block_on(shard.commit(vec![Change::TopicCreated(topic)]))?;
         let (count, batch) = batches(commit_bytes, partitions);
         let wave_bytes = batch.len() * count as usize;
-        Ok(Self { shard, batch, count, partitions, next: 0, wave_bytes, under_way: None })
+        Ok(Self { shard, batch, count, partitions, next: 0, wave_bytes, written: 0, trimmed: 0, kept: 0 })
     }
 
-    /// At least so many bytes of batches.
-    fn write(&mut self, bytes: u64) -> anyhow::Result<()> {
-        let mut written = 0;
-        while written < bytes {
+    fn burst(&mut self) -> anyhow::Result<()> {
+        let mut under_way: Option<Wave> = None;
+        for _ in 0..BURST {
             let wave = (0..self.count).map(|_| {
                 self.next = (self.next + 1) % self.partitions;
                 self.shard.append(from_producer(partition(self.next), self.batch.clone()))
             });
             let wave = wave.collect();
-            if let Some(before) = self.under_way.replace(wave) {
+            if let Some(before) = under_way.replace(wave) {
                 wait(before)?;
             }
-            written += self.wave_bytes as u64;
-            let durable = self.shard.durable();
-            self.shard.published(durable.next_seq.saturating_sub(2 * FILE_BYTES / self.wave_bytes as u64));
+        }
+        under_way.map_or(Ok(()), wait)?;
+        self.written += (BURST * self.wave_bytes) as u64;
+        if self.written - self.trimmed > 2 * FILE_BYTES {
+            self.trimmed = self.written;
+            self.shard.published(self.kept);
+            self.kept = self.shard.durable().next_seq;
         }
         Ok(())
-    }
-
-    fn drain(&mut self) -> anyhow::Result<()> {
-        self.under_way.take().map_or(Ok(()), wait)
     }
 }
 
