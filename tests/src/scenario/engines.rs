@@ -103,6 +103,25 @@ pub async fn each_engine_keeps_what_it_promised_on_kill_9(context: &Context) -> 
     ensure!(telemetry.engine == "object" && status.records("telemetry") == 70, "{telemetry:?}");
     edge.stop().await?;
     cloud.stop().await?;
+
+    // More shards are taken, fewer refused.
+    let extra = lab.cloud.extra.clone();
+    lab.cloud.extra = extra.replace("object = 1", "object = 2").replace("file = 1", "file = 2");
+    let mut cloud = lab.cloud()?;
+    cloud.start().await?;
+    ensure!(admin::cloud_status(lab.cloud.admin).await?.shards.len() == 5, "two shards more");
+    for topic in ["plain", "audit.orders", "by-setting"] {
+        ensure!(kcat_read(&lab, topic).await?.starts_with(&lines), "{topic} is where it was");
+    }
+    kafka::Client::connect(lab.cloud.kafka).await?.touch("audit.more").await?;
+    ensure!(engine_of(context, &lab, "audit.more").await? == "object");
+    cloud.stop().await?;
+    lab.cloud.extra = extra;
+    let mut fewer = lab.cloud()?;
+    fewer.spawn()?;
+    ensure!(!fewer.ended().await?.success(), "a node starts with fewer shards than there are");
+    let says = fewer.log_text().contains("= 1, and this system has 2 shard(s) of that kind");
+    ensure!(says, "it says what there is: {}", fewer.log.display());
     Ok(format!("{LINES} records on each of {} topics, 70 of a stream", TOPICS.len()))
 }
 
