@@ -32,9 +32,10 @@ consumer.assign([TopicPartition(topic, number, low) for number, (low, _) in ends
 open_partitions = set(ends)
 quiet = 0
 while open_partitions:
-    messages = consumer.consume(5000, timeout=5)
+    # It waits as long as it may for so many messages, also when all are there.
+    messages = consumer.consume(5000, timeout=0.2)
     quiet = 0 if messages else quiet + 1
-    if quiet > 24:
+    if quiet > 600:
         sys.exit(f"nothing came for 120 s; still waiting for partitions {sorted(open_partitions)}")
     for message in messages:
         error = message.error()

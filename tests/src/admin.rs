@@ -11,9 +11,19 @@ use tokio::net::TcpStream;
 
 /// `GET path`: status code and body.
 pub async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    request(address, &format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")).await
+}
+
+/// `POST path` with a body: status code and body.
+pub async fn post(address: SocketAddr, path: &str, body: &str) -> Result<(u16, String)> {
+    let length = body.len();
+    let head = format!("POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {length}");
+    request(address, &format!("{head}\r\n\r\n{body}")).await
+}
+
+async fn request(address: SocketAddr, request: &str) -> Result<(u16, String)> {
     let exchange = async {
         let mut socket = TcpStream::connect(address).await?;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
         socket.write_all(request.as_bytes()).await?;
         let mut answer = Vec::new();
         socket.read_to_end(&mut answer).await?;
@@ -65,12 +75,26 @@ pub struct StreamStatus {
 #[derive(Debug, Clone, Deserialize)]
 pub struct CloudStatus {
     pub cluster_id: String,
+    pub shards: Vec<ShardStatus>,
     pub topics: Vec<TopicStatus>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+pub struct ShardStatus {
+    pub engine: String,
+    /// The owner's epoch: it rises with every take-over.
+    pub epoch: u32,
+    /// The newest leader epoch: it rises when less was found than had been acknowledged.
+    pub leader_epoch: i32,
+    /// Every block below is in the bucket.
+    pub shipped_seq: u64,
+    pub next_seq: u64,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 pub struct TopicStatus {
     pub name: String,
+    pub engine: String,
     pub partitions: Vec<PartitionStatus>,
 }
 
@@ -103,6 +127,19 @@ impl EdgeStatus {
 }
 
 impl CloudStatus {
+    /// The only shard of an engine.
+    pub fn shard(&self, engine: &str) -> Result<&ShardStatus> {
+        let mut found = self.shards.iter().filter(|s| s.engine == engine);
+        match (found.next(), found.next()) {
+            (Some(shard), None) => Ok(shard),
+            _ => bail!("expected one shard of engine {engine}, found {:?}", self.shards),
+        }
+    }
+
+    pub fn topic(&self, name: &str) -> Option<&TopicStatus> {
+        self.topics.iter().find(|t| t.name == name)
+    }
+
     /// Records of a topic: the sum of its partitions' extents.
     pub fn records(&self, topic: &str) -> i64 {
         let partitions = self.topics.iter().filter(|t| t.name == topic).flat_map(|t| &t.partitions);

@@ -110,11 +110,20 @@ impl Client {
 
     /// Produces one record to partition 0 with `acks=all`; returns its offset. An error code is an error.
     pub async fn produce(&mut self, topic: &str, value: &[u8]) -> Result<i64> {
+        match self.try_produce(topic, value, 30_000).await? {
+            Ok(offset) => Ok(offset),
+            Err(code) => bail!("Produce to {topic}: error {code}"),
+        }
+    }
+
+    /// Produces one record to partition 0 with `acks=all`, to be answered within `timeout_ms`; returns its offset or the
+    /// broker's error code.
+    pub async fn try_produce(&mut self, topic: &str, value: &[u8], timeout_ms: i32) -> Result<Result<i64, i16>> {
         let batch = batch_of_one(value);
         let mut body = BytesMut::new();
         body.put_i16(-1); // no transaction
         body.put_i16(-1); // acks=all
-        body.put_i32(30_000);
+        body.put_i32(timeout_ms);
         body.put_i32(1);
         put_string(&mut body, topic);
         body.put_i32(1);
@@ -127,10 +136,8 @@ impl Client {
         i32_of(&mut answer)?;
         i32_of(&mut answer)?;
         let error = i16_of(&mut answer)?;
-        if error != 0 {
-            bail!("Produce to {topic}: error {error}");
-        }
-        Ok(take(&mut answer, 8)?.get_i64())
+        let offset = take(&mut answer, 8)?.get_i64();
+        Ok(if error == 0 { Ok(offset) } else { Err(error) })
     }
 
     /// Offset at a time: -1 is the end (high watermark), -2 the log start.

@@ -1,6 +1,7 @@
 //! `system-tests`: starts, cuts and kills real brokers and judges what is left; also the demo and the load generator.
 
 mod admin;
+mod attempts;
 mod bench;
 mod demo;
 mod device;

@@ -132,6 +132,18 @@ impl Broker {
         Ok(())
     }
 
+    /// SIGSTOP: the process stands still in the midst of what it does, and its connections stay open.
+    pub fn pause(&self) -> Result<()> {
+        let Some(pid) = self.pid() else { bail!("{} is not running", self.kind.program()) };
+        signal(pid, "STOP")
+    }
+
+    /// SIGCONT: the process goes on as if no time had passed.
+    pub fn resume(&self) -> Result<()> {
+        let Some(pid) = self.pid() else { bail!("{} is not running", self.kind.program()) };
+        signal(pid, "CONT")
+    }
+
     /// SIGTERM, waits, and wants exit code 0.
     pub async fn stop(&mut self) -> Result<()> {
         let Some(pid) = self.pid() else { bail!("{} is not running", self.kind.program()) };
@@ -193,11 +205,16 @@ pub fn open_log(path: &Path) -> Result<File> {
     OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("open {}", path.display()))
 }
 
-/// SIGTERM by the `kill` program: the standard library can only send SIGKILL.
+/// SIGTERM.
 pub fn terminate(pid: u32) -> Result<()> {
-    let status = Command::new("kill").args(["-TERM", &pid.to_string()]).status()?;
+    signal(pid, "TERM")
+}
+
+/// A signal by the `kill` program: the standard library can only send SIGKILL.
+pub fn signal(pid: u32, name: &str) -> Result<()> {
+    let status = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status()?;
     if !status.success() {
-        bail!("no process {pid} to terminate");
+        bail!("no process {pid} to send SIG{name} to");
     }
     Ok(())
 }

@@ -3,10 +3,12 @@
 mod archive;
 mod bad_input;
 mod clients;
+mod engines;
 mod hardship;
 mod kill;
 mod live;
 pub mod security;
+mod takeover;
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -59,6 +61,10 @@ scenarios! {
     kill::restored_copy_and_clone_of_an_edge_trim_nothing,
     archive::cloud_comes_back_from_the_bucket_alone,
     archive::cloud_comes_back_from_an_s3_bucket,
+    engines::each_engine_keeps_what_it_promised_on_kill_9,
+    takeover::paused_owner_of_an_object_shard_is_fenced_and_nothing_is_lost,
+    takeover::second_file_node_on_one_archive_stops_the_first_and_neither_harms_the_other,
+    takeover::object_shard_on_s3_needs_no_disk_and_outlives_an_outage,
     security::tls_and_token_let_the_right_edge_in,
     security::wrong_token_wrong_id_and_wrong_certificate_are_refused,
     hardship::clocks_at_1970_and_2099_and_back_stop_nobody,

@@ -11,7 +11,7 @@ use super::kill::{compare_readers, drain};
 use crate::device::Link;
 use crate::judge::Record;
 use crate::lab::{Lab, PATIENCE, free_port, until};
-use crate::process::open_log;
+use crate::process::{open_log, signal};
 use crate::tools::Reader;
 use crate::{admin, kafka};
 
@@ -124,6 +124,34 @@ pub fn environment(address: SocketAddr) -> Vec<(String, String)> {
         ("AWS_ALLOW_HTTP", "true"),
     ];
     pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+}
+
+impl Moto {
+    /// It takes connections and answers nothing any more.
+    pub fn pause(&self) -> Result<()> {
+        signal(self.child.id(), "STOP")
+    }
+
+    pub fn resume(&self) -> Result<()> {
+        signal(self.child.id(), "CONT")
+    }
+
+    /// From here on it wants credentials of a user that it knows, and it knows none.
+    pub async fn refuse_everybody(&self) -> Result<()> {
+        self.count_open_requests("0").await
+    }
+
+    /// It takes any credentials again.
+    pub async fn refuse_nobody(&self) -> Result<()> {
+        self.count_open_requests("1000000000").await
+    }
+
+    /// How many requests are served without a look at their credentials.
+    async fn count_open_requests(&self, count: &str) -> Result<()> {
+        let (code, body) = admin::post(self.address, "/moto-api/reset-auth", count).await?;
+        ensure!(code == 200, "moto answered {code}: {body}");
+        Ok(())
+    }
 }
 
 impl Drop for Moto {
