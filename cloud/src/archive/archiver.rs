@@ -321,7 +321,8 @@ impl Archive {
         }
         let cluster_id = identity::agree(&settings.data_dir, &store, &keys.cluster_id(), ships).await?;
         let store = Arc::new(store);
-        let cold = Arc::new(Cold::new(store.clone(), keys.clone(), Index::default(), settings.cache_bytes));
+        let cold =
+            Arc::new(Cold::new(store.clone(), keys.clone(), Index::default(), settings.cache_bytes, settings.threads));
         Ok(Arc::new(Self {
             settings,
             store,

@@ -39,6 +39,8 @@ pub struct Cold {
     /// Where reads ended.
     readers: Mutex<TwoQueue<(Partition, Offset), ()>>,
     ahead: Arc<Semaphore>,
+    /// Whether what takes long may go to threads of its own.
+    threads: bool,
 }
 
 /// Runs of a shard's segment objects, and their indexes.
@@ -66,7 +68,7 @@ struct Place {
 
 impl Cold {
     /// Reads what `index` names; caches take at most `cache_bytes` of memory.
-    pub fn new(store: Arc<Store>, keys: Keys, index: Index, cache_bytes: usize) -> Self {
+    pub fn new(store: Arc<Store>, keys: Keys, index: Index, cache_bytes: usize, threads: bool) -> Self {
         let (all, indexes) = (cache_bytes as u64, cache_bytes as u64 / 4);
         let chunks = Arc::new(Chunks::new(store, keys.clone(), all - indexes));
         Self {
@@ -74,6 +76,7 @@ impl Cold {
             runs: Arc::new(Runs { keys, chunks, indexes: Mutex::new(TwoQueue::new(indexes)) }),
             readers: Mutex::new(TwoQueue::new(READERS_MAX)),
             ahead: Arc::new(Semaphore::new(AHEAD_MAX)),
+            threads,
         }
     }
 
@@ -99,8 +102,8 @@ impl Cold {
         let tidy = move || runs.retain(&index.usage().keys().copied().collect());
         // Looks at every run and may delete files.
         match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(tidy)),
-            Err(_) => tidy(),
+            Ok(runtime) if self.threads => drop(runtime.spawn_blocking(tidy)),
+            _ => tidy(),
         }
     }
 

@@ -511,7 +511,8 @@ impl<'a> Splitter<'a> {
         };
         gone.extend(old.pages.iter().chain(&old.snapshot).filter(kept).map(|pointer| keys.page(pointer)));
         let usage = self.index.usage();
-        gone.extend(old_index.usage().keys().filter(|id| !usage.contains_key(id)).map(|id| keys.segment(id)));
+        let dead: BTreeSet<&SegmentId> = old_index.usage().keys().filter(|id| !usage.contains_key(id)).collect();
+        gone.extend(dead.into_iter().map(|id| keys.segment(id)));
         let mut wals = self.archive.wals.lock();
         let keep = wals.split_off(&self.root.wal);
         let fenced =

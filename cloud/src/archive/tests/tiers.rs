@@ -67,7 +67,7 @@ impl Bucket {
     fn cold(&self, memory_bytes: usize) -> Arc<Cold> {
         let requests = RequestSettings { timeout: Duration::from_secs(60), ..RequestSettings::default() };
         let store = Arc::new(Store::new(Arc::new(self.store.clone()), "p".into(), requests));
-        Arc::new(Cold::new(store, keys(), self.index.clone(), memory_bytes / 3 * 4))
+        Arc::new(Cold::new(store, keys(), self.index.clone(), memory_bytes / 3 * 4, true))
     }
 
     fn asked(&self) -> Asked {
@@ -163,6 +163,7 @@ async fn a_read_takes_as_many_batches_as_its_limit_allows_wherever_it_begins() {
         keys(),
         index,
         4 * MIB,
+        true,
     );
     let one = run.length as usize / 60;
     for from in 0..60 {
