@@ -11,7 +11,7 @@ pub(crate) enum Bug {
     NoNonce,
     /// A stream's position is written in the block after its data.
     MarkerAfterData,
-    /// An append is answered before its block is durable.
+    /// A producer's append is answered before its block is durable.
     EarlyAnswer,
     /// What is durable is called safe before it is in the bucket.
     SafeIsDurable,

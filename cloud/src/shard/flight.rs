@@ -131,7 +131,7 @@ impl<T> Admitted<T> {
 
     /// Waits, then answers. If the block fails, so does the answer, whatever it was.
     pub async fn resolve(self) -> Result<T, AppendError> {
-        if let Some(after) = self.after.filter(|_| !planted(Bug::EarlyAnswer)) {
+        if let Some(after) = self.after {
             after.wait().await?;
         }
         self.answer
@@ -384,7 +384,11 @@ impl Core {
             inner.counters.refused_full += 1;
             return Admitted::now(Err(AppendError::Full(full)));
         }
-        let admitted = inner.place(append, log_start, leader_epoch, end, self.settings.block_bytes_max);
+        let is_early = planted(Bug::EarlyAnswer) && matches!(append.source, Source::Producer);
+        let mut admitted = inner.place(append, log_start, leader_epoch, end, self.settings.block_bytes_max);
+        if is_early {
+            admitted.after = None;
+        }
         self.work.notify_one();
         admitted
     }
