@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <prefix>/cluster-id                                              text: which system this archive belongs to
+//! <prefix>/shards/{shard}/engine                                   text: file or object
 //! <prefix>/shards/{shard}/manifest/{seq:020}                       roots: the one with the greatest seq is in force
 //! <prefix>/shards/{shard}/pages/{seq:020}-{number:04}-{nonce:016x} index pages and state snapshots
 //! <prefix>/shards/{shard}/segments/{seq:020}-{epoch:08}-{number:04}-{nonce:016x}
@@ -255,6 +256,11 @@ impl Keys {
     /// Which system the archive belongs to.
     pub fn cluster_id(&self) -> Path {
         self.prefix.clone().join("cluster-id")
+    }
+
+    /// Which engine writes the shard.
+    pub fn engine(&self) -> Path {
+        self.under("engine")
     }
 
     /// Where start-up probes write.

@@ -22,6 +22,7 @@ use super::{
     StoreError, StoredBlock, Tail, identity,
 };
 use crate::manifest::{Index, Keys, OBJECT_BYTES_MAX, PagePointer, Root, sequence_of};
+use crate::state::Engine;
 use crate::wal::object::{ObjectWal, ObjectWalSettings};
 
 /// How an archive behaves.
@@ -101,6 +102,21 @@ pub enum ArchiveError {
         local: String,
         /// The bucket's id.
         bucket: String,
+        /// The store.
+        archive: String,
+    },
+    /// The shard is another engine's.
+    #[error(
+        "shard {shard} in the archive {archive} is written by the engine {there}, and this node would open it with the \
+         engine {here}: an engine is chosen once. Put [shards] back to what it was, or point [archive] url elsewhere"
+    )]
+    OtherEngine {
+        /// The shard.
+        shard: u32,
+        /// What the bucket says.
+        there: String,
+        /// What the settings say.
+        here: Engine,
         /// The store.
         archive: String,
     },
@@ -320,6 +336,10 @@ impl Archive {
             }
         }
         let cluster_id = identity::agree(&settings.data_dir, &store, &keys.cluster_id(), ships).await?;
+        if ships {
+            let engine = if settings.owns_wal { Engine::Object } else { Engine::File };
+            identity::agree_on_engine(&store, &keys.engine(), settings.shard, engine).await?;
+        }
         let store = Arc::new(store);
         let cold =
             Arc::new(Cold::new(store.clone(), keys.clone(), Index::default(), settings.cache_bytes, settings.threads));

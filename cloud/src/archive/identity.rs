@@ -1,4 +1,5 @@
-//! The cluster id: random, minted once, kept in data directory and bucket.
+//! What a bucket says of whom it belongs to: the cluster id, random, minted once, kept in data directory and bucket; and
+//! for each shard the engine that writes it.
 
 use std::io::Write as _;
 use std::path::Path as FilePath;
@@ -9,6 +10,7 @@ use tracing::{info, warn};
 
 use super::store::random;
 use super::{ArchiveError, Store, StoreError};
+use crate::state::Engine;
 
 const FILE: &str = "cluster-id";
 /// Longest id that is read.
@@ -57,6 +59,32 @@ pub(super) async fn agree(
             }
         }
     }
+}
+
+/// Refuses a shard that another engine writes, before anything is claimed: a take-over cannot be undone. A shard that says
+/// nothing is from now on this engine's.
+pub(super) async fn agree_on_engine(store: &Store, key: &Path, shard: u32, engine: Engine) -> Result<(), ArchiveError> {
+    let said = Bytes::from(format!("{engine}\n"));
+    for _ in 0..2 {
+        match store.get(key, BYTES_MAX).await {
+            Ok(there) if there == said => return Ok(()),
+            Ok(there) => {
+                let there = String::from_utf8_lossy(&there).trim().to_owned();
+                return Err(ArchiveError::OtherEngine { shard, there, here: engine, archive: store.describe() });
+            }
+            Err(StoreError::Missing(_)) => {}
+            // Nothing is claimed either while the store cannot be reached.
+            Err(StoreError::Failed { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        match store.create(key, std::slice::from_ref(&said)).await {
+            Ok(()) | Err(StoreError::Failed { .. }) => return Ok(()),
+            // Another node was quicker: it is looked at again.
+            Err(StoreError::Taken(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
 }
 
 fn parse(bytes: &[u8]) -> Option<String> {

@@ -326,6 +326,20 @@ async fn a_node_with_nothing_local_goes_on_where_the_last_one_was() {
     assert_eq!(second.shard.safe(&key), Some(4), "what is durable is in the bucket");
 }
 
+/// Settings that say another engine must not cost the node that works its shard.
+#[tokio::test(start_paused = true)]
+async fn a_shard_of_another_engine_is_refused_before_it_is_claimed() {
+    let store = Faulty::new();
+    let owner = Owner::start(&store).await;
+    let home = TempDir::new().unwrap();
+    let settings = ArchiveSettings { owns_wal: false, ..archive_settings(&home) };
+    let bucket = Store::new(Arc::new(store.other()), Path::default(), requests());
+    let mirror = Store::directory(&home.path().join("manifest"), requests()).unwrap();
+    let refused = Archive::with_stores(settings, bucket, Some(mirror)).await.unwrap_err();
+    assert!(refused.to_string().contains("written by the engine object"), "{refused}");
+    assert_eq!(owner.append(1).await.unwrap().base_offset, 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_deposed_owner_acknowledges_nothing_more() {
     let store = Faulty::new();
