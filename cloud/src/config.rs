@@ -317,6 +317,8 @@ impl ShardsConfig {
 
 /// Most shards of one engine on a node: each has a committer, caches and a WAL of its own.
 const SHARDS_MAX: u32 = 64;
+/// Half of it must hold the largest batch, with room to spare.
+const MEMORY_BYTES_MIN: u64 = 128 << 20;
 
 impl CloudConfig {
     fn check_shards(&self) -> Result<(), String> {
@@ -325,6 +327,12 @@ impl CloudConfig {
             if count > SHARDS_MAX {
                 return Err(format!("[shards] {engine} = {count}: expected {SHARDS_MAX} at most"));
             }
+        }
+        if shards.memory > 0 && shards.memory_bytes_max.0 < MEMORY_BYTES_MIN {
+            let given = shards.memory_bytes_max;
+            return Err(format!(
+                "[shards] memory_bytes_max = {given}: expected 128 MiB or more, so that every batch fits"
+            ));
         }
         if shards.file == 0 && shards.object == 0 {
             let text = "[shards] file = 0 and object = 0: the catalogue of topics must survive a restart; set one to 1 or more";
@@ -496,6 +504,7 @@ mod tests {
             ("[shards]\nfile = 0\nmemory = 1", "catalogue"),
             ("[shards]\nobject = 1\n[archive]\nurl = \"off\"", "set a url"),
             ("[shards]\nmemory = 65", "64 at most"),
+            ("[shards]\nmemory = 1\nmemory_bytes_max = \"16 MiB\"", "128 MiB or more"),
             ("[[topic]]\nname = \"a.*\"\nengine = \"memory\"", "[shards] memory = 1"),
         ] {
             let refused = parse(text).check().unwrap_err();

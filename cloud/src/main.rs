@@ -28,6 +28,8 @@ mod open;
 use open::Opened;
 
 const ENV_PREFIX: &str = "TRIBUTARY_CLOUD";
+/// How long looking after one shard may take.
+const CARE_PATIENCE: Duration = Duration::from_secs(2);
 const RETENTION_CHECK: Duration = Duration::from_secs(30);
 
 /// The cloud broker: receives edges, serves Kafka clients, archives to object storage.
@@ -125,6 +127,7 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
         error!("{cause:#}");
     }
     started.stop.send_replace(true);
+    shards.members().iter().for_each(|member| member.shard.hurry());
     started.node.ingest.close();
     while let Some(ended) = started.tasks.join_next().await {
         if let Ok(Err(cause)) = ended {
@@ -261,14 +264,23 @@ async fn retention(shards: Arc<Shards>, stopping: watch::Receiver<bool>) -> anyh
                 anyhow::bail!("the log of shard {} ({}) has stopped: {why}", member.number, member.engine);
             }
         }
-        if let Err(cause) = shards.raise_ceilings().await {
-            warn!(%cause, "no more offsets were reserved for shards in memory, trying again");
+        // A store that does not answer holds up its own shard and nothing else here.
+        match tokio::time::timeout(CARE_PATIENCE, shards.raise_ceilings()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(cause)) => warn!(%cause, "no more offsets were reserved for shards in memory, trying again"),
+            Err(_) => {
+                warn!("no more offsets were reserved for shards in memory: the catalogue's shard does not answer")
+            }
         }
         if tokio::time::Instant::now() >= due {
             due += RETENTION_CHECK;
             for member in shards.members() {
-                if let Err(cause) = member.shard.apply_retention().await {
-                    warn!(shard = member.number, %cause, "retention was not applied, trying again later");
+                match tokio::time::timeout(CARE_PATIENCE, member.shard.apply_retention()).await {
+                    Ok(Ok(_)) => {}
+                    Ok(Err(cause)) => {
+                        warn!(shard = member.number, %cause, "retention was not applied, trying again later")
+                    }
+                    Err(_) => warn!(shard = member.number, "retention is not durable yet: the shard does not answer"),
                 }
             }
         }

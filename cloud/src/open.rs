@@ -51,6 +51,13 @@ pub async fn open(
         Opener { config, data_dir: data_dir.to_owned(), clock, archives: BTreeMap::new(), cache, aws_variables };
     let wanted = config.shards.wanted();
     let first = if config.shards.file > 0 { Engine::File } else { Engine::Object };
+    // Before anything is claimed: a take-over cannot be undone.
+    anyhow::ensure!(
+        first != Engine::Object || !data_dir.join("wal").exists(),
+        "[shards] file = 0, and {} holds the log of a file shard: an engine is chosen once. Set file = 1 again, or use an \
+         empty data_dir and an archive url of its own for a new system",
+        data_dir.join("wal").display()
+    );
     let catalogue = opener.durable(CATALOGUE, first).await?;
     let mut known: Vec<(u32, Engine)> =
         read_state(&*catalogue, |state| state.shards().map(|(number, entry)| (number, entry.engine)).collect());

@@ -326,10 +326,19 @@ impl Shard {
         Box::pin(self.core.safety.clone().notified_owned())
     }
 
-    /// Goes on with a stream whose newest records lie in another shard, if this one does not know of later ones. The batches
-    /// that are appended after this call must adjoin them.
-    pub fn adopt(&self, key: &StreamKey, stream: StreamState) {
-        self.core.adopt(key, stream);
+    /// Appends to a stream whose newest records lie in another shard, all of them safe: unless this one knows of later
+    /// ones, the batch must adjoin those.
+    pub fn append_after(
+        &self,
+        append: Append,
+        stream: StreamState,
+    ) -> BoxFuture<'static, Result<Appended, AppendError>> {
+        Box::pin(self.core.admit(append, Some(stream)).resolve())
+    }
+
+    /// The log is about to be closed: an append that may never end has a few seconds left.
+    pub fn hurry(&self) {
+        self.core.wal.hurry();
     }
 
     /// Offsets from `max` on are not used until this is called with more. Without a call there is no bound.
@@ -371,7 +380,7 @@ impl Drop for Shard {
 
 impl Log for Shard {
     fn append(&self, append: Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
-        let admitted = self.core.admit(append);
+        let admitted = self.core.admit(append, None);
         Box::pin(admitted.resolve())
     }
 

@@ -250,7 +250,7 @@ impl HostView {
     fn of(member: &Member) -> Self {
         read_state(&*member.shard, |state| Self {
             topics: state
-                .topics()
+                .topics_of_any_name()
                 .filter_map(|topic| Some((topic.id, (topic.clone(), state.hosting(topic.id)?.clone()))))
                 .collect(),
             skipped: state.skipped(),
@@ -264,9 +264,12 @@ fn for_catalogue(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
     let mut changes = Vec::new();
     for (id, (hosted, hosting)) in &host.topics {
         match catalogue.topic(*id) {
-            Some(topic) if topic.partitions < hosted.partitions => {
-                changes.push(Change::PartitionsAdded { id: *id, count: hosted.partitions });
-            }
+            Some(topic) if topic.partitions < hosted.partitions => changes.push(Change::TopicPlaced {
+                topic: Topic { partitions: hosted.partitions, ..topic.clone() },
+                shards: hosting.shards.clone(),
+                own: CATALOGUE,
+                from: catalogue.skipped(),
+            }),
             Some(_) => {}
             None if leaving.contains(id) => {}
             None if catalogue.topic_named(&hosted.name).is_some() => {
@@ -276,7 +279,8 @@ fn for_catalogue(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
                 topic: hosted.clone(),
                 shards: hosting.shards.clone(),
                 own: CATALOGUE,
-                from: 0,
+                // What the catalogue's shard had of it may have been lost with the catalogue.
+                from: catalogue.skipped(),
             }),
         }
     }
@@ -294,7 +298,9 @@ fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
         let hosted = host.topics.get(&topic.id).map(|(hosted, _)| hosted);
         if hosted.is_none_or(|hosted| hosted.partitions < topic.partitions) {
             let (topic, shards) = (topic.clone(), hosting.shards.clone());
-            changes.push(Change::TopicPlaced { topic, shards, own, from: host.skipped });
+            // Lost here, or by a catalogue that has forgotten since that it was deleted.
+            let from = host.skipped.max(catalogue.skipped());
+            changes.push(Change::TopicPlaced { topic, shards, own, from });
         }
         if hosted.is_some_and(|hosted| hosted.configs != topic.configs) {
             changes.push(Change::TopicConfigured { id: topic.id, configs: topic.configs.clone() });
@@ -309,10 +315,15 @@ impl Log for Shards {
         if let Source::Edge(edge) = &append.source
             && self.members.len() > 1
             && let Some((number, newest)) = self.newest(&edge.stream)
-            && numbered(&self.members, number).is_some_and(|newest| !Arc::ptr_eq(newest, shard))
+            && let Some(there) = numbered(&self.members, number).filter(|there| !Arc::ptr_eq(there, shard))
         {
+            // Until they are safe there, a loss there would be hidden by the position here.
+            if there.safe(&edge.stream).is_none_or(|safe| safe < newest.next) {
+                let text = format!("the stream's records in shard {number} are not in the archive yet");
+                return Box::pin(std::future::ready(Err(AppendError::Full(text))));
+            }
             // The stream's rule names another topic now: its position moves along, or offsets would seem to be missing.
-            shard.adopt(&edge.stream, newest);
+            return shard.append_after(append, newest);
         }
         shard.append(append)
     }
@@ -419,8 +430,8 @@ impl Safety for Shards {
     }
 }
 
-/// How far a stream is safe, by the position and what is safe in each shard that knows it. A shard that has taken the
-/// position over and shipped nothing since says nothing of what lies below.
+/// How far a stream is safe, by the position and what is safe in each shard that knows it. A shard that knows it and has
+/// shipped nothing of it took the position over from one where all below is safe, or it is the only one.
 fn safe_of(shards: impl Iterator<Item = (Offset, Option<Offset>)>) -> Option<Offset> {
     let (mut whole, mut behind): (Option<Offset>, Option<Offset>) = (None, None);
     for (next, safe) in shards {

@@ -462,6 +462,11 @@ impl State {
         self.topic_ids.values().filter_map(|id| self.topics.get(id))
     }
 
+    /// All topics, by id: in a shard that hosts them there may be several of one name.
+    pub fn topics_of_any_name(&self) -> impl Iterator<Item = &Topic> {
+        self.topics.values()
+    }
+
     /// A partition.
     pub fn partition(&self, partition: Partition) -> Option<&PartitionState> {
         self.partitions.get(&partition)
@@ -621,7 +626,8 @@ impl State {
 
     fn place(&mut self, topic: &Topic, shards: &[u32], own: u32, from: Offset) {
         let known = self.topics.contains_key(&topic.id);
-        if shards.is_empty() || !known && self.topic_ids.contains_key(&topic.name) {
+        // Names are the catalogue's matter: a shard may still hold an older topic of this name.
+        if shards.is_empty() || !known && own == CATALOGUE && self.topic_ids.contains_key(&topic.name) {
             return;
         }
         if !known {
@@ -643,7 +649,9 @@ impl State {
 
     fn delete(&mut self, id: TopicId) {
         let Some(topic) = self.topics.remove(&id) else { return };
-        self.topic_ids.remove(&topic.name);
+        if self.topic_ids.get(&topic.name) == Some(&id) {
+            self.topic_ids.remove(&topic.name);
+        }
         if let Some(mut hosting) = self.hosting.remove(&id)
             && hosting.own == CATALOGUE
         {
@@ -678,10 +686,19 @@ impl State {
             return;
         }
         self.leader_epoch = epoch;
-        self.skipped = self.skipped.saturating_add(skip.max(0));
+        let skip = skip.max(0);
+        self.skipped = self.skipped.saturating_add(skip);
+        if skip > 0 {
+            // What was reserved since may have been lost with the rest.
+            self.next_producer_id = self.next_producer_id.saturating_add(skip);
+            for shard in self.shards.values_mut() {
+                shard.ceiling = shard.ceiling.saturating_add(skip);
+                shard.epoch = shard.epoch.saturating_add(1);
+            }
+        }
         for partition in self.partitions.values_mut() {
             let before = partition.high_watermark;
-            partition.high_watermark = before.saturating_add(skip.max(0));
+            partition.high_watermark = before.saturating_add(skip);
             partition.epochs.push(EpochStart { epoch, start: partition.high_watermark, before });
         }
     }

@@ -538,8 +538,8 @@ impl Archive {
 
     /// Whether the root in force is one that this node has made.
     pub(super) async fn is_still_ours(&self) -> Result<bool, ArchiveError> {
-        let nonce = self.view().await?.map(|view| view.root.nonce);
-        Ok(nonce.is_some_and(|nonce| self.attempted.lock().contains(&nonce)))
+        let epoch = self.view().await?.map(|view| view.root.epoch);
+        Ok(epoch == Some(self.facts.claimed_epoch.load(Ordering::Relaxed)))
     }
 
     /// The epoch of whoever took the name that we wanted.

@@ -127,12 +127,19 @@ impl Core {
     /// Where the oldest records make room: when less than a quarter of the WAL is free, moves log starts so that half of
     /// it will be. Returns the first block that is kept.
     fn drop_oldest(&self, open: &mut OpenBlock) -> Option<u64> {
-        let usage = self.wal.usage();
-        if !self.settings.drops_oldest || usage.free_bytes >= usage.bytes_max / 4 {
+        if !self.settings.drops_oldest {
             return None;
         }
-        let below = self.wal.after_oldest(usage.bytes_max / 2 - usage.free_bytes)?;
+        let usage = self.wal.usage();
         let inner = self.inner.lock();
+        let crowded = inner.index.entries() >= self.settings.index_entries_max / 4 * 3;
+        // An empty block is a call for room by somebody who was refused.
+        if usage.free_bytes >= usage.bytes_max / 4 && !crowded && !open.builder.is_empty() {
+            return None;
+        }
+        let half = usage.bytes_max / 2;
+        let bytes = half.saturating_sub(usage.free_bytes).max(if crowded { usage.bytes / 2 } else { 0 });
+        let below = self.wal.after_oldest(bytes)?;
         for (partition, start) in inner.index.starts_without(below) {
             let end = || inner.state.partition(partition).map(|partition| partition.high_watermark);
             if let Some(offset) = start.or_else(end) {

@@ -307,6 +307,20 @@ impl Inner {
         }
     }
 
+    /// Takes a stream's position over from another shard, unless a later one is known.
+    fn adopt(&mut self, key: &StreamKey, stream: StreamState, block_bytes_max: usize) {
+        let flying = self.overlay.streams.get(key).map(|(next, _)| *next);
+        let known = flying.or_else(|| self.state.stream(key).map(|stream| stream.next));
+        if known.is_some_and(|known| known >= stream.next) {
+            return;
+        }
+        let StreamState { partition, next, chain } = stream;
+        let block = self.open_block(0, block_bytes_max);
+        block.builder.change(Change::StreamPosition { key: key.clone(), partition, next, chain });
+        let seq = self.open_seq();
+        self.overlay.streams.insert(key.clone(), (next, seq));
+    }
+
     fn place(
         &mut self,
         append: Append,
@@ -350,8 +364,8 @@ impl Inner {
 }
 
 impl Core {
-    /// Takes a batch's place in the order, or finds why not.
-    pub fn admit(&self, append: Append) -> Admitted<Appended> {
+    /// Takes a batch's place in the order, or finds why not. `elsewhere` is where its stream stands in another shard.
+    pub fn admit(&self, append: Append, elsewhere: Option<StreamState>) -> Admitted<Appended> {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         if let Some(error) = inner.refuses() {
@@ -364,6 +378,12 @@ impl Core {
             return Admitted::now(Err(AppendError::UnknownPartition(partition)));
         };
         let (log_start, leader_epoch) = (state.log_start, state.leader_epoch());
+        if let (Source::Edge(edge), Some(stream)) = (&append.source, elsewhere) {
+            inner.adopt(&edge.stream, stream, self.settings.block_bytes_max);
+        }
+        let Some(state) = inner.state.partition(partition) else {
+            return Admitted::now(Err(AppendError::UnknownPartition(partition)));
+        };
         let end = inner.overlay.ends.get(&partition).map_or(state.high_watermark, |(end, _)| *end);
         let (verdict, flying) = inner.judge(&append);
         let after = || flying.and_then(|seq| inner.outcome_of(seq));
@@ -382,6 +402,11 @@ impl Core {
         }
         if let Some(full) = self.full(inner, append.batch.len()) {
             inner.counters.refused_full += 1;
+            if self.settings.drops_oldest {
+                // A block with nothing in it makes room for who tries again.
+                inner.open_block(0, self.settings.block_bytes_max);
+            }
+            self.work.notify_one();
             return Admitted::now(Err(AppendError::Full(full)));
         }
         let is_early = planted(Bug::EarlyAnswer) && matches!(append.source, Source::Producer);
@@ -430,23 +455,6 @@ impl Core {
         inner.overlay.deleting.extend(deleted);
         self.work.notify_one();
         Admitted { answer: Ok(()), after }
-    }
-
-    /// Takes a stream's position over from another shard, in the order of appends.
-    pub fn adopt(&self, key: &StreamKey, stream: StreamState) {
-        let mut inner = self.inner.lock();
-        let inner = &mut *inner;
-        let flying = inner.overlay.streams.get(key).map(|(next, _)| *next);
-        let known = flying.or_else(|| inner.state.stream(key).map(|stream| stream.next));
-        if inner.refuses().is_some() || known.is_some_and(|known| known >= stream.next) {
-            return;
-        }
-        let StreamState { partition, next, chain } = stream;
-        let block = inner.open_block(0, self.settings.block_bytes_max);
-        block.builder.change(Change::StreamPosition { key: key.clone(), partition, next, chain });
-        let seq = inner.open_seq();
-        inner.overlay.streams.insert(key.clone(), (next, seq));
-        self.work.notify_one();
     }
 
     /// Begins to move a log start.

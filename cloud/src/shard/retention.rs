@@ -85,7 +85,7 @@ impl Inner {
             let (id, kept) = (topic.id, kept(topic, retention_ms, retention_bytes));
             (0..topic.partitions).map(move |index| (Partition { topic: id, index }, kept))
         };
-        self.state.topics().flat_map(of).collect()
+        self.state.topics_of_any_name().flat_map(of).collect()
     }
 
     /// The partition's parts, ascending: the archive's, then what only the WAL has.

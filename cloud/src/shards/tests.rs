@@ -59,6 +59,12 @@ impl Shards {
         block_on(Log::append(self, from_producer(partition, batch(records, 1)))).unwrap().base_offset
     }
 
+    /// Everything in this shard is in the bucket.
+    fn ship(&self, number: u32) {
+        let shard = self.member(number);
+        crate::archive::Source::shipped(&**shard, shard.status().next_seq);
+    }
+
     fn end(&self, partition: Partition) -> Offset {
         self.bounds(partition).unwrap().high_watermark
     }
@@ -250,6 +256,9 @@ fn a_full_memory_shard_lets_the_oldest_go() {
     assert_eq!(shards.bounds(at(1, 1)).unwrap().log_start, 5, "the quiet partition's oldest went too");
     assert_eq!(read_all(&shards, at(1, 0), bounds.log_start, 1 << 20).len() as i64, 40 - bounds.log_start);
     assert!(shards.member(3).status().wal.bytes <= WAL_BYTES);
+    // A batch that finds no room calls for some.
+    let large = || Log::append(&shards, from_producer(at(1, 0), sized(700_000)));
+    assert!((0..20).any(|_| block_on(large()).is_ok()));
 }
 
 #[test]
@@ -262,10 +271,14 @@ fn a_stream_goes_on_in_another_shard_where_it_was() {
     let send =
         |shards: &Shards, n: u8, first, last| block_on(Log::append(shards, from_edge(at(n, 0), &key, first, last)));
     send(&shards, 1, 0, 9).unwrap();
+    // What is not in the bucket could be lost in one shard, and the other's position would hide it.
+    assert!(matches!(send(&shards, 2, 10, 19), Err(AppendError::Full(text)) if text.contains("shard 1")));
+    shards.ship(1);
     send(&shards, 2, 10, 19).unwrap();
     assert_eq!(send(&shards, 2, 10, 19), Err(AppendError::WrongPosition { next: 20, have: true }));
     assert_eq!(shards.stream(&key).unwrap().next, 20);
     // Back again, where an older position is known, and two at a time.
+    shards.ship(2);
     let calls = [(20, 24), (25, 29)].map(|(first, last)| Log::append(&shards, from_edge(at(1, 0), &key, first, last)));
     assert!(calls.into_iter().all(|call| block_on(call).is_ok()));
     assert_eq!((shards.end(at(1, 0)), shards.end(at(2, 0))), (20, 10));
@@ -297,16 +310,59 @@ fn a_stream_is_safe_up_to_where_the_slowest_shard_is() {
     let key = stream(1, 1);
     let mut changed = Safety::changed(&shards);
     block_on(Log::append(&shards, from_edge(at(1, 0), &key, 0, 9))).unwrap();
-    block_on(Log::append(&shards, from_edge(at(2, 0), &key, 10, 19))).unwrap();
     assert_eq!(Safety::safe(&shards, &key), None);
-    let ship = |number: u32| {
-        let shard = shards.member(number);
-        crate::archive::Source::shipped(&**shard, shard.status().next_seq);
-    };
-    ship(2);
+    shards.ship(1);
     assert_eq!(conformance::poll_once(&mut changed), Some(()));
-    ship(1);
+    block_on(Log::append(&shards, from_edge(at(2, 0), &key, 10, 19))).unwrap();
+    assert_eq!(Safety::safe(&shards, &key), Some(10));
+    shards.ship(2);
     assert_eq!(Safety::safe(&shards, &key), Some(20));
+}
+
+/// A topic that was made in one of its shards only, or not deleted everywhere, must not be in the way of the next.
+#[test]
+fn a_name_that_a_shard_still_holds_is_free_for_a_new_topic() {
+    let disks = Disks::new();
+    let shards = disks.start();
+    block_on(shards.member(1).commit(vec![placed(1, 1, &[1], 1)])).unwrap();
+    let again = Topic { id: TopicId([9; 16]), ..topic(1, 1) };
+    let placed = Change::TopicPlaced { topic: again, shards: vec![1], own: CATALOGUE, from: 0 };
+    block_on(shards.commit(vec![placed])).unwrap();
+    assert_eq!(shards.append(at(9, 0), 3), 0);
+    shards.close();
+    let shards = disks.start();
+    assert_eq!((shards.end(at(9, 0)), names(&shards)), (3, vec!["topic-1".to_owned()]));
+    block_on(shards.commit(vec![Change::TopicDeleted { id: TopicId([9; 16]) }])).unwrap();
+    assert!(shards.bounds(at(9, 0)).is_err());
+}
+
+/// The catalogue's disk is lost and comes back older than what it had acknowledged.
+#[test]
+fn a_restored_catalogue_uses_nothing_twice() {
+    let disks = Disks::new();
+    let shards = disks.start();
+    shards.place(1, 2, &[0, 1]);
+    shards.place(2, 1, &[3]);
+    shards.append(at(1, 0), 5);
+    shards.append(at(1, 1), 5);
+    shards.append(at(2, 0), 5);
+    block_on(shards.commit(vec![Change::ProducerIdsReserved { next: 1000 }])).unwrap();
+    shards.close();
+    let mut lost = disks.clone();
+    lost.0.insert(0, MemoryWal::new(WAL_BYTES));
+    let restored = lost.open(0);
+    let engines = [(0, Engine::File), (1, Engine::File), (2, Engine::File), (3, Engine::Memory)];
+    let mut known: Vec<Change> =
+        engines.iter().map(|(shard, engine)| Change::ShardAdded { shard: *shard, engine: *engine }).collect();
+    known.push(Change::EpochStarted { epoch: 1, skip: 1 << 32 });
+    block_on(restored.shard.commit(known)).unwrap();
+    restored.shard.close();
+    let shards = lost.start();
+    assert_eq!(shards.end(at(1, 1)), 5, "its shard lost nothing");
+    assert_eq!(shards.bounds(at(1, 0)).unwrap().log_start, 1 << 32, "this one lay in the catalogue's");
+    assert!(read_state(&shards, State::next_producer_id) >= 1000);
+    let (_, memory) = read_state(&shards, |state| state.shards().find(|(n, _)| *n == 3).map(|(n, e)| (n, *e))).unwrap();
+    assert!(memory.epoch > 1 && memory.ceiling > 1 << 32, "{memory:?}");
 }
 
 #[test]

@@ -156,7 +156,7 @@ fn a_deleted_topic_takes_its_offsets_and_placements_along() {
 fn a_topic_made_twice_is_the_first() {
     let mut state = state();
     state.apply(&Change::TopicCreated(topic(3, "t", 9)));
-    state.apply(&Change::TopicPlaced { topic: topic(4, "t", 9), shards: vec![1], own: 1, from: 0 });
+    state.apply(&Change::TopicPlaced { topic: topic(4, "t", 9), shards: vec![1], own: CATALOGUE, from: 0 });
     assert_eq!(state.topic_named(&TopicName::parse("t").unwrap()).unwrap().id, id(1));
     assert_eq!(state.topics().count(), 2, "t and u");
 }

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use shared::log::BoxFuture;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::{BlockLog, Usage, WalError, is_sound};
@@ -46,7 +47,8 @@ pub struct ObjectWal {
     keys: Keys,
     settings: ObjectWalSettings,
     held: Mutex<Held>,
-    hurried: watch::Sender<bool>,
+    /// When an append under way is given up, once the log was hurried.
+    deadline: watch::Sender<Option<Instant>>,
 }
 
 /// What is known of the objects.
@@ -92,7 +94,7 @@ impl ObjectWal {
     ) -> Self {
         let mut held = Held::default();
         blocks.into_iter().for_each(|(seq, bytes)| held.push(seq, bytes));
-        Self { store, keys, settings, held: Mutex::new(held), hurried: watch::Sender::new(false) }
+        Self { store, keys, settings, held: Mutex::new(held), deadline: watch::Sender::new(None) }
     }
 
     fn stop(&self, error: WalError) -> WalError {
@@ -126,10 +128,12 @@ impl ObjectWal {
 
     /// Resolves when a log that was hurried has waited long enough.
     async fn out_of_patience(&self) {
-        let mut hurried = self.hurried.subscribe();
+        let mut deadline = self.deadline.subscribe();
         // The sender lives as long as `self`.
-        let _ = hurried.wait_for(|hurried| *hurried).await;
-        tokio::time::sleep(self.settings.finish).await;
+        let at = deadline.wait_for(Option::is_some).await.ok().and_then(|at| *at);
+        if let Some(at) = at {
+            tokio::time::sleep_until(at).await;
+        }
     }
 
     async fn append_now(&self, seq: u64, block: &Bytes) -> Result<(), WalError> {
@@ -234,7 +238,8 @@ impl BlockLog for ObjectWal {
     }
 
     fn hurry(&self) {
-        self.hurried.send_replace(true);
+        let at = Instant::now() + self.settings.finish;
+        self.deadline.send_if_modified(|deadline| deadline.replace(deadline.unwrap_or(at)).is_none());
     }
 
     fn close(&self) {
