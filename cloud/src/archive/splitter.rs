@@ -165,9 +165,6 @@ impl<'a> Splitter<'a> {
             self.rewrite(&mut index, object, snapshot.next_seq, &mut number).await?;
         }
         let trim = snapshot.next_seq;
-        if planted(Bug::TrimBeforeManifest) {
-            self.source.published(trim);
-        }
         let pages = self.write_pages(&mut index, snapshot).await?;
         let root = Root {
             seq: self.root.seq + 1,

@@ -197,7 +197,7 @@ impl Edge {
                     });
                 }
                 Step::Wait(until) => {
-                    let pause = until.map_or(3600_000, |until| until.saturating_sub(now_ms()).max(1));
+                    let pause = until.map_or(3_600_000, |until| until.saturating_sub(now_ms()).max(1));
                     if let Ok(Some(news)) = tokio::time::timeout(Duration::from_millis(pause), told.recv()).await {
                         self.hear(&mut sender, news);
                     }
