@@ -15,8 +15,6 @@ pub(crate) enum Bug {
     EarlyAnswer,
     /// What is durable is called safe before it is in the bucket.
     SafeIsDurable,
-    /// The WAL is trimmed before a manifest names the segments.
-    TrimBeforeManifest,
     /// No offsets are left out after a loss.
     OffsetsReused,
 }

@@ -229,11 +229,6 @@ fn an_edge_told_to_delete_what_is_merely_durable_is_found() {
 }
 
 #[test]
-fn a_wal_trimmed_before_its_manifest_is_found() {
-    is_found(Bug::TrimBeforeManifest, 40);
-}
-
-#[test]
 fn offsets_used_again_after_a_restore_are_found() {
     is_found(Bug::OffsetsReused, 40);
 }

@@ -250,9 +250,6 @@ impl<'a> Splitter<'a> {
             index.replace(&unwanted.below_start, Vec::new()).map_err(local)?;
             let trim = snapshot.next_seq;
             let end = self.split(&mut index, trim, work).await?;
-            if planted(Bug::TrimBeforeManifest) {
-                self.source.published(trim);
-            }
             let pages = self.write_pages(&mut index, Some(snapshot), work).await?;
             let root = self.next_root(trim, end.map(|(crc, _)| crc).or(self.root.trim_crc), &pages);
             self.publish(root, index, pages.fresh, work).await?;

@@ -188,6 +188,11 @@ impl Node {
                         world.judge().disk_lost(&world, self.shard);
                         self.state.lock().disk = Disk::default();
                     }
+                    if error.contains("no power") {
+                        // The power went in the middle of the start, and comes back.
+                        let mut state = self.state.lock();
+                        state.disk = state.disk.survivor();
+                    }
                     tokio::time::sleep(Duration::from_millis(500 + draw(5000))).await;
                 }
             }
