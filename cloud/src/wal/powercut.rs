@@ -155,21 +155,25 @@ impl CutDisk {
 }
 
 fn survive(content: &Content, random: &mut Random, mood: u64) -> Content {
-    let mut found = content.synced.clone();
+    // A sector is written as it stands in memory: with all that was written to it so far, never with a later part alone.
+    let mut versions: BTreeMap<usize, Vec<Vec<u8>>> = BTreeMap::new();
+    let mut now = content.synced.clone();
     for (position, bytes) in &content.writes {
-        let mut from = 0;
-        while from < bytes.len() {
-            let at = position + from;
-            let to = bytes.len().min(from + SECTOR - at % SECTOR);
-            let kept = match mood {
-                0 => true,
-                1 => false,
-                _ => random.below(2) == 0,
-            };
-            if kept {
-                put(&mut found, at, &bytes[from..to]);
-            }
-            from = to;
+        put(&mut now, *position, bytes);
+        for sector in position / SECTOR..(position + bytes.len()).div_ceil(SECTOR) {
+            let end = now.len().min((sector + 1) * SECTOR);
+            versions.entry(sector).or_default().push(now[sector * SECTOR..end].to_vec());
+        }
+    }
+    let mut found = content.synced.clone();
+    for (sector, versions) in versions {
+        let kept = match mood {
+            0 => versions.len(),
+            1 => 0,
+            _ => random.below(versions.len() as u64 + 1) as usize,
+        };
+        if let Some(version) = kept.checked_sub(1).and_then(|kept| versions.get(kept)) {
+            put(&mut found, sector * SECTOR, version);
         }
     }
     Content { synced: found.clone(), now: found, writes: Vec::new() }
