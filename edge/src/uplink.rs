@@ -147,22 +147,13 @@ impl Greeter {
     /// Says hello with these streams.
     pub async fn hello(&mut self, infos: Vec<StreamInfo>) -> Result<HelloReply, String> {
         self.session.hello += 1;
-        let stream = |info: StreamInfo| HelloStream {
-            name: info.name,
-            topic: info.topic,
-            incarnation: info.incarnation,
-            first: info.first,
-            next: info.next,
-            confirmed: info.confirmed,
-            safe: info.safe,
-        };
         let hello = Hello {
             lowest: frame::VERSION_LOWEST,
             highest: frame::VERSION_HIGHEST,
             edge: self.edge.clone(),
             session: self.session,
             software: bounded_text(SenderSettings::default().software),
-            streams: infos.into_iter().map(stream).collect(),
+            streams: infos.into_iter().map(HelloStream::from).collect(),
         };
         let reply = self.client.post(path::HELLO, frame::encode(&hello), Duration::from_secs(30)).await;
         reply.map_err(|failure| match failure {

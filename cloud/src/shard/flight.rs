@@ -378,13 +378,12 @@ impl Core {
             return Admitted::now(Err(AppendError::UnknownPartition(partition)));
         };
         let (log_start, leader_epoch) = (state.log_start, state.leader_epoch());
+        let end = inner.overlay.ends.get(&partition).map_or(state.high_watermark, |(end, _)| *end);
         if let (Source::Edge(edge), Some(stream)) = (&append.source, elsewhere) {
             inner.adopt(&edge.stream, stream, self.settings.block_bytes_max);
+            // Whatever becomes of the batch, the position is in an open block now.
+            self.work.notify_one();
         }
-        let Some(state) = inner.state.partition(partition) else {
-            return Admitted::now(Err(AppendError::UnknownPartition(partition)));
-        };
-        let end = inner.overlay.ends.get(&partition).map_or(state.high_watermark, |(end, _)| *end);
         let (verdict, flying) = inner.judge(&append);
         let after = || flying.and_then(|seq| inner.outcome_of(seq));
         match verdict {
@@ -405,8 +404,8 @@ impl Core {
             if self.settings.drops_oldest {
                 // A block with nothing in it makes room for who tries again.
                 inner.open_block(0, self.settings.block_bytes_max);
+                self.work.notify_one();
             }
-            self.work.notify_one();
             return Admitted::now(Err(AppendError::Full(full)));
         }
         let is_early = planted(Bug::EarlyAnswer) && matches!(append.source, Source::Producer);

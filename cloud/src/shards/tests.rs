@@ -275,6 +275,8 @@ fn a_stream_goes_on_in_another_shard_where_it_was() {
     // What is not in the bucket could be lost in one shard, and the other's position would hide it.
     assert!(matches!(send(&shards, 2, 10, 19), Err(AppendError::Full(text)) if text.contains("shard 1")));
     shards.ship(1);
+    // The first batch there is wrong: it is told so, although nothing else is written.
+    assert_eq!(send(&shards, 2, 40, 49), Err(AppendError::WrongPosition { next: 10, have: false }));
     send(&shards, 2, 10, 19).unwrap();
     assert_eq!(send(&shards, 2, 10, 19), Err(AppendError::WrongPosition { next: 20, have: true }));
     assert_eq!(shards.stream(&key).unwrap().next, 20);

@@ -181,18 +181,7 @@ impl Sender {
             let reason = Some(format!("the link carries {} streams at most", frame::STREAMS_MAX));
             self.outputs.push_back(Output::Park { stream: info.name, reason });
         }
-        let streams: Vec<HelloStream> = infos
-            .into_iter()
-            .map(|info| HelloStream {
-                name: info.name,
-                topic: info.topic,
-                incarnation: info.incarnation,
-                first: info.first,
-                next: info.next,
-                confirmed: info.confirmed,
-                safe: info.safe,
-            })
-            .collect();
+        let streams: Vec<HelloStream> = infos.into_iter().map(HelloStream::from).collect();
         let hello = Hello {
             lowest: frame::VERSION_LOWEST,
             highest: frame::VERSION_HIGHEST,

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use super::seal::SealOrder;
 use crate::batch::{Batch, Compression};
 use crate::limits::{BATCH_BYTES_MAX, LINK_BODY_BYTES_MAX};
-use crate::link::frame::Limits;
+use crate::link::frame::{HelloStream, Limits};
 use crate::log::Chain;
 use crate::name::{Incarnation, Offset, StreamName, TimestampMs, TopicName};
 
@@ -44,6 +44,14 @@ pub struct StreamInfo {
     pub safe: Offset,
     /// Records dropped before they were sent (end exclusive), and not yet told to the cloud.
     pub dropped: Option<(Offset, Offset)>,
+}
+
+impl From<StreamInfo> for HelloStream {
+    /// What a hello says of the stream.
+    fn from(info: StreamInfo) -> Self {
+        let StreamInfo { name, topic, incarnation, first, next, confirmed, safe, dropped: _ } = info;
+        Self { name, topic, incarnation, first, next, confirmed, safe }
+    }
 }
 
 /// One stored row: a batch, and the chain value after its last record.
