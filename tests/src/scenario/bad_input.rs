@@ -17,7 +17,7 @@ use crate::process::{Broker, run_to_end};
 use crate::proxy::Proxy;
 
 /// Starts a broker that must not start, and returns what it said.
-async fn refused(mut broker: Broker) -> Result<String> {
+pub async fn refused(broker: &mut Broker) -> Result<String> {
     let from = broker.log_text().len();
     broker.spawn()?;
     let status = broker.ended().await?;
@@ -41,8 +41,8 @@ pub async fn second_process_on_a_data_directory_is_refused(context: &Context) ->
     let mut other = context.lab("second-other")?;
     other.edge.data_dir = lab.edge.data_dir.clone();
     other.cloud.data_dir = lab.cloud.data_dir.clone();
-    must_say(&refused(other.edge()?).await?, &[&lab.edge.data_dir.to_string_lossy()])?;
-    must_say(&refused(other.cloud()?).await?, &[&lab.cloud.data_dir.to_string_lossy()])?;
+    must_say(&refused(&mut other.edge()?).await?, &[&lab.edge.data_dir.to_string_lossy()])?;
+    must_say(&refused(&mut other.cloud()?).await?, &[&lab.cloud.data_dir.to_string_lossy()])?;
     // The first ones never noticed.
     let mut device = Link::connect(lab.edge.mqtt, "d", false, true).await?;
     device.publish("factory/1/telemetry/a", b"still here").await?;
@@ -58,8 +58,8 @@ pub async fn unusable_data_directory_is_an_error_that_names_it(context: &Context
     for dir in [&lab.edge.data_dir, &lab.cloud.data_dir] {
         std::fs::write(dir, b"in the way")?;
     }
-    must_say(&refused(lab.edge()?).await?, &[&lab.edge.data_dir.to_string_lossy()])?;
-    must_say(&refused(lab.cloud()?).await?, &[&lab.cloud.data_dir.to_string_lossy()])?;
+    must_say(&refused(&mut lab.edge()?).await?, &[&lab.edge.data_dir.to_string_lossy()])?;
+    must_say(&refused(&mut lab.cloud()?).await?, &[&lab.cloud.data_dir.to_string_lossy()])?;
     Ok(String::new())
 }
 
@@ -67,22 +67,22 @@ pub async fn listener_beyond_loopback_is_refused_with_both_fixes(context: &Conte
     let mut lab = context.lab("beyond")?;
     let beyond = |at: SocketAddr| SocketAddr::from(([0, 0, 0, 0], at.port()));
     lab.edge.mqtt = beyond(lab.edge.mqtt);
-    must_say(&refused(lab.edge()?).await?, &["allow_anonymous", "mqtt.user"])?;
+    must_say(&refused(&mut lab.edge()?).await?, &["allow_anonymous", "mqtt.user"])?;
     lab.cloud.kafka = beyond(lab.cloud.kafka);
-    must_say(&refused(lab.cloud()?).await?, &["allow_anonymous", "127.0.0.1"])?;
+    must_say(&refused(&mut lab.cloud()?).await?, &["allow_anonymous", "127.0.0.1"])?;
     // Allowed, but no client can connect to an unspecified address.
     lab.cloud.kafka_extra = "allow_anonymous = true\n".into();
-    must_say(&refused(lab.cloud()?).await?, &["advertise"])?;
+    must_say(&refused(&mut lab.cloud()?).await?, &["advertise"])?;
     Ok(String::new())
 }
 
 pub async fn unknown_and_wrong_keys_are_named(context: &Context) -> Result<String> {
     let mut lab = context.lab("keys")?;
     lab.edge.extra = "surprise = 1".into();
-    must_say(&refused(lab.edge()?).await?, &["surprise", "edge.toml"])?;
+    must_say(&refused(&mut lab.edge()?).await?, &["surprise", "edge.toml"])?;
     lab.edge.extra = String::new();
     lab.cloud.extra = "colour = \"blue\"".into();
-    must_say(&refused(lab.cloud()?).await?, &["colour", "cloud.toml"])?;
+    must_say(&refused(&mut lab.cloud()?).await?, &["colour", "cloud.toml"])?;
     lab.cloud.extra = String::new();
     // `check` says the same without starting anything.
     let cloud = lab.cloud()?;

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::Context;
+use super::bad_input;
 use super::kill::drain;
 use crate::device::Link;
 use crate::judge::Record;
 use crate::lab::{Lab, PATIENCE, Rng, until};
 use crate::packet::{self, PublishParts};
-use crate::process::Broker;
+use crate::process::{Broker, run_to_end};
 use crate::tools::Reader;
 use crate::{admin, kafka};
 
@@ -128,6 +129,94 @@ pub async fn damaged_database_is_set_aside_and_the_edge_goes_on(context: &Contex
     edge.stop().await?;
     cloud.stop().await?;
     Ok(String::new())
+}
+
+/// One damaged page costs its records and no others: what was set aside is sent, once, however often it is tried.
+pub async fn salvage_sends_what_a_damaged_database_still_holds(context: &Context) -> Result<String> {
+    let lab = context.lab("salvage")?;
+    let (mut cloud, mut edge) = (lab.cloud()?, lab.edge()?);
+    cloud.start().await?;
+    edge.start().await?;
+    publish_numbers(&lab, 0..20).await?;
+    drain(&lab, "telemetry").await?;
+    cloud.stop().await?;
+    publish_numbers(&lab, 20..120).await?;
+    edge.stop().await?;
+    // The last message that the cloud does not have and that has others behind it.
+    damage(&largest_file(&lab.edge.data_dir)?, &payload(70))?;
+    edge.start().await?;
+    let aside = set_aside(&lab.edge.data_dir)?;
+    publish_numbers(&lab, 120..130).await?;
+
+    let salvage = async |edge: &Broker| {
+        let (file, config) = (aside.to_string_lossy(), edge.config.to_string_lossy());
+        run_to_end(edge.command(&["salvage", &file, "--config", &config])).await
+    };
+    let Err(refused) = salvage(&edge).await else { bail!("salvage ran beside the broker that it speaks for") };
+    let refused = format!("{refused:?}");
+    ensure!(refused.contains("another process") && refused.contains("tributary-edge"), "{refused}");
+    edge.stop().await?;
+    let Err(unreached) = salvage(&edge).await else { bail!("salvage ended well without a cloud") };
+    ensure!(format!("{unreached:?}").contains("nothing was sent"), "{unreached:?}");
+
+    cloud.start().await?;
+    let told = String::from_utf8(salvage(&edge).await?)?;
+    let again = String::from_utf8(salvage(&edge).await?)?;
+    edge.start().await?;
+    drain(&lab, "telemetry").await?;
+
+    let records = context.tools.read(Reader::Confluent, lab.cloud.kafka, "telemetry").await?;
+    let copies = count(&records);
+    let lost: Vec<u64> = (0..130).filter(|n| !copies.contains_key(&payload(*n))).collect();
+    ensure!(records.len() == copies.len(), "{} records are there twice", records.len() - copies.len());
+    ensure!(records.len() + lost.len() == 130, "{} records, {} lost, of 130", records.len(), lost.len());
+    ensure!(lost.contains(&70) && lost.len() < 20, "one damaged page cost {lost:?}");
+    let figures = |text: &str| -> Result<Vec<usize>> {
+        let row = text.lines().find(|line| line.starts_with("telemetry")).context("a row for the stream")?;
+        Ok(row.split_whitespace().filter_map(|word| word.parse().ok()).collect())
+    };
+    // Read, already there, sent, not sent, lost.
+    let (read, lost) = (120 - lost.len(), lost.len());
+    ensure!(figures(&told)? == [read, 20, read - 20, 0, lost], "the first run says\n{told}");
+    // What was lost lies below the cloud's position now, where it could as well have been sent by the broker.
+    ensure!(figures(&again)? == [read, read, 0, 0, 0], "the second run says\n{again}");
+    let gaps = context.tools.read(Reader::Confluent, lab.cloud.kafka, "tributary.gaps").await?;
+    ensure!(!gaps.is_empty(), "the loss is declared to consumers");
+    edge.stop().await?;
+    cloud.stop().await?;
+    Ok(format!("{read} of 120 records read, {lost} lost"))
+}
+
+async fn publish_numbers(lab: &Lab, numbers: std::ops::Range<u64>) -> Result<()> {
+    let mut device = Link::connect(lab.edge.mqtt, "d", false, true).await?;
+    for n in numbers {
+        device.publish("factory/1/telemetry/a", &payload(n)).await?;
+    }
+    Ok(())
+}
+
+/// Flips a bit in every copy that the file holds of these bytes' second half.
+fn damage(file: &Path, bytes: &[u8]) -> Result<()> {
+    let mut contents = std::fs::read(file)?;
+    let needle = bytes.get(bytes.len() / 2..).filter(|half| half.len() >= 64).context("bytes to look for")?;
+    let needle = &needle[..64];
+    let found: Vec<usize> =
+        contents.windows(needle.len()).enumerate().filter(|(_, at)| *at == needle).map(|(n, _)| n).collect();
+    ensure!(!found.is_empty(), "{} does not hold the message", file.display());
+    for at in found {
+        contents[at] ^= 1;
+    }
+    Ok(std::fs::write(file, contents)?)
+}
+
+fn set_aside(dir: &Path) -> Result<PathBuf> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("edge.redb.bad-") {
+            return Ok(entry.path());
+        }
+    }
+    bail!("no database was set aside in {}", dir.display())
 }
 
 fn largest_file(dir: &Path) -> Result<PathBuf> {
@@ -330,6 +419,45 @@ pub async fn full_disk_at_either_side_loses_nothing(context: &Context) -> Result
     Ok(format!("{at_edge} messages filled the edge's disk, {acked} acknowledged in all and all there"))
 }
 
+/// A disk that came up read-only is named by both daemons, and what is on it is served again once it can be written.
+pub async fn read_only_disk_is_named_and_harms_nothing(context: &Context) -> Result<String> {
+    let lab = context.lab("read-only")?;
+    let mut disks = Vec::new();
+    for dir in [&lab.edge.data_dir, &lab.cloud.data_dir] {
+        let Some(disk) = SmallDisk::mount(dir, 256)? else {
+            return Ok("NOT RUN: no right to mount a tmpfs".into());
+        };
+        disks.push(disk);
+    }
+    let (mut cloud, mut edge) = (lab.cloud()?, lab.edge()?);
+    cloud.start().await?;
+    edge.start().await?;
+    publish_numbers(&lab, 0..20).await?;
+    drain(&lab, "telemetry").await?;
+    cloud.stop().await?;
+    publish_numbers(&lab, 20..40).await?;
+    edge.stop().await?;
+    for disk in &disks {
+        disk.remount("ro")?;
+    }
+    let said =
+        |text: &str, dir: &Path| text.contains("Read-only file system") && text.contains(&*dir.to_string_lossy());
+    for (broker, dir) in [(&mut edge, &lab.edge.data_dir), (&mut cloud, &lab.cloud.data_dir)] {
+        let text = bad_input::refused(broker).await?;
+        ensure!(said(&text, dir), "{} does not say what is wrong:\n{text}", broker.kind.program());
+    }
+    for disk in &disks {
+        disk.remount("rw")?;
+    }
+    cloud.start().await?;
+    edge.start().await?;
+    drain(&lab, "telemetry").await?;
+    expect_each(context, &lab, 0..40).await?;
+    edge.stop().await?;
+    cloud.stop().await?;
+    Ok(String::new())
+}
+
 /// Publishes until the edge no longer acknowledges, whether it closes, waits or refuses; returns how many were acknowledged.
 async fn fill(lab: &Lab, from: u64) -> Result<u64> {
     let mut device = Link::connect(lab.edge.mqtt, "fill", false, true).await?;
@@ -369,8 +497,12 @@ impl SmallDisk {
     }
 
     fn grow(&self, mib: u32) -> Result<()> {
-        let status = Command::new("mount").args(["-o", &format!("remount,size={mib}m")]).arg(&self.0).status()?;
-        ensure!(status.success(), "remount");
+        self.remount(&format!("size={mib}m"))
+    }
+
+    fn remount(&self, option: &str) -> Result<()> {
+        let status = Command::new("mount").args(["-o", &format!("remount,{option}")]).arg(&self.0).status()?;
+        ensure!(status.success(), "remount with {option}");
         Ok(())
     }
 }
