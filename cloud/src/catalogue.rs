@@ -4,6 +4,7 @@
 //! for the same name one makes the topic and the other finds it. A change that has begun is brought to its end even if
 //! who asked has gone.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -308,6 +309,24 @@ impl Catalogue {
         self.commit(guard, vec![Change::PartitionsAdded { id: topic.id, count: total }]).await?;
         info!(topic = %topic.name, partitions = total, "partitions added");
         Ok(())
+    }
+
+    /// Gives a topic the settings that `altered` makes of those it has; with `validate_only` only says whether it could.
+    pub async fn configure(
+        &self,
+        name: &str,
+        validate_only: bool,
+        altered: impl FnOnce(&BTreeMap<String, String>, &CatalogueSettings) -> Result<BTreeMap<String, String>, String>,
+    ) -> Result<(), CatalogueError> {
+        TopicName::parse(name)?;
+        let guard = self.changing.clone().lock_owned().await;
+        let topic = self.topic(name).ok_or_else(|| CatalogueError::UnknownTopic(name.to_owned()))?;
+        let configs = altered(&topic.configs, &self.settings).map_err(CatalogueError::InvalidConfig)?;
+        if validate_only || configs == topic.configs {
+            return Ok(());
+        }
+        info!(topic = %topic.name, ?configs, "topic settings changed");
+        self.commit(guard, vec![Change::TopicConfigured { id: topic.id, configs }]).await
     }
 
     /// Commits under the guard, which is held to the end of it whatever becomes of the caller.

@@ -30,6 +30,7 @@ use crate::state::{State, StateLog, Topic, read_state};
 
 #[cfg(test)]
 mod admin_tests;
+pub mod alter_configs;
 pub mod api_versions;
 pub mod connection;
 pub mod create_partitions;
@@ -44,6 +45,7 @@ pub mod dispatch;
 pub mod fetch;
 pub mod find_coordinator;
 pub mod heartbeat;
+pub mod incremental_alter_configs;
 pub mod init_producer_id;
 pub mod join_group;
 pub mod leave_group;

@@ -1,13 +1,13 @@
 """What a program on librdkafka does on an ordinary day: create a topic, produce, consume in a group by two members, commit,
-come back, seek by time, delete.
+come back, seek by time, alter settings, delete.
 
 Usage: everyday.py BOOTSTRAP
 """
 import sys
 import time
 
-from confluent_kafka import Consumer, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic
 
 bootstrap = sys.argv[1]
 topic = f"everyday-{time.time_ns()}"
@@ -66,5 +66,22 @@ at = again.offsets_for_times([TopicPartition(topic, p, middle) for p in range(4)
 later = sum(highest[p.partition] - p.offset for p in at if p.offset >= 0)
 check(later == COUNT - COUNT // 2 - 1, f"{later} records are later than the middle")
 again.close()
+# One setting changes, the others stay; a topic's engine cannot.
+def altered(**settings):
+    entries = [ConfigEntry(name.replace("_", "."), value, incremental_operation=AlterConfigOpType.SET)
+               for name, value in settings.items()]
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
+    return admin.incremental_alter_configs([resource])[resource].result(60)
+
+
+altered(retention_ms="3600000", max_message_bytes="500000")
+described = ConfigResource(ConfigResource.Type.TOPIC, topic)
+entries = admin.describe_configs([described])[described].result(60)
+check(entries["retention.ms"].value == "3600000" and not entries["retention.ms"].is_default, entries["retention.ms"])
+try:
+    altered(tributary_engine="memory")
+    check(False, "the engine was changed")
+except KafkaException as refused:
+    check("stays" in refused.args[0].str(), refused)
 admin.delete_topics([topic])[topic].result(60)
 print("ok")

@@ -65,8 +65,10 @@ api_keys! {
     InitProducerId = 22, flexible 2..;
     OffsetForLeaderEpoch = 23, flexible 4..;
     DescribeConfigs = 32, flexible 4..;
+    AlterConfigs = 33, flexible 2..;
     CreatePartitions = 37, flexible 2..;
     DeleteGroups = 42, flexible 2..;
+    IncrementalAlterConfigs = 44, flexible 1..;
     OffsetDelete = 47, flexible 32767..;
     DescribeCluster = 60, flexible 0..;
 }

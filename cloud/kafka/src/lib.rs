@@ -15,6 +15,7 @@ pub use codec::{Encoded, Field, Message, Reader, Records, Uuid, WireError, Write
 pub use error::ErrorCode;
 pub use header::{ApiKey, RequestHeader};
 
+pub mod alter_configs;
 pub mod api_versions;
 pub mod create_partitions;
 pub mod create_topics;
@@ -27,6 +28,7 @@ pub mod describe_groups;
 pub mod fetch;
 pub mod find_coordinator;
 pub mod heartbeat;
+pub mod incremental_alter_configs;
 pub mod init_producer_id;
 pub mod join_group;
 pub mod leave_group;

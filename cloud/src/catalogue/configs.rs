@@ -192,14 +192,7 @@ const DEFINITIONS: &[Definition] = &[
 pub fn check(configs: &[(String, Option<String>)]) -> Result<BTreeMap<String, String>, String> {
     let mut checked = BTreeMap::new();
     for (name, value) in configs {
-        let Some(definition) = DEFINITIONS.iter().find(|definition| definition.name == name) else {
-            let honoured: Vec<&str> = DEFINITIONS.iter().map(|definition| definition.name).collect();
-            let name: String = name.chars().take(128).collect();
-            return Err(format!(
-                "topic setting {name:?} is not known to this broker and would be ignored, so it is refused; known are {}",
-                honoured.join(", ")
-            ));
-        };
+        let definition = known(name)?;
         let value = value.as_deref().ok_or_else(|| format!("topic setting {name} has no value"))?.trim();
         let value = definition.takes.check(name, value)?;
         if checked.insert(name.clone(), value).is_some() {
@@ -207,6 +200,102 @@ pub fn check(configs: &[(String, Option<String>)]) -> Result<BTreeMap<String, St
         }
     }
     Ok(checked)
+}
+
+/// What is to become of one setting (KIP-339).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Alteration {
+    /// It is this.
+    Set(String),
+    /// It is the broker's again.
+    Delete,
+    /// These are in its list as well.
+    Append(String),
+    /// These are not in its list any more.
+    Subtract(String),
+}
+
+/// A topic's settings after some of them were altered, each at most once.
+pub fn alter(
+    current: &BTreeMap<String, String>,
+    alterations: Vec<(String, Alteration)>,
+    settings: &CatalogueSettings,
+) -> Result<BTreeMap<String, String>, String> {
+    let mut altered: Vec<(String, Option<String>)> =
+        current.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect();
+    for (name, alteration) in alterations {
+        let definition = known(&name)?;
+        let listed = || match definition.kind {
+            ConfigType::List => Ok(current.get(&name).cloned().unwrap_or_else(|| definition.takes.of_broker(settings))),
+            _ => Err(format!("{name} is no list: it can be set and deleted, not appended to or subtracted from")),
+        };
+        altered.retain(|(altered, _)| *altered != name);
+        let words = |text: &str| text.split(',').map(|word| word.trim().to_owned()).collect::<Vec<_>>();
+        let value = match alteration {
+            Alteration::Set(value) => value,
+            Alteration::Delete => continue,
+            Alteration::Append(value) => {
+                let mut list = words(&listed()?);
+                for word in words(&value) {
+                    if !list.contains(&word) {
+                        list.push(word);
+                    }
+                }
+                list.join(",")
+            }
+            Alteration::Subtract(value) => {
+                let less = words(&value);
+                words(&listed()?).into_iter().filter(|word| !less.contains(word)).collect::<Vec<_>>().join(",")
+            }
+        };
+        altered.push((name, Some(value)));
+    }
+    let altered = check(&altered)?;
+    let engine = engine_in(current, settings);
+    match engine_in(&altered, settings) == engine {
+        true => Ok(altered),
+        false => Err(engine_stays(&engine)),
+    }
+}
+
+/// A topic's settings when it is given these and no others. Its engine stays, named or not.
+pub fn replace(
+    current: &BTreeMap<String, String>,
+    wanted: &[(String, Option<String>)],
+    settings: &CatalogueSettings,
+) -> Result<BTreeMap<String, String>, String> {
+    let mut replaced = check(wanted)?;
+    let engine = engine_in(current, settings);
+    if replaced.get(ENGINE_SETTING).is_some_and(|wanted| *wanted != engine) {
+        return Err(engine_stays(&engine));
+    }
+    if let Some(engine) = current.get(ENGINE_SETTING) {
+        replaced.insert(ENGINE_SETTING.to_owned(), engine.clone());
+    }
+    Ok(replaced)
+}
+
+fn engine_in(configs: &BTreeMap<String, String>, settings: &CatalogueSettings) -> String {
+    let of_broker = || settings.placement.default_engine().name().to_owned();
+    configs.get(ENGINE_SETTING).cloned().unwrap_or_else(of_broker)
+}
+
+fn engine_stays(engine: &str) -> String {
+    format!(
+        "{ENGINE_SETTING} is {engine:?} and stays: where a topic's records are is chosen when it is made. Make another topic \
+         with the engine wanted, and copy the records to it"
+    )
+}
+
+fn known(name: &str) -> Result<&'static Definition, String> {
+    DEFINITIONS.iter().find(|definition| definition.name == name).ok_or_else(|| {
+        let honoured: Vec<&str> = DEFINITIONS.iter().map(|definition| definition.name).collect();
+        let name: String = name.chars().take(128).collect();
+        format!(
+            "topic setting {name:?} is not known to this broker and would be ignored, so it is refused; known are {}",
+            honoured.join(", ")
+        )
+    })
 }
 
 impl Takes {
@@ -260,7 +349,7 @@ pub fn describe(configs: &BTreeMap<String, String>, settings: &CatalogueSettings
                 value,
                 kind: definition.kind,
                 source,
-                read_only: matches!(definition.takes, Takes::Only(_) | Takes::AtCreation { .. }),
+                read_only: !matches!(definition.takes, Takes::Number { .. }),
                 synonyms,
                 documentation: definition.documentation,
             }
@@ -321,6 +410,51 @@ mod tests {
         {
             one(name, value).unwrap();
         }
+    }
+
+    fn set(name: &str, value: &str) -> (String, Alteration) {
+        (name.to_owned(), Alteration::Set(value.to_owned()))
+    }
+
+    #[test]
+    fn settings_are_altered_one_by_one() {
+        let settings = CatalogueSettings::default();
+        let current = one("retention.ms", "60000").unwrap();
+        let alter = |alterations| alter(&current, alterations, &settings);
+        let both = alter(vec![set("max.message.bytes", "2000")]).unwrap();
+        assert_eq!((both["retention.ms"].as_str(), both["max.message.bytes"].as_str()), ("60000", "2000"));
+        assert_eq!(alter(vec![set("retention.ms", "1")]).unwrap()["retention.ms"], "1");
+        assert!(alter(vec![("retention.ms".into(), Alteration::Delete)]).unwrap().is_empty());
+        let list = |alteration: fn(String) -> Alteration, value: &str| {
+            alter(vec![("cleanup.policy".to_owned(), alteration(value.to_owned()))])
+        };
+        assert_eq!(list(Alteration::Append, "delete").unwrap()["cleanup.policy"], "delete");
+        assert!(list(Alteration::Append, "compact").unwrap_err().contains("always delete"));
+        assert!(list(Alteration::Subtract, "delete").unwrap_err().contains("always delete"));
+        assert_eq!(list(Alteration::Subtract, "compact").unwrap()["cleanup.policy"], "delete");
+        let refused = alter(vec![("retention.ms".into(), Alteration::Append("1".into()))]).unwrap_err();
+        assert!(refused.contains("no list"), "{refused}");
+        assert!(alter(vec![("segment.ms".into(), Alteration::Delete)]).unwrap_err().contains("would be ignored"));
+    }
+
+    #[test]
+    fn an_engine_stays_whatever_is_altered() {
+        let settings = CatalogueSettings::default();
+        let (on_file, on_object) = (BTreeMap::new(), one(ENGINE_SETTING, "object").unwrap());
+        let engine = |current, value: &str| alter(current, vec![set(ENGINE_SETTING, value)], &settings);
+        assert_eq!(engine(&on_file, "file").unwrap()[ENGINE_SETTING], "file");
+        assert_eq!(engine(&on_object, "object").unwrap(), on_object);
+        for refused in [
+            engine(&on_file, "object"),
+            engine(&on_object, "file"),
+            alter(&on_object, vec![(ENGINE_SETTING.to_owned(), Alteration::Delete)], &settings),
+            replace(&on_object, &[(ENGINE_SETTING.to_owned(), Some("memory".to_owned()))], &settings),
+        ] {
+            assert!(refused.unwrap_err().contains("Make another topic"));
+        }
+        let replaced = replace(&on_object, &[("retention.ms".to_owned(), Some("5".to_owned()))], &settings).unwrap();
+        assert_eq!((replaced[ENGINE_SETTING].as_str(), replaced["retention.ms"].as_str()), ("object", "5"));
+        assert_eq!(replace(&replaced, &[], &settings).unwrap(), on_object);
     }
 
     #[test]

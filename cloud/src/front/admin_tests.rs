@@ -227,6 +227,79 @@ async fn settings_come_complete_with_source_type_and_synonyms() {
     }
 }
 
+#[tokio::test]
+async fn settings_are_altered_in_both_ways_and_each_resource_is_judged_by_itself() {
+    use kafka_wire::alter_configs::{AlterConfigsRequest, AlterConfigsResource, AlterableConfig};
+    use kafka_wire::incremental_alter_configs::{
+        IncrementalAlterConfigsRequest, IncrementalAlterConfigsResource, IncrementalAlterableConfig,
+    };
+    let broker = broker();
+    create(&broker, vec![topic("a", 1, 1), topic("b", 1, 1)]).await;
+    let of = |name: &str, config_operation, value: Option<&str>| IncrementalAlterableConfig {
+        name: name.to_owned(),
+        config_operation,
+        value: value.map(str::to_owned),
+    };
+    let on = |resource_type, name: &str, configs: Vec<_>| IncrementalAlterConfigsResource {
+        resource_type,
+        resource_name: name.to_owned(),
+        configs,
+    };
+    let alter = async |resources: Vec<_>, validate_only| -> Vec<ErrorCode> {
+        let request = IncrementalAlterConfigsRequest { resources, validate_only };
+        let answered = incremental_alter_configs::handle(&broker, &version(1), request).await.responses;
+        assert!(answered.iter().all(|one| one.error_message.is_some() == (one.error_code != ErrorCode::NONE)));
+        answered.into_iter().map(|one| one.error_code).collect()
+    };
+    let retention = |topic: &str| broker.catalogue.config(&broker.catalogue.topic(topic).unwrap()).retention_ms;
+    let week = retention("a");
+    let hour = || on(2, "a", vec![of("retention.ms", 0, Some("3600000")), of("max.message.bytes", 0, Some("5000"))]);
+    assert_eq!(alter(vec![hour()], true).await, [ErrorCode::NONE]);
+    assert_eq!(retention("a"), week, "only checked");
+    let resources = vec![
+        hour(),
+        on(2, "none", vec![]),
+        on(4, "7", vec![of("log.retention.ms", 0, Some("1"))]),
+        on(8, "7", vec![]),
+        on(2, "b", vec![of("retention.ms", 0, Some("soon"))]),
+    ];
+    let wanted = [
+        ErrorCode::NONE,
+        ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+        ErrorCode::INVALID_REQUEST,
+        ErrorCode::INVALID_REQUEST,
+        ErrorCode::INVALID_CONFIG,
+    ];
+    assert_eq!(alter(resources, false).await, wanted);
+    assert_eq!((retention("a"), retention("b")), (3_600_000, week));
+    for refused in [
+        vec![of("retention.ms", 0, Some("1")), of("retention.ms", 1, None)],
+        vec![of("retention.ms", 0, None)],
+        vec![of("retention.ms", 4, Some("1"))],
+    ] {
+        assert_eq!(alter(vec![on(2, "b", refused)], false).await, [ErrorCode::INVALID_REQUEST]);
+    }
+    assert_eq!(alter(vec![hour(), hour()], false).await, [ErrorCode::INVALID_REQUEST; 2]);
+    let engine = on(2, "a", vec![of("tributary.engine", 0, Some("object"))]);
+    assert_eq!(alter(vec![engine], false).await, [ErrorCode::INVALID_CONFIG]);
+    assert_eq!(alter(vec![on(2, "a", vec![of("max.message.bytes", 1, None)])], false).await, [ErrorCode::NONE]);
+    assert_eq!(broker.catalogue.topic("a").unwrap().configs.len(), 1);
+
+    let replace = async |topic: &str, configs: Vec<(&str, &str)>| {
+        let configs = configs
+            .into_iter()
+            .map(|(name, value)| AlterableConfig { name: name.to_owned(), value: Some(value.to_owned()) })
+            .collect();
+        let resources = vec![AlterConfigsResource { resource_type: 2, resource_name: topic.to_owned(), configs }];
+        let request = AlterConfigsRequest { resources, validate_only: false };
+        alter_configs::handle(&broker, &version(2), request).await.responses.remove(0).error_code
+    };
+    assert_eq!(replace("a", vec![("retention.bytes", "1000")]).await, ErrorCode::NONE);
+    assert_eq!(retention("a"), week, "what is not named is the default again");
+    assert_eq!(replace("a", vec![("retention.ms", "1"), ("retention.ms", "1")]).await, ErrorCode::INVALID_REQUEST);
+    assert_eq!(replace("none", vec![]).await, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION);
+}
+
 async fn join(broker: &Broker, api_version: i16, member_id: &str, instance: Option<&str>) -> JoinGroupResponse {
     let request = JoinGroupRequest {
         group_id: "g".to_owned(),

@@ -198,6 +198,8 @@ served! {
     CreatePartitions 0..=3, create_partitions::CreatePartitionsRequest;
     DeleteRecords 0..=2, delete_records::DeleteRecordsRequest;
     DescribeConfigs 1..=4, describe_configs::DescribeConfigsRequest;
+    AlterConfigs 0..=2, alter_configs::AlterConfigsRequest;
+    IncrementalAlterConfigs 0..=1, incremental_alter_configs::IncrementalAlterConfigsRequest;
     DescribeCluster 0..=2, describe_cluster::DescribeClusterRequest;
 }
 

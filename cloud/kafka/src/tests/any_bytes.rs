@@ -42,6 +42,7 @@ macro_rules! for_every_message {
     ($check:ident $arguments:tt) => {
         every_message! {
             $check $arguments:
+            alter_configs::AlterConfigsRequest, AlterConfigsResponse;
             api_versions::ApiVersionsRequest, ApiVersionsResponse;
             create_partitions::CreatePartitionsRequest, CreatePartitionsResponse;
             create_topics::CreateTopicsRequest, CreateTopicsResponse;
@@ -54,6 +55,7 @@ macro_rules! for_every_message {
             fetch::FetchRequest, FetchResponse;
             find_coordinator::FindCoordinatorRequest, FindCoordinatorResponse;
             heartbeat::HeartbeatRequest, HeartbeatResponse;
+            incremental_alter_configs::IncrementalAlterConfigsRequest, IncrementalAlterConfigsResponse;
             init_producer_id::InitProducerIdRequest, InitProducerIdResponse;
             join_group::JoinGroupRequest, JoinGroupResponse;
             leave_group::LeaveGroupRequest, LeaveGroupResponse;

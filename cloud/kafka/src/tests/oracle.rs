@@ -48,6 +48,7 @@ macro_rules! oracle {
 }
 
 oracle! {
+    alter_configs AlterConfigsRequest AlterConfigsResponse;
     api_versions ApiVersionsRequest ApiVersionsResponse;
     create_partitions CreatePartitionsRequest CreatePartitionsResponse;
     create_topics CreateTopicsRequest CreateTopicsResponse;
@@ -60,6 +61,7 @@ oracle! {
     fetch FetchRequest FetchResponse;
     find_coordinator FindCoordinatorRequest FindCoordinatorResponse;
     heartbeat HeartbeatRequest HeartbeatResponse;
+    incremental_alter_configs IncrementalAlterConfigsRequest IncrementalAlterConfigsResponse;
     init_producer_id InitProducerIdRequest InitProducerIdResponse;
     join_group JoinGroupRequest JoinGroupResponse;
     leave_group LeaveGroupRequest LeaveGroupResponse;

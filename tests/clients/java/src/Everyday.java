@@ -9,6 +9,8 @@ import java.util.Set;
 import java.util.TreeSet;
 import java.util.concurrent.TimeUnit;
 import org.apache.kafka.clients.admin.Admin;
+import org.apache.kafka.clients.admin.AlterConfigOp;
+import org.apache.kafka.clients.admin.ConfigEntry;
 import org.apache.kafka.clients.admin.NewPartitions;
 import org.apache.kafka.clients.admin.NewTopic;
 import org.apache.kafka.clients.admin.RecordsToDelete;
@@ -40,6 +42,14 @@ public final class Everyday {
             var resource = new ConfigResource(ConfigResource.Type.TOPIC, topic);
             var config = admin.describeConfigs(List.of(resource)).all().get(60, TimeUnit.SECONDS).get(resource);
             check(config.get("cleanup.policy") != null && config.get("retention.ms") != null, "topic configuration");
+            var kept = new AlterConfigOp(new ConfigEntry("retention.ms", "3600000"), AlterConfigOp.OpType.SET);
+            admin.incrementalAlterConfigs(Map.of(resource, List.of(kept))).all().get(60, TimeUnit.SECONDS);
+            config = admin.describeConfigs(List.of(resource)).all().get(60, TimeUnit.SECONDS).get(resource);
+            check(config.get("retention.ms").value().equals("3600000"), "retention.ms was set");
+            var reset = new AlterConfigOp(new ConfigEntry("retention.ms", null), AlterConfigOp.OpType.DELETE);
+            admin.incrementalAlterConfigs(Map.of(resource, List.of(reset))).all().get(60, TimeUnit.SECONDS);
+            config = admin.describeConfigs(List.of(resource)).all().get(60, TimeUnit.SECONDS).get(resource);
+            check(config.get("retention.ms").isDefault(), "retention.ms is the default again");
 
             produce(settings, topic);
             consume(settings, topic);
