@@ -169,14 +169,20 @@ fn replay(seed: u64) -> String {
     format!("SIM_SEED={seed} SIM_TRACE=1 cargo test -p tributary-cloud --lib sim::nothing -- --nocapture")
 }
 
+/// Seeds that once found a bug of the product, in the fast tier beside the first few. What a seed is changes with the
+/// simulation: whoever changes that looks for one that finds the bug, planted again.
+const FOUND_BUGS: [u64; 1] = [497];
+
 #[test]
 fn nothing_acknowledged_is_lost_doubled_or_contradicted() {
-    let seeds = match number("SIM_SEED") {
-        Some(seed) => seed..seed + 1,
-        None => 0..number("SIM_SEEDS").unwrap_or(25),
+    let first = number("SIM_FIRST").unwrap_or(0);
+    let seeds: Vec<u64> = match (number("SIM_SEED"), number("SIM_SEEDS")) {
+        (Some(seed), _) => vec![seed],
+        (None, Some(seeds)) => (first..first + seeds).collect(),
+        (None, None) => (0..25).chain(FOUND_BUGS).collect(),
     };
     let (mut tally, mut steps) = (world::Tally::default(), 0);
-    for seed in seeds.clone() {
+    for seed in seeds.iter().copied() {
         let outcome = run(seed, None);
         if let Some(violation) = outcome.violation {
             panic!("seed {seed}: {violation}\nreplay: {}", replay(seed));
@@ -184,7 +190,7 @@ fn nothing_acknowledged_is_lost_doubled_or_contradicted() {
         tally.add(&outcome.tally);
         steps += outcome.steps;
     }
-    println!("{} seeds, {steps} steps: {tally:?}", seeds.end - seeds.start);
+    println!("{} seeds, {steps} steps: {tally:?}", seeds.len());
 }
 
 /// Plants a bug and runs seeds until one finds it.

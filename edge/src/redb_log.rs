@@ -321,7 +321,7 @@ impl RedbLog {
                     None if commit.unchanged.contains(id) => continue,
                     None => {}
                 }
-                streams.insert(*id, &encode(&StreamRow::V1(record))?[..])?;
+                streams.insert(*id, &encode(&StreamRow::from(record))?[..])?;
             }
         }
         write_retained(&transaction, &commit.retained)?;
@@ -601,24 +601,25 @@ fn write_sessions(transaction: &redb::WriteTransaction, changes: &[SessionChange
 /// Reads what the store must know, and makes the tables of a new database in one commit.
 fn load(database: &Database, mint: fn() -> Incarnation) -> Result<(Contents, Tail), LogError> {
     let transaction = database.begin_write().map_err(failed)?;
-    let fresh = {
+    let (fresh, changed) = {
         let mut meta = transaction.open_table(META).map_err(failed)?;
         let format = meta.get(META_FORMAT)?.map(|value| value.value().to_vec());
-        match format {
-            None => {
-                meta.insert(META_FORMAT, &FORMAT.to_le_bytes()[..])?;
-                meta.insert(META_COMMIT, &0u64.to_le_bytes()[..])?;
-                meta.insert(META_INCARNATION, &mint().0[..])?;
-                true
-            }
-            Some(bytes) => {
-                let found = u32::from_le_bytes(fixed(&bytes, META_FORMAT)?);
-                if found > FORMAT {
-                    return Err(LogError::Newer { found });
-                }
-                false
-            }
+        let found = match &format {
+            None => 0,
+            Some(bytes) => u32::from_le_bytes(fixed(bytes, META_FORMAT)?),
+        };
+        if found > FORMAT {
+            return Err(LogError::Newer { found });
         }
+        if format.is_none() {
+            meta.insert(META_COMMIT, &0u64.to_le_bytes()[..])?;
+            meta.insert(META_INCARNATION, &mint().0[..])?;
+        }
+        if found < FORMAT {
+            // Before anything is written that an older version would take for damage.
+            meta.insert(META_FORMAT, &FORMAT.to_le_bytes()[..])?;
+        }
+        (format.is_none(), found < FORMAT)
     };
     if fresh {
         transaction.open_table(STREAMS).map_err(failed)?;
@@ -627,6 +628,8 @@ fn load(database: &Database, mint: fn() -> Incarnation) -> Result<(Contents, Tai
         transaction.open_table(RETAINED).map_err(failed)?;
         transaction.open_table(SESSIONS).map_err(failed)?;
         transaction.open_table(PACKETS).map_err(failed)?;
+    }
+    if changed {
         transaction.commit().map_err(failed)?;
     } else {
         transaction.abort()?;
@@ -650,8 +653,8 @@ fn read_contents(database: &Database) -> Result<(Contents, Tail), LogError> {
     let mut streams = BTreeMap::new();
     for row in transaction.open_table(STREAMS).map_err(failed)?.iter()? {
         let (key, value) = row?;
-        let StreamRow::V1(record) = decode(value.value(), "a stream")?;
-        streams.insert(key.value(), record);
+        let row: StreamRow = decode(value.value(), "a stream")?;
+        streams.insert(key.value(), row.into_record());
     }
     let rows = transaction.open_table(ROWS).map_err(failed)?;
     // Where a stream's rows end and its part of the tail begins; the record's own `next` may lie in the tail.

@@ -83,6 +83,7 @@ struct Stream {
     end: Position,
     confirmed: Offset,
     safe: Offset,
+    renewed_at: Offset,
     dropped: Option<(Offset, Offset)>,
     /// The cloud's own position, where ours is lost but what follows shows that it fits.
     accepted: Option<Position>,
@@ -160,6 +161,8 @@ impl Salvage {
                 end,
                 confirmed: record.confirmed.min(next),
                 safe: record.safe.min(next),
+                // Once something of the incarnation was in the bucket, its beginning says nothing any more.
+                renewed_at: if record.safe > record.renewed_at { 0 } else { record.renewed_at.min(next) },
                 dropped: record.gap,
                 accepted: None,
                 begun: 0,
@@ -246,6 +249,7 @@ impl Salvage {
             next: stream.next,
             confirmed: stream.confirmed,
             safe: stream.safe,
+            renewed_at: stream.renewed_at,
             dropped: stream.dropped.filter(|gap| gap.1 == stream.first),
         };
         self.streams.lock().iter().map(info).collect()
@@ -255,7 +259,11 @@ impl Salvage {
 impl Stream {
     /// Goes on from where the cloud stands. False: it holds other records than these.
     fn take_up(&mut self, scan: &Scan, position: Option<Position>) -> bool {
-        let Some(at) = position else { return true };
+        let Some(at) = position else {
+            // What lies below its beginning is there under the incarnation before.
+            self.begun = self.renewed_at;
+            return true;
+        };
         self.begun = at.next;
         if at.next <= self.first {
             return true;
@@ -291,7 +299,7 @@ impl Stream {
         self.incarnation = derived(self.incarnation);
         // What is safe is in the bucket under the incarnation before.
         self.first = self.first.max(self.safe);
-        (self.confirmed, self.begun, self.accepted) = (self.first, 0, None);
+        (self.confirmed, self.renewed_at, self.begun, self.accepted) = (self.first, self.first, 0, None);
     }
 
     /// The first batch that ends behind `offset`: where it begins, the batch and its chain value.

@@ -44,6 +44,7 @@ struct Stream {
     next: Offset,
     confirmed: Offset,
     safe: Offset,
+    renewed_at: Offset,
     parked: Option<String>,
 }
 
@@ -93,6 +94,7 @@ impl Rows for MemoryStreams {
             next: stream.next,
             confirmed: stream.confirmed,
             safe: stream.safe,
+            renewed_at: stream.renewed_at,
             dropped: None,
         };
         self.streams.lock().iter().map(info).collect()
@@ -139,7 +141,7 @@ impl StreamSource for MemoryStreams {
     fn renew_incarnation(&self, stream: &StreamName) -> BoxFuture<'static, Result<Incarnation, String>> {
         let life = self.lives.fetch_add(1, Ordering::Relaxed) as u8 + 10;
         if let Some(stream) = self.streams.lock().get_mut(stream) {
-            (stream.incarnation, stream.confirmed) = (life, stream.safe);
+            (stream.incarnation, stream.confirmed, stream.renewed_at) = (life, stream.safe, stream.safe);
         }
         Box::pin(std::future::ready(Ok(Incarnation([life; 16]))))
     }

@@ -46,6 +46,7 @@ struct Stream {
     next: Offset,
     confirmed: Offset,
     safe: Offset,
+    renewed_at: Offset,
     chain: Chain,
 }
 
@@ -59,6 +60,7 @@ impl EdgeDisk {
             next: 0,
             confirmed: 0,
             safe: 0,
+            renewed_at: 0,
             chain: Chain(random().unwrap_or(0)),
         };
         let name = |n| StreamName::parse(&format!("stream-{n}")).expect("a name");
@@ -127,6 +129,7 @@ impl Rows for EdgeDisk {
             next: stream.next,
             confirmed: stream.confirmed,
             safe: stream.safe,
+            renewed_at: stream.renewed_at,
             dropped: None,
         };
         self.0.iter().map(info).collect()
@@ -215,7 +218,8 @@ impl Edge {
             News::Sealed(body) => sender.sealed(now, *body),
             News::Renewed(name) => {
                 if let Some(stream) = disk.0.get_mut(&name) {
-                    (stream.incarnation, stream.confirmed) = (incarnation(), stream.safe);
+                    let from = stream.safe.max(stream.first);
+                    (stream.incarnation, stream.confirmed, stream.renewed_at) = (incarnation(), from, from);
                 }
                 sender.renewed(now, &name, Ok(()));
             }

@@ -22,6 +22,9 @@
 //! | u64   | (names its own length)      |
 //! +-------+-----------------------------+
 //! ```
+//! `StreamRow` is V1, a [`StreamRecord`], or since format 2 V2: a `StreamRecord` and the offset where the stream's
+//! incarnation began. A database of format 1 becomes one of format 2 when it is opened.
+//!
 //! Integers of rows, parts and entries are big-endian, as in RecordBatch v2. `bytes before` counts the bytes of all
 //! entries that were ever stored in the stream before this row, trimmed ones included, so that two reads say how much
 //! lies between two offsets. `chain` is the stream's chain value after the entry's last record. `length` counts what
@@ -38,7 +41,7 @@ use shared::log::Chain;
 use shared::name::{Incarnation, Offset, StreamName, TimestampMs, TopicName};
 
 /// What this build writes. A database with a greater number is not opened.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 
 pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 pub(super) const STREAMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("streams");
@@ -56,6 +59,25 @@ pub(super) const META_INCARNATION: &str = "incarnation";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum StreamRow {
     V1(StreamRecord),
+    /// Since format 2, with [`StreamRecord::renewed_at`].
+    V2(StreamRecord, Offset),
+}
+
+impl StreamRow {
+    /// The record, whatever the variant. What an older one does not say is 0.
+    pub(super) fn into_record(self) -> StreamRecord {
+        match self {
+            Self::V1(record) => record,
+            Self::V2(record, renewed_at) => StreamRecord { renewed_at, ..record },
+        }
+    }
+}
+
+impl From<StreamRecord> for StreamRow {
+    fn from(record: StreamRecord) -> Self {
+        let renewed_at = record.renewed_at;
+        Self::V2(record, renewed_at)
+    }
 }
 
 /// What is known of a stream beside its rows.
@@ -87,6 +109,10 @@ pub struct StreamRecord {
     pub safe: Offset,
     /// Records that were dropped and that the cloud was not told of yet (end exclusive).
     pub gap: Option<(Offset, Offset)>,
+    /// Where the life began, if it is not the first: what lies below was safe under the one before. Stored beside these
+    /// fields, see [`StreamRow`].
+    #[serde(skip)]
+    pub renewed_at: Offset,
 }
 
 impl StreamRecord {
@@ -106,6 +132,7 @@ impl StreamRecord {
             confirmed: 0,
             safe: 0,
             gap: None,
+            renewed_at: 0,
         }
     }
 }
@@ -359,6 +386,35 @@ mod tests {
         assert_eq!(row[..8], 2u64.to_be_bytes());
         assert_eq!(row[8..16], GOLDEN_CHAIN.to_be_bytes());
         assert_eq!(row[16..], batch.bytes()[..]);
+    }
+
+    #[test]
+    fn stream_rows_have_their_published_bytes() {
+        let name = |text| (StreamName::parse(text).unwrap(), TopicName::parse(text).unwrap());
+        let (stream, topic) = name("s");
+        let record = StreamRecord {
+            safe: 3,
+            gap: Some((1, 2)),
+            renewed_at: 5,
+            ..StreamRecord::new(stream, topic, Incarnation([7; 16]))
+        };
+        let bytes = |row: &StreamRow| postcard::to_stdvec(row).unwrap();
+        let fields = [
+            &[1, b's', 1, b's'][..],
+            &[7; 16],
+            &[0; 6],
+            &[255, 255, 255, 255, 255, 255, 255, 255, 255, 1],
+            &[0, 6, 1, 2, 4],
+        ]
+        .concat();
+        let v1 = bytes(&StreamRow::V1(record.clone()));
+        assert_eq!(v1, [&[0][..], &fields].concat());
+        let read: StreamRow = postcard::from_bytes(&v1).unwrap();
+        assert_eq!(read.into_record(), StreamRecord { renewed_at: 0, ..record.clone() });
+        let v2 = bytes(&StreamRow::from(record.clone()));
+        assert_eq!(v2, [&[1][..], &fields, &[10]].concat());
+        let read: StreamRow = postcard::from_bytes(&v2).unwrap();
+        assert_eq!(read.into_record(), record);
     }
 
     /// Printed once and never changed: stored chains must stay comparable.

@@ -174,7 +174,7 @@ impl Stream {
     /// A new life: what is not safe is to be sent again, from `from` on, which lies at `place`.
     pub(super) fn renew(&mut self, incarnation: Incarnation, from: Offset, place: Option<Place>) {
         self.record.incarnation = incarnation;
-        self.record.confirmed = from;
+        (self.record.confirmed, self.record.renewed_at) = (from, from);
         self.bytes_at_confirmed = place.map_or(self.bytes_at_safe, |place| place.bytes_before);
         self.oldest_unsent_ms = place.map(|place| place.timestamp);
         self.dirty = true;

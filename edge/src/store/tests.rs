@@ -277,6 +277,9 @@ fn a_new_incarnation_sends_again_what_is_not_safe() {
     let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
     let after = store.position(&name("a")).unwrap();
     assert_eq!((after.incarnation, after.confirmed), (renewed, 2));
+    // After a kill the uplink must still know what is in the bucket under the incarnation before.
+    let info = shared::link::sender::Rows::streams(&*store).remove(0);
+    assert_eq!((info.first, info.renewed_at, info.start()), (0, 2, 2));
     block_on(store.wait_records(&name("a"), 3));
 }
 
@@ -456,6 +459,25 @@ fn a_newer_database_ends_the_start_with_the_remedy() {
     let error = EdgeStore::open(settings(dir.path()), vec![]).unwrap_err().to_string();
     assert!(error.contains("format 99") && error.contains("install the version"), "{error}");
     assert!(dir.path().join("edge.redb").exists());
+}
+
+#[test]
+fn a_database_of_format_1_is_taken_over_and_refused_to_the_version_before() {
+    let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("edge.redb");
+    drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
+    {
+        let database = redb::Database::create(&path).unwrap();
+        let transaction = database.begin_write().unwrap();
+        transaction.open_table(meta).unwrap().insert("format", &1u32.to_le_bytes()[..]).unwrap();
+        transaction.commit().unwrap();
+    }
+    drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
+    let database = redb::Database::create(&path).unwrap();
+    let transaction = redb::ReadableDatabase::begin_read(&database).unwrap();
+    let format = transaction.open_table(meta).unwrap().get("format").unwrap().unwrap().value().to_vec();
+    assert_eq!(format, 2u32.to_le_bytes());
 }
 
 #[test]

@@ -19,6 +19,7 @@ impl Rows for EdgeStore {
                 next: at.next,
                 confirmed: at.confirmed,
                 safe: at.safe,
+                renewed_at: stream.record.renewed_at,
                 dropped: at.gap,
             }
         };

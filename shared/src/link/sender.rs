@@ -96,8 +96,6 @@ pub struct Sender {
     body_bytes_max: usize,
     body_bytes: usize,
     streams: BTreeMap<StreamName, Stream>,
-    /// Streams renewed in this run that have not been confirmed since: they go on from `safe`, not from `first`.
-    renewed: BTreeSet<StreamName>,
     turn: usize,
     generation: u64,
     sealing: bool,
@@ -131,7 +129,6 @@ impl Sender {
             body_bytes_max,
             body_bytes: BODY_BYTES_START.min(body_bytes_max),
             streams: BTreeMap::new(),
-            renewed: BTreeSet::new(),
             turn: 0,
             generation: 0,
             sealing: false,
@@ -439,7 +436,6 @@ impl Sender {
             if stream.care.as_ref().is_some_and(|care| care.is_over(end)) {
                 stream.care = None;
             }
-            self.renewed.remove(name);
             self.outputs.push_back(Output::Confirmed { stream: name.clone(), next: info.confirmed.max(end_of(end)) });
             self.unpark(name);
             self.note_safe(name, answer.safe);
@@ -515,15 +511,13 @@ impl Sender {
         let done = waiting.is_empty();
         match result {
             Err(error) => self.down(now, format!("no new incarnation for stream {stream}: {error}"), 0),
-            Ok(()) => {
-                self.renewed.insert(stream.clone());
-                if done {
-                    // At once, unless the cloud has not stored anything since the last time: each one costs a commit.
-                    let wait = if self.failures == 0 { 0 } else { self.backoff() };
-                    self.failures = self.failures.saturating_add(1);
-                    self.phase = Phase::Down { hello_at: now.saturating_add(wait) };
-                }
+            Ok(()) if done => {
+                // At once, unless the cloud has not stored anything since the last time: each one costs a commit.
+                let wait = if self.failures == 0 { 0 } else { self.backoff() };
+                self.failures = self.failures.saturating_add(1);
+                self.phase = Phase::Down { hello_at: now.saturating_add(wait) };
             }
+            Ok(()) => {}
         }
     }
 
@@ -540,12 +534,9 @@ impl Sender {
         let Some(stream) = self.streams.get_mut(&info.name) else { return false };
         let name = info.name.clone();
         let Some(position) = position else {
-            // Under a new incarnation, what is safe is in the bucket under the old one. A cloud that forgot us gets
-            // all there is.
-            let renewed = self.renewed.contains(&name);
-            let from = if renewed { info.safe.max(info.first) } else { info.first };
+            let from = info.start();
             (stream.durable, stream.after, stream.from, stream.start) = (None, None, from, from);
-            if info.confirmed > 0 && !renewed && greeting {
+            if info.confirmed > info.renewed_at && greeting {
                 let confirmed = info.confirmed;
                 self.report(Report::CloudLost { stream: name, position: 0, confirmed, resumed: from });
             }
@@ -568,7 +559,6 @@ impl Sender {
         (stream.durable, stream.after, stream.from) = (Some(position), Some(position), position.next);
         stream.from = stream.from.max(info.first);
         stream.safe = stream.safe.min(position.next);
-        self.renewed.remove(&name);
         self.note_gap(info, position.next);
         if position.next < info.safe {
             let (position, resumed) = (position.next, info.first.max(position.next));

@@ -42,14 +42,25 @@ pub struct StreamInfo {
     pub confirmed: Offset,
     /// Last offset (exclusive) known to be in the bucket.
     pub safe: Offset,
+    /// Where its incarnation began, if it is not the first: what lies below was in the bucket under the one before.
+    pub renewed_at: Offset,
     /// Records dropped before they were sent (end exclusive), and not yet told to the cloud.
     pub dropped: Option<(Offset, Offset)>,
+}
+
+impl StreamInfo {
+    /// Where sending begins with a cloud that knows nothing of the incarnation. As long as nothing of it was in the
+    /// bucket, that is no wonder: what lies below its beginning is there under the one before. A cloud that forgot
+    /// what was in its bucket gets all there is.
+    pub fn start(&self) -> Offset {
+        if self.safe > self.renewed_at { self.first } else { self.first.max(self.renewed_at) }
+    }
 }
 
 impl From<StreamInfo> for HelloStream {
     /// What a hello says of the stream.
     fn from(info: StreamInfo) -> Self {
-        let StreamInfo { name, topic, incarnation, first, next, confirmed, safe, dropped: _ } = info;
+        let StreamInfo { name, topic, incarnation, first, next, confirmed, safe, renewed_at: _, dropped: _ } = info;
         Self { name, topic, incarnation, first, next, confirmed, safe }
     }
 }
@@ -141,7 +152,8 @@ pub enum Output {
         /// End, exclusive.
         next: Offset,
     },
-    /// The stream needs a new incarnation; tell [`Sender::renewed`] when that is durable.
+    /// The stream needs a new incarnation, which begins at what is `safe` (or `first`, if that is above). Tell
+    /// [`Sender::renewed`] when both are durable.
     Renew {
         /// The stream.
         stream: StreamName,

@@ -68,6 +68,62 @@ fn an_older_copy_of_the_edges_disk_loses_nothing_new() {
     assert!(renewed > 40);
 }
 
+/// An edge on an older copy of its disk has just made a new incarnation durable. Of the 30 records that it holds all are
+/// safe, but not deleted.
+fn renewed_with_safe_records_held() -> (World, usize) {
+    let mut world = World::new(21);
+    let a = world.add_edge("a", &["s"], 1);
+    let at = |world: &World| world.edges[a].store.0[&stream("s")].clone();
+    for _ in 0..10 {
+        world.write(a, &stream("s"), 3, 10);
+    }
+    world.run(2000);
+    world.cloud.bucket = world.cloud.durable.clone();
+    while at(&world).safe < 30 {
+        world.run(100);
+    }
+    let image = world.edges[a].store.clone();
+    world.write(a, &stream("s"), 3, 10);
+    world.run(2000);
+    world.cloud.bucket = world.cloud.durable.clone();
+    let incarnation = at(&world).incarnation;
+    world.restart(a, image);
+    world.write(a, &stream("s"), 5, 10);
+    while at(&world).incarnation == incarnation {
+        world.run(1);
+    }
+    assert_eq!((at(&world).first, at(&world).safe, at(&world).next), (0, 30, 35));
+    assert_eq!(world.reports(|report| matches!(report, Report::SentTwice { from: 30, upto: 35, .. })), 1);
+    (world, a)
+}
+
+#[test]
+fn a_kill_before_the_first_confirmation_of_a_new_incarnation_sends_nothing_else_twice() {
+    let (mut world, a) = renewed_with_safe_records_held();
+    world.restart(a, world.edges[a].store.clone());
+    world.settle();
+    world.check();
+    assert_eq!(world.count(|_| true), 33 + 5);
+    assert_eq!(world.reports(|report| matches!(report, Report::CloudLost { .. })), 0);
+}
+
+#[test]
+fn a_cloud_that_lost_a_new_incarnation_gets_what_that_began_with() {
+    let (mut world, a) = renewed_with_safe_records_held();
+    // Faster than the bucket: what was confirmed is lost again, and what is in the bucket is not.
+    let bucket = world.cloud.bucket.clone();
+    while world.edges[a].store.0[&stream("s")].confirmed < 35 {
+        world.run(1);
+    }
+    world.cloud.bucket = bucket;
+    world.restore_cloud();
+    world.settle();
+    world.check();
+    assert_eq!(world.count(|_| true), 33 + 5);
+    let lost = |report: &Report| matches!(report, Report::CloudLost { position: 0, confirmed: 35, resumed: 30, .. });
+    assert_eq!(world.reports(lost), 1);
+}
+
 #[test]
 fn a_cloned_card_is_told_apart_and_both_arrive() {
     for seed in 0..40 {

@@ -53,6 +53,7 @@ pub struct StreamDouble {
     pub next: Offset,
     pub confirmed: Offset,
     pub safe: Offset,
+    pub renewed_at: Offset,
     pub dropped: Option<(Offset, Offset)>,
     pub parked: Option<String>,
     chain: Chain,
@@ -70,6 +71,7 @@ impl StreamDouble {
             next: 0,
             confirmed: 0,
             safe: 0,
+            renewed_at: 0,
             dropped: None,
             parked: None,
             chain: Chain(u64::from(incarnation)),
@@ -125,6 +127,7 @@ impl Rows for StoreDouble {
             next: s.next,
             confirmed: s.confirmed,
             safe: s.safe,
+            renewed_at: s.renewed_at,
             dropped: s.dropped,
         };
         self.0.iter().map(info).collect()
@@ -371,7 +374,8 @@ impl World {
                 if self.edges[edge].run == run {
                     let incarnation = Incarnation(std::array::from_fn(|_| self.rng.next() as u8));
                     let double = self.edges[edge].store.0.get_mut(&stream).unwrap();
-                    (double.incarnation, double.confirmed) = (incarnation, double.safe);
+                    let from = double.safe.max(double.first);
+                    (double.incarnation, double.confirmed, double.renewed_at) = (incarnation, from, from);
                     self.edges[edge].sender.renewed(self.now, &stream, Ok(()));
                     self.drive(edge);
                 }
