@@ -446,3 +446,5 @@ fn safe_of(shards: impl Iterator<Item = (Offset, Option<Offset>)>) -> Option<Off
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod gated;

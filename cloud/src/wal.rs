@@ -15,6 +15,8 @@ pub mod memory;
 pub mod object;
 
 #[cfg(test)]
+pub(crate) mod gated;
+#[cfg(test)]
 pub(crate) mod powercut;
 
 /// Numbered blocks, durable when [`BlockLog::append`] resolves.
