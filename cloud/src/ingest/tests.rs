@@ -21,6 +21,8 @@ use crate::catalogue::{Catalogue, CatalogueSettings};
 use crate::shard::{Shard, ShardSettings};
 use crate::wal::memory::MemoryWal;
 
+mod hang;
+
 /// Every record of a topic: partition, value, headers.
 async fn records(link: &Link, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
     let Some((topic, partitions)) = link.topic(topic) else { return Vec::new() };
