@@ -9,6 +9,7 @@ mod cache;
 mod claim;
 mod cold;
 mod identity;
+mod load;
 mod pace;
 mod shipper;
 mod splitter;

@@ -196,6 +196,15 @@ const OWNER_CHECK: Duration = Duration::from_secs(10);
 
 /// What is in force, between a claim and the task that works on.
 #[derive(Debug, Clone)]
+    /// Whoever has the shard was quicker each time.
+    #[error(
+        "the node that has this shard wrote to the archive on each of {attempts} attempts to take it over: stop that node, \
+         or start this one again"
+    )]
+    Outpaced {
+        /// How often it was tried.
+        attempts: usize,
+    },
 pub(super) struct Held {
     pub root: Root,
     pub index: Index,
