@@ -64,7 +64,10 @@ pub fn assign(known: &[(u32, Engine)], wanted: &[(Engine, u32)]) -> Result<Vec<(
             ));
         }
         for _ in there..*wanted {
-            let next = all.iter().map(|(number, _)| number + 1).max().unwrap_or(CATALOGUE);
+            let next = match all.iter().map(|(number, _)| *number).max() {
+                Some(last) => last.checked_add(1).ok_or("the catalogue knows a shard of the last number there is")?,
+                None => CATALOGUE,
+            };
             all.push((next, *engine));
         }
     }

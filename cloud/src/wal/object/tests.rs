@@ -19,6 +19,7 @@ use crate::archive::tests::faulty::Faulty;
 use crate::archive::tests::s3::S3;
 use crate::archive::{Archive, ArchiveError, ArchiveSettings, RequestSettings, Source};
 use crate::block::{BlockBuilder, BlockHeader};
+use crate::manifest::Root;
 use crate::shard::{Shard, ShardSettings};
 use crate::state::{Change, StateLog, Topic};
 
@@ -596,4 +597,12 @@ async fn what_stops_a_take_over_is_named() {
     store.inner.delete(&gone).await.unwrap();
     let refused = Owner::try_start(&store, shard_settings()).await.err().expect("a block is missing").to_string();
     assert!(refused.contains(gone.as_ref()), "{refused}");
+
+    let (store, keys) = (Faulty::new(), Keys::new(Path::default(), 0));
+    drop(Owner::start(&store).await);
+    let claimed = store.inner.get(&keys.root(1)).await.unwrap().bytes().await.unwrap();
+    let last = Root { epoch: u32::MAX, seq: 2, ..Root::decode(&claimed).unwrap() };
+    store.inner.put(&keys.root(2), last.encode().into()).await.unwrap();
+    let refused = Owner::try_start(&store, shard_settings()).await.err().expect("no epoch comes after").to_string();
+    assert!(refused.contains(keys.root(2).as_ref()) && refused.contains("greater"), "{refused}");
 }
