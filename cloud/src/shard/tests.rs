@@ -320,6 +320,16 @@ fn a_failed_disk_stops_the_shard_and_leaves_it_readable() {
     assert!(shard.status().stopped.unwrap().contains("EIO"));
 }
 
+/// An object log gives up the PUT under way when its node stops: nothing has failed.
+#[test]
+fn a_log_that_is_closed_under_an_append_has_not_failed() {
+    let (shard, wal) = held();
+    let under_way = shard.append(from_producer(partition(1), batch(1, 1)));
+    wal.order(Err(WalError::Closed));
+    assert_eq!(block_on(under_way), Err(AppendError::Closed));
+    assert_eq!(append(&shard, batch(1, 1)), Err(AppendError::Closed));
+}
+
 #[test]
 fn a_close_makes_durable_what_is_in_flight() {
     let (shard, wal) = shard();

@@ -606,3 +606,12 @@ async fn what_stops_a_take_over_is_named() {
     let refused = Owner::try_start(&store, shard_settings()).await.err().expect("no epoch comes after").to_string();
     assert!(refused.contains(keys.root(2).as_ref()) && refused.contains("greater"), "{refused}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_bucket_that_is_gone_is_named_and_no_disk_is_blamed() {
+    let store = Faulty::new();
+    let owner = Owner::start(&store).await;
+    store.plan.lock().bucketless = true;
+    let Err(AppendError::Storage(text)) = owner.append(1).await else { panic!("there is no bucket") };
+    assert!(text.contains("faulty store") && text.contains("bucket") && !text.contains("disk"), "{text}");
+}
