@@ -325,7 +325,7 @@ impl Archive {
         error: &StoreError,
     ) -> Result<Recovered, ArchiveError> {
         let Some((first, next)) = local.bounds() else {
-            return Err(ArchiveError::Unreachable { archive: self.store.describe(), reason: error.to_string() });
+            return Err(self.settings.unreachable(&self.store, error));
         };
         let epoch = newest_epoch(local)?.max(mirror.as_ref().map(|root| root.epoch)).unwrap_or(0) + 1;
         let Some(root) = mirror else {

@@ -615,3 +615,11 @@ async fn a_bucket_that_is_gone_is_named_and_no_disk_is_blamed() {
     let Err(AppendError::Storage(text)) = owner.append(1).await else { panic!("there is no bucket") };
     assert!(text.contains("faulty store") && text.contains("bucket") && !text.contains("disk"), "{text}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_node_with_object_shards_is_not_told_to_do_without_the_archive() {
+    let store = Faulty::new();
+    store.plan.lock().down = true;
+    let refused = Owner::try_start(&store, shard_settings()).await.err().expect("the store is away").to_string();
+    assert!(refused.contains("object shards") && !refused.contains("off"), "{refused}");
+}
