@@ -229,8 +229,9 @@ impl Archive {
     /// Takes the shard over whose WAL is in the store, from whoever had it: from here on an append of theirs fails. A
     /// shard that is not there yet begins.
     ///
-    /// The owner may go on appending all the while. So the bulk is read first, and what came meanwhile after the claim; and
-    /// what was read is kept when the owner was quicker.
+    /// All is read before the claim: what cannot be read must not cost the owner the shard. The owner may go on appending
+    /// meanwhile, so the bulk is read first and then what came since, and all of it is kept when the owner was quicker. It
+    /// looks for claims now and then: at the latest then it stops.
     pub async fn take_over(&self) -> Result<Recovered, ArchiveError> {
         let shard = self.settings.shard;
         let (mut loaded, mut rivals, mut attempt) = (Loaded::default(), 0, 0u32);
@@ -264,13 +265,14 @@ impl Archive {
 
     /// One attempt at a take-over.
     async fn take_from(&self, mut view: View, loaded: &mut Loaded) -> Result<Result<Taken, Lost>, ArchiveError> {
-        if !self.load_state(&view.root, loaded).await? {
-            return Ok(Err(Lost::Outpaced));
-        }
-        // Each round leaves less for the next: many are read at a time, and the owner appends one after the other.
-        while loaded.behind(&view) > READS_MAX {
+        loop {
+            let missing = loaded.behind(&view);
             if !self.load(&view, loaded).await? {
                 return Ok(Err(Lost::Outpaced));
+            }
+            // Few enough to be read at once: the view is still fresh.
+            if missing <= READS_MAX {
+                break;
             }
             let root = view.root.seq;
             match self.view().await? {
@@ -282,7 +284,7 @@ impl Archive {
         self.take(&view, loaded, epoch).await
     }
 
-    /// Claims the shard and fences its WAL. Returns what to begin from and the epoch.
+    /// Claims the shard and fences its WAL, once all that `view` shows is loaded. Returns what to begin from and the epoch.
     async fn take(&self, view: &View, loaded: &mut Loaded, epoch: u32) -> Result<Result<Taken, Lost>, ArchiveError> {
         let newest = newest_in(&view.last)?.unwrap_or(0);
         let epoch = epoch.max(newest + 1);
@@ -295,9 +297,6 @@ impl Archive {
                 Err(StoreError::Taken(_)) => return Ok(Err(Lost::Outpaced)),
                 created => created?,
             }
-        }
-        if !self.load(view, loaded).await? {
-            return Ok(Err(Lost::Outpaced));
         }
         if fence.is_some() && !self.is_newest(root.seq).await? {
             return Ok(Err(Lost::Rival));
