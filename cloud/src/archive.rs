@@ -9,6 +9,7 @@ mod cache;
 mod claim;
 mod cold;
 mod identity;
+mod load;
 mod pace;
 mod shipper;
 mod splitter;
@@ -34,6 +35,11 @@ pub trait ColdTier: Send + Sync + 'static {
 
     /// The partition's archived runs, ascending; what retention decides on. Never waits.
     fn runs(&self, partition: Partition) -> Vec<ColdRun>;
+
+    /// The first of them that holds records at or after `from`: whether retention has to look at the others. Never waits.
+    fn oldest(&self, partition: Partition, from: Offset) -> Option<ColdRun> {
+        self.runs(partition).into_iter().find(|run| run.next > from)
+    }
 
     /// Whole batches from the one that contains `from`, or from the first one after it where offsets have a hole.
     /// At least one batch if any is at or after `from`, whatever its size; otherwise empty.

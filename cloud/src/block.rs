@@ -73,6 +73,12 @@ fn is_claim_mark(bytes: &[u8]) -> bool {
     bytes.len() == MARK_BYTES && bytes.starts_with(&MARK_MAGIC) && crc32c::crc32c(body) == u32::from_be_bytes(*crc)
 }
 
+/// The greatest number that anything stored may have. All are counted up from; none comes near it but by damage, and what
+/// is above is refused where it is read, so that no sum of one more can overflow.
+pub const SEQ_MAX: u64 = u64::MAX / 2;
+/// The same for epochs.
+pub const EPOCH_MAX: u32 = u32::MAX / 2;
+
 /// What a block says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockHeader {
@@ -202,6 +208,9 @@ impl Block {
             seq: fields.get_u64(),
             append_ms: fields.get_i64(),
         };
+        if header.seq > SEQ_MAX || header.epoch > EPOCH_MAX {
+            return Err(BlockError::Malformed("its number or epoch is greater than any can be"));
+        }
         let (data, changes, count) = (fields.get_u32(), fields.get_u32(), fields.get_u32());
         let data_end = HEADER_BYTES + data as usize;
         let changes_end = data_end + changes as usize;
@@ -210,7 +219,8 @@ impl Block {
         let mut position = HEADER_BYTES;
         for _ in 0..count {
             let entry = decode_entry(&mut index);
-            if entry.position as usize != position || entry.last < entry.base || entry.base < 0 || entry.bytes == 0 {
+            let ordered = entry.base >= 0 && entry.last >= entry.base && entry.last < Offset::MAX;
+            if entry.position as usize != position || !ordered || entry.bytes == 0 {
                 return Err(BlockError::Malformed("an index entry contradicts itself or the one before"));
             }
             if entries.last().is_some_and(|before| before.partition >= entry.partition) {
@@ -576,9 +586,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_number_after_which_none_can_come_is_refused() {
+        for (seq, epoch) in [(SEQ_MAX + 1, 1), (u64::MAX, 1), (1, EPOCH_MAX + 1), (1, u32::MAX)] {
+            let header = BlockHeader { epoch, ..header(seq) };
+            let block = BlockBuilder::default().finish(header);
+            let refused = Block::parse(block.bytes().clone());
+            assert!(matches!(refused, Err(BlockError::Malformed(text)) if text.contains("greater")), "{refused:?}");
+        }
+        let last = BlockBuilder::default().finish(BlockHeader { epoch: EPOCH_MAX, ..header(SEQ_MAX) });
+        assert!(Block::parse(last.bytes().clone()).is_ok());
+    }
+
     proptest! {
         #[test]
-        fn what_was_built_is_read_back(sizes in proptest::collection::vec((0u32..4, 1i32..5), 0..20), seq: u64) {
+        fn what_was_built_is_read_back(sizes in proptest::collection::vec((0u32..4, 1i32..5), 0..20), seq in 0..=SEQ_MAX) {
             let mut next = [0i64; 4];
             let batches: Vec<Placed> = sizes.iter().map(|(index, records)| {
                 let base = next[*index as usize];

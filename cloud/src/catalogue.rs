@@ -1,20 +1,25 @@
 //! Topics: names, ids, partitions and settings, over the state log.
 //!
-//! Reads are of durable state. Changes go one after the other: a check and its commit are one step, so of two requests
-//! for the same name one makes the topic and the other finds it. A change that has begun is brought to its end even if
-//! who asked has gone.
+//! Reads are of durable state. Changes of one name go one after the other: a check and its commit are one step, so of two
+//! requests for the same name one makes the topic and the other finds it. Changes of different names do not wait for each
+//! other, since the shards of one may hang. A change that has begun is brought to its end even if who asked has gone or has
+//! given up waiting.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use shared::log::AppendError;
+use futures_util::future::{FutureExt as _, Shared};
+use shared::log::{AppendError, BoxFuture};
 use shared::name::{NameError, Partition, TimestampMs, TopicId, TopicName};
-use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::{Instant, timeout_at};
 use tracing::info;
+
+use claims::{Claim, Claims, Held};
 
 use crate::state::{CATALOGUE, Change, StateLog, TOPIC_PARTITIONS_MAX, Topic, read_state};
 
+mod claims;
 pub mod configs;
 pub mod placement;
 
@@ -84,6 +89,9 @@ pub enum CatalogueError {
     /// POLICY_VIOLATION (44): a bound of this broker.
     #[error("{0}")]
     Bound(String),
+    /// REQUEST_TIMED_OUT (7): who asked does not wait any longer.
+    #[error("the change is not durable everywhere yet, and goes on: ask for it again")]
+    TimedOut,
     /// KAFKA_STORAGE_ERROR (56): the log did not take it; retry.
     #[error("the change could not be stored: {0}")]
     NotStored(String),
@@ -94,6 +102,7 @@ impl CatalogueError {
     pub fn code(&self) -> i16 {
         match self {
             Self::UnknownTopic(_) => 3,
+            Self::TimedOut => 7,
             Self::InvalidName(_) => 17,
             Self::AlreadyExists(_) => 36,
             Self::InvalidPartitions(_) => 37,
@@ -109,6 +118,14 @@ impl From<AppendError> for CatalogueError {
     fn from(error: AppendError) -> Self {
         Self::NotStored(error.to_string())
     }
+}
+
+/// Waits for a change until `deadline`. It goes on after that.
+pub async fn within<T>(
+    deadline: Instant,
+    change: impl Future<Output = Result<T, CatalogueError>>,
+) -> Result<T, CatalogueError> {
+    timeout_at(deadline, change).await.unwrap_or(Err(CatalogueError::TimedOut))
 }
 
 /// A topic somebody asks for.
@@ -135,13 +152,13 @@ pub struct CatalogueStatus {
 pub struct Catalogue {
     state: Arc<dyn StateLog>,
     settings: CatalogueSettings,
-    changing: Arc<Mutex<()>>,
+    claims: Arc<Claims>,
 }
 
 impl Catalogue {
     /// The topics of a state log.
     pub fn new(state: Arc<dyn StateLog>, settings: CatalogueSettings) -> Self {
-        Self { state, settings, changing: Arc::new(Mutex::new(())) }
+        Self { state, settings, claims: Arc::default() }
     }
 
     /// Bounds and defaults in force.
@@ -178,20 +195,24 @@ impl Catalogue {
 
     /// How much there is.
     pub fn status(&self) -> CatalogueStatus {
-        let (topics, partitions) = self.counts();
-        CatalogueStatus { topics, partitions }
+        read_state(&*self.state, |state| CatalogueStatus {
+            topics: state.topics().count(),
+            partitions: state.topics().map(|topic| topic.partitions as usize).sum(),
+        })
     }
 
-    fn counts(&self) -> (usize, usize) {
-        read_state(&*self.state, |state| {
-            (state.topics().count(), state.topics().map(|topic| topic.partitions as usize).sum())
-        })
+    /// Topics and partitions, those that are being made included.
+    fn counts(&self, held: &Held) -> (usize, usize) {
+        let CatalogueStatus { topics, partitions } = self.status();
+        (topics + held.coming.0, partitions + held.coming.1)
     }
 
     /// Makes a topic; resolves when it is durable.
     pub async fn create(&self, topic: NewTopic) -> Result<Topic, CatalogueError> {
-        let mut results = self.create_all(vec![topic], false).await;
-        results.pop().unwrap_or_else(|| Err(CatalogueError::NotStored("no answer".to_owned())))
+        match self.create_all(vec![topic], false).pop() {
+            Some(made) => made.await,
+            None => Err(CatalogueError::NotStored("no answer".to_owned())),
+        }
     }
 
     /// The topic of that name, made with so many partitions if it is not there. Who asks at the same time gets the same one.
@@ -208,50 +229,88 @@ impl Catalogue {
         }
     }
 
-    /// Makes topics, each by itself right or wrong, in one commit; with `validate_only` only says what would come of it.
-    pub async fn create_all(&self, wanted: Vec<NewTopic>, validate_only: bool) -> Vec<Result<Topic, CatalogueError>> {
-        let guard = self.changing.clone().lock_owned().await;
-        let mut counts = self.counts();
-        let mut made: Vec<Topic> = Vec::new();
-        let mut changes: Vec<Change> = Vec::new();
-        let mut results: Vec<Result<Topic, CatalogueError>> = Vec::with_capacity(wanted.len());
-        for topic in wanted {
-            let result = self.prepare(topic, counts, &made);
-            if let Ok((topic, shards)) = &result {
-                counts = (counts.0 + 1, counts.1 + topic.partitions as usize);
-                made.push(topic.clone());
-                changes.push(match shards[..] == [CATALOGUE] {
-                    true => Change::TopicCreated(topic.clone()),
-                    false => {
-                        Change::TopicPlaced { topic: topic.clone(), shards: shards.clone(), own: CATALOGUE, from: 0 }
+    /// Begins to make topics, each by itself right or wrong, and resolves for each when it is durable; with `validate_only`
+    /// only says what would come of it. Those that lie in the same shards are one commit, and wait for no others.
+    pub fn create_all(
+        &self,
+        wanted: Vec<NewTopic>,
+        validate_only: bool,
+    ) -> Vec<BoxFuture<'_, Result<Topic, CatalogueError>>> {
+        let mut plans = Vec::with_capacity(wanted.len());
+        let mut commits: BTreeMap<Vec<u32>, (Vec<Claim>, Vec<Change>)> = BTreeMap::new();
+        {
+            let mut held = self.claims.lock();
+            let mut counts = self.counts(&held);
+            let mut named: Vec<TopicName> = Vec::new();
+            for topic in wanted {
+                let plan = self.prepare(&topic, counts, &held, &named);
+                if let Plan::Make(topic, shards) = &plan {
+                    let partitions = topic.partitions as usize;
+                    counts = (counts.0 + 1, counts.1 + partitions);
+                    named.push(topic.name.clone());
+                    if !validate_only {
+                        let (claims, changes) = commits.entry(shards.clone()).or_default();
+                        claims.push(self.claims.claim_in(&mut held, topic.name.clone(), (1, partitions)));
+                        changes.push(creation(topic.clone(), shards.clone()));
                     }
-                });
-            }
-            results.push(result.map(|(topic, _)| topic));
-        }
-        if validate_only || made.is_empty() {
-            return results;
-        }
-        let stored = self.commit(guard, changes).await;
-        for result in &mut results {
-            match (&stored, &result) {
-                (Err(error), Ok(_)) => *result = Err(error.clone()),
-                (Ok(()), Ok(topic)) => info!(topic = %topic.name, partitions = topic.partitions, "topic created"),
-                _ => {}
+                }
+                plans.push((topic, plan));
             }
         }
-        results
+        let begin = |(shards, (claims, changes))| (shards, self.commit(claims, changes));
+        let commits: BTreeMap<Vec<u32>, Commit> = commits.into_iter().map(begin).collect();
+        let answer = |(wanted, plan): (NewTopic, Plan)| -> BoxFuture<'_, Result<Topic, CatalogueError>> {
+            match plan {
+                Plan::Refuse(error) => Box::pin(std::future::ready(Err(error))),
+                Plan::Wait(name) if validate_only => {
+                    Box::pin(std::future::ready(Err(CatalogueError::AlreadyExists(name))))
+                }
+                Plan::Wait(name) => Box::pin(async move {
+                    drop(self.claims.claim(&name).await);
+                    self.create(wanted).await
+                }),
+                Plan::Make(topic, shards) => {
+                    let stored = commits.get(&shards).cloned();
+                    Box::pin(async move {
+                        if let Some(stored) = stored {
+                            stored.await?;
+                            info!(topic = %topic.name, partitions = topic.partitions, "topic created");
+                        }
+                        Ok(topic)
+                    })
+                }
+            }
+        };
+        plans.into_iter().map(answer).collect()
+    }
+
+    /// What is to be done for a topic that is wanted. `held` are names that others change, `named` those made before it.
+    fn prepare(&self, wanted: &NewTopic, counts: (usize, usize), held: &Held, named: &[TopicName]) -> Plan {
+        let name = match TopicName::parse(&wanted.name) {
+            Ok(name) => name,
+            Err(error) => return Plan::Refuse(error.into()),
+        };
+        // In this order: what nobody changes any more can be seen in the state.
+        if named.contains(&name) {
+            return Plan::Refuse(CatalogueError::AlreadyExists(name));
+        }
+        if held.contains(&name) {
+            return Plan::Wait(name);
+        }
+        match self.check(name, wanted, counts) {
+            Ok((topic, shards)) => Plan::Make(topic, shards),
+            Err(error) => Plan::Refuse(error),
+        }
     }
 
     /// The topic, and the shards its partitions go to.
-    fn prepare(
+    fn check(
         &self,
-        wanted: NewTopic,
+        name: TopicName,
+        wanted: &NewTopic,
         counts: (usize, usize),
-        made: &[Topic],
     ) -> Result<(Topic, Vec<u32>), CatalogueError> {
-        let name = TopicName::parse(&wanted.name)?;
-        if made.iter().any(|topic| topic.name == name) || self.topic(name.as_str()).is_some() {
+        if self.topic(name.as_str()).is_some() {
             return Err(CatalogueError::AlreadyExists(name));
         }
         let partitions = wanted.partitions.unwrap_or(self.settings.default_partitions);
@@ -283,30 +342,36 @@ impl Catalogue {
 
     /// Deletes a topic with all its records, and what groups committed on it.
     pub async fn delete(&self, id: TopicId) -> Result<Topic, CatalogueError> {
-        let guard = self.changing.clone().lock_owned().await;
-        let topic = self.topic_by_id(id).ok_or(CatalogueError::UnknownTopicId(id))?;
-        self.commit(guard, vec![Change::TopicDeleted { id }]).await?;
+        let find = || self.topic_by_id(id).ok_or(CatalogueError::UnknownTopicId(id));
+        let claim = self.claims.claim(&find()?.name).await;
+        let topic = find()?;
+        self.commit(vec![claim], vec![Change::TopicDeleted { id }]).await?;
         info!(topic = %topic.name, "topic deleted");
         Ok(topic)
     }
 
     /// Gives a topic more partitions, `total` in all; with `validate_only` only says whether it could.
     pub async fn add_partitions(&self, name: &str, total: i32, validate_only: bool) -> Result<(), CatalogueError> {
-        let guard = self.changing.clone().lock_owned().await;
-        let topic = self.topic(name).ok_or_else(|| CatalogueError::UnknownTopic(name.chars().take(249).collect()))?;
+        let find = || self.topic(name).ok_or_else(|| CatalogueError::UnknownTopic(name.chars().take(249).collect()));
+        let claim = self.claims.claim(&find()?.name).await;
+        let topic = find()?;
         let there = topic.partitions;
         let Some(total) = u32::try_from(total).ok().filter(|total| *total > there) else {
             let text = format!("topic {name:?} has {there} partitions; {total} is not more");
             return Err(CatalogueError::InvalidPartitions(text));
         };
-        self.check_room(self.counts().1, total - there)?;
+        {
+            let mut held = self.claims.lock();
+            self.check_room(self.counts(&held).1, total - there)?;
+            held.reserve(&topic.name, (total - there) as usize);
+        }
         if total > TOPIC_PARTITIONS_MAX {
             return Err(CatalogueError::Bound(format!("a topic has at most {TOPIC_PARTITIONS_MAX} partitions")));
         }
         if validate_only {
             return Ok(());
         }
-        self.commit(guard, vec![Change::PartitionsAdded { id: topic.id, count: total }]).await?;
+        self.commit(vec![claim], vec![Change::PartitionsAdded { id: topic.id, count: total }]).await?;
         info!(topic = %topic.name, partitions = total, "partitions added");
         Ok(())
     }
@@ -318,26 +383,51 @@ impl Catalogue {
         validate_only: bool,
         altered: impl FnOnce(&BTreeMap<String, String>, &CatalogueSettings) -> Result<BTreeMap<String, String>, String>,
     ) -> Result<(), CatalogueError> {
-        TopicName::parse(name)?;
-        let guard = self.changing.clone().lock_owned().await;
-        let topic = self.topic(name).ok_or_else(|| CatalogueError::UnknownTopic(name.to_owned()))?;
+        let name = TopicName::parse(name)?;
+        let find = || self.topic(name.as_str()).ok_or_else(|| CatalogueError::UnknownTopic(name.to_string()));
+        find()?;
+        let claim = self.claims.claim(&name).await;
+        let topic = find()?;
         let configs = altered(&topic.configs, &self.settings).map_err(CatalogueError::InvalidConfig)?;
         if validate_only || configs == topic.configs {
             return Ok(());
         }
         info!(topic = %topic.name, ?configs, "topic settings changed");
-        self.commit(guard, vec![Change::TopicConfigured { id: topic.id, configs }]).await
+        self.commit(vec![claim], vec![Change::TopicConfigured { id: topic.id, configs }]).await
     }
 
-    /// Commits under the guard, which is held to the end of it whatever becomes of the caller.
-    async fn commit(&self, guard: OwnedMutexGuard<()>, changes: Vec<Change>) -> Result<(), CatalogueError> {
+    /// Begins a commit of what is claimed, which stays claimed to the end of it whatever becomes of the caller.
+    fn commit(&self, claims: Vec<Claim>, changes: Vec<Change>) -> Commit {
         let stored = self.state.commit(changes);
         let done = tokio::spawn(async move {
             let result = stored.await;
-            drop(guard);
+            drop(claims);
             result
         });
-        Ok(done.await.map_err(|_| CatalogueError::NotStored("shutting down".to_owned()))??)
+        let done: BoxFuture<'static, _> =
+            Box::pin(
+                async move { Ok(done.await.map_err(|_| CatalogueError::NotStored("shutting down".to_owned()))??) },
+            );
+        done.shared()
+    }
+}
+
+/// A commit that several may wait for.
+type Commit = Shared<BoxFuture<'static, Result<(), CatalogueError>>>;
+
+/// What is to be done for a topic that is wanted.
+enum Plan {
+    /// It may be made, in these shards.
+    Make(Topic, Vec<u32>),
+    /// Somebody makes or changes a topic of that name right now.
+    Wait(TopicName),
+    Refuse(CatalogueError),
+}
+
+fn creation(topic: Topic, shards: Vec<u32>) -> Change {
+    match shards[..] == [CATALOGUE] {
+        true => Change::TopicCreated(topic),
+        false => Change::TopicPlaced { topic, shards, own: CATALOGUE, from: 0 },
     }
 }
 
@@ -364,6 +454,7 @@ fn wall_ms() -> TimestampMs {
 mod tests {
     use std::collections::BTreeSet;
 
+    use futures_util::future::join_all;
     use parking_lot::Mutex as SyncMutex;
     use shared::log::BoxFuture;
     use tokio::sync::Notify;
@@ -465,9 +556,9 @@ mod tests {
             configured("compact"),
             NewTopic { name: "default".into(), ..NewTopic::default() },
         ];
-        let dry: Vec<i16> = codes(&catalogue.create_all(wanted.clone(), true).await);
+        let dry: Vec<i16> = codes(&join_all(catalogue.create_all(wanted.clone(), true)).await);
         assert!(catalogue.topics().is_empty());
-        let wet = codes(&catalogue.create_all(wanted, false).await);
+        let wet = codes(&join_all(catalogue.create_all(wanted, false)).await);
         assert_eq!(dry, wet);
         assert_eq!(wet, [0, 36, 17, 37, 44, 40, 0]);
         assert_eq!(catalogue.topic("default").unwrap().partitions, 1);

@@ -44,6 +44,8 @@ pub mod describe_groups;
 pub mod dispatch;
 pub mod fetch;
 pub mod find_coordinator;
+#[cfg(test)]
+mod hang_tests;
 pub mod heartbeat;
 pub mod incremental_alter_configs;
 pub mod init_producer_id;
@@ -100,6 +102,15 @@ struct Memory {
 const ORDINARY_REQUEST_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// The slowest a peer may send or take: keeps those who trickle from holding memory for ever.
 const TRANSFER_BYTES_PER_SEC_MIN: usize = 16 * 1024;
+
+/// Bounds on the time-out that a request may give.
+const PATIENCE_MIN: Duration = Duration::from_secs(1);
+const PATIENCE_MAX: Duration = Duration::from_secs(300);
+
+/// How long a request is worked on before it is answered REQUEST_TIMED_OUT, by the time-out that it gives.
+fn patience(timeout_ms: i32) -> Duration {
+    Duration::from_millis(u64::try_from(timeout_ms).unwrap_or(0)).clamp(PATIENCE_MIN, PATIENCE_MAX)
+}
 
 /// Bytes per permit: semaphores count to 2^29 only, and a small request should not be free.
 const MEMORY_UNIT: usize = 1024;

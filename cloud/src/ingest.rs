@@ -2,17 +2,19 @@
 //!
 //! [`EdgeSession`] decides; this file does. Requests of one edge are worked off one at a time on its [`Lane`], each as a
 //! task of its own: a client that hangs up does not stop an append half way, and no hello is answered while an older
-//! append of the same edge is still under way. Bodies share one budget of memory. Knows nothing of engines.
+//! append of the same edge is still under way. No answer takes longer than [`IngestSettings::answer_timeout`], however long
+//! the log does (see `store`). Bodies share one budget of memory. Knows nothing of engines.
 
 mod auth;
 mod http;
 mod place;
 mod safety;
 mod serve;
+mod store;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -29,6 +31,7 @@ use shared::link::{GAPS_TOPIC, Position};
 use shared::log::{self, AppendError, Appended, BoxFuture, Log, Source, StreamKey};
 use shared::name::{EdgeId, Offset, Partition, StreamName, TimestampMs, TopicName};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 
 pub use auth::{AuthError, Caller, EdgeGrant, Grants};
@@ -37,6 +40,7 @@ pub use place::{TopicError, Topics};
 pub use safety::Safety;
 pub use serve::serve;
 
+use self::store::{Taken, unshared, waits};
 use crate::state::StateLog;
 
 /// How the link is served.
@@ -54,6 +58,9 @@ pub struct IngestSettings {
     pub memory_bytes: usize,
     /// Longest a body may take to arrive, before its size is taken into account.
     pub body_timeout: Duration,
+    /// Longest a hello or an append waits for the log. Shorter than edges wait for the answer, or they would learn less from
+    /// none than from this one.
+    pub answer_timeout: Duration,
     /// Partitions of topics that are made because a stream names them.
     pub stream_partitions: u32,
     /// Most connections at once.
@@ -69,6 +76,7 @@ impl Default for IngestSettings {
             poll_secs_max: LINK_POLL_SECS_MAX as u16,
             memory_bytes: 128 * 1024 * 1024,
             body_timeout: Duration::from_secs(60),
+            answer_timeout: Duration::from_secs(20),
             stream_partitions: 16,
             connections_max: 20_000,
         }
@@ -102,7 +110,8 @@ pub struct Ingest {
 
 /// One edge's requests, one at a time.
 struct Lane {
-    turn: tokio::sync::Mutex<()>,
+    /// Whose turn it is also has what earlier requests left in the log without knowing what became of it.
+    turn: tokio::sync::Mutex<Vec<Taken>>,
     session: Mutex<EdgeSession>,
     /// A hello has changed the session, or an append its positions.
     changed: Notify,
@@ -256,7 +265,8 @@ impl Ingest {
         let refusals = hello.streams.iter().map(|stream| caller.refuses(&stream.topic)).collect();
         let lane = self.lane(&hello.edge)?;
         let ingest = self.clone();
-        detached(async move { ingest.hello_in_turn(&lane, hello, refusals).await }).await
+        let deadline = Instant::now() + self.settings.answer_timeout;
+        detached(async move { ingest.hello_in_turn(&lane, hello, refusals, deadline).await }).await
     }
 
     async fn hello_in_turn(
@@ -264,17 +274,22 @@ impl Ingest {
         lane: &Lane,
         hello: Hello,
         refusals: Vec<Option<String>>,
+        deadline: Instant,
     ) -> Result<HelloReply, IngestError> {
-        let _turn = lane.turn.lock().await;
+        let mut late = lane.turn(deadline).await?;
+        self.settle(&mut late);
         let now_ms = (self.clock)();
         let takeover = lane.session.lock().hello(now_ms, &hello)?;
         lane.changed.notify_waiters();
         self.note_takeover(&hello.edge, takeover);
-        let targets = self.place(now_ms, &hello, refusals).await?;
+        let targets = self.place(now_ms, &hello, refusals, deadline).await?;
         count(&self.counters.hellos, 1);
 
         let mut session = lane.session.lock();
         for (stream, target) in hello.streams.iter().zip(targets) {
+            let (edge, name) = (hello.edge.clone(), stream.name.clone());
+            let key = StreamKey { edge, stream: name, incarnation: stream.incarnation };
+            let target = waits(&late, &key).map_or(target, Err);
             if let Err(reason) = &target {
                 warn!(edge = %hello.edge, stream = %stream.name, reason, "stream is parked");
             }
@@ -300,7 +315,7 @@ impl Ingest {
         }
     }
 
-    /// Answers an append, whose batches are `bodies`. `room` is dropped when the batches are.
+    /// Answers an append, whose batches are `bodies`. `room` is dropped when the log has them.
     pub async fn append(
         self: &Arc<Self>,
         caller: &Caller<'_>,
@@ -311,9 +326,9 @@ impl Ingest {
         caller.is(&append.edge)?;
         let lane = self.lane(&append.edge)?;
         let ingest = self.clone();
+        let deadline = Instant::now() + self.settings.answer_timeout;
         detached(async move {
-            let reply = ingest.append_in_turn(&lane, append, bodies).await;
-            drop(room);
+            let reply = ingest.append_in_turn(&lane, append, bodies, room, deadline).await;
             ingest.freed.notify_waiters();
             reply
         })
@@ -325,8 +340,11 @@ impl Ingest {
         lane: &Lane,
         append: Append,
         bodies: Vec<Bytes>,
+        room: OwnedSemaphorePermit,
+        deadline: Instant,
     ) -> Result<AppendReply, IngestError> {
-        let _turn = lane.turn.lock().await;
+        let mut late = lane.turn(deadline).await?;
+        self.settle(&mut late);
         count(&self.counters.appends, 1);
         let plans = {
             let session = lane.session.lock();
@@ -335,144 +353,12 @@ impl Ingest {
                 state => return Ok(EdgeSession::refuse(state)),
             }
             let max = self.settings.batch_bytes_max;
-            session.plan(&append, bodies, max, &|key| self.position(key))
+            session.plan(&append, unshared(bodies), max, &|key| self.position(key))
         };
-        let results = self.store(&append.edge, plans).await;
+        let results = self.store(&append.edge, plans, &mut late, room, deadline).await;
         lane.changed.notify_waiters();
         let session = lane.session.lock();
         Ok(session.append_reply(results, self.credit(), &|key| self.known(key)))
-    }
-
-    /// Appends what is planned, and says what became of each.
-    async fn store(&self, edge: &EdgeId, plans: Vec<Plan>) -> Vec<(StreamName, Outcome)> {
-        type Pending = BoxFuture<'static, Result<Appended, AppendError>>;
-        let mut results = Vec::with_capacity(plans.len());
-        let mut pending: Vec<(usize, StoreTold, Pending)> = Vec::with_capacity(plans.len());
-        let mut stopped: BTreeSet<StreamName> = BTreeSet::new();
-        for plan in plans {
-            let (plan, rejected) = match plan {
-                Plan::Store(plan) => (plan, false),
-                Plan::Reject(plan) => (plan, true),
-                Plan::Refuse(stream, outcome) => {
-                    if outcome == Outcome::Have {
-                        count(&self.counters.duplicates, 1);
-                    }
-                    results.push((stream, outcome));
-                    continue;
-                }
-            };
-            if stopped.contains(&plan.stream) {
-                continue;
-            }
-            let told = StoreTold::of(&plan, rejected);
-            match self.begin(edge, &plan, rejected).await {
-                // The log would take the second batch of a stream it does not know as its first, if this one fails.
-                Ok(future) if plan.begins => {
-                    let outcome = self.finish(edge, &plan.stream, &told, future.await);
-                    if outcome != Outcome::Stored {
-                        stopped.insert(plan.stream.clone());
-                    }
-                    results.push((plan.stream, outcome));
-                }
-                Ok(future) => {
-                    pending.push((results.len(), told, future));
-                    results.push((plan.stream, Outcome::Stored));
-                }
-                Err(outcome) => {
-                    stopped.insert(plan.stream.clone());
-                    results.push((plan.stream, outcome));
-                }
-            }
-        }
-        for (index, told, future) in pending {
-            let stored = future.await;
-            let (stream, outcome) = &mut results[index];
-            *outcome = self.finish(edge, stream, &told, stored);
-        }
-        results
-    }
-
-    fn finish(
-        &self,
-        edge: &EdgeId,
-        stream: &StreamName,
-        told: &StoreTold,
-        stored: Result<Appended, AppendError>,
-    ) -> Outcome {
-        match stored {
-            Ok(_) => {
-                self.count_stored(told);
-                Outcome::Stored
-            }
-            Err(error) => {
-                if !matches!(error, AppendError::WrongPosition { .. }) {
-                    warn!(%edge, %stream, %error, "append failed");
-                }
-                outcome_of(error)
-            }
-        }
-    }
-
-    /// Takes a batch's place in the log.
-    async fn begin(
-        &self,
-        edge: &EdgeId,
-        plan: &StorePlan,
-        rejected: bool,
-    ) -> Result<BoxFuture<'static, Result<Appended, AppendError>>, Outcome> {
-        let mut partition = plan.partition;
-        if rejected {
-            let topic = rejected_topic(&plan.topic);
-            warn!(%edge, stream = %plan.stream, offset = plan.source.first, %topic, "record is set aside");
-            partition = self.single(&topic).await?;
-        }
-        if let Some((from, to)) = plan.source.gap {
-            // Before the data: a gap may be listed twice after a crash, but never be missing.
-            warn!(%edge, stream = %plan.stream, from, to, "edge dropped records");
-            self.list_gap(edge, plan, from, to).await?;
-        }
-        let source = Source::Edge(plan.source.clone());
-        Ok(self.log.append(log::Append { partition, batch: plan.batch.clone(), source }))
-    }
-
-    /// The only partition of a topic of our own, which is made if need be.
-    async fn single(&self, topic: &TopicName) -> Result<Partition, Outcome> {
-        match self.topics.ensure_topic(topic, 1).await {
-            Ok((topic, _)) => Ok(Partition { topic, index: 0 }),
-            Err(TopicError::Refused(reason)) => Err(Outcome::Parked { reason }),
-            Err(TopicError::Unavailable(reason)) => Err(Outcome::Later { reason }),
-        }
-    }
-
-    async fn list_gap(&self, edge: &EdgeId, plan: &StorePlan, from: Offset, to: Offset) -> Result<(), Outcome> {
-        let partition = match TopicName::parse(GAPS_TOPIC) {
-            Ok(topic) => self.single(&topic).await?,
-            Err(error) => return Err(Outcome::Parked { reason: error.to_string() }),
-        };
-        let now_ms = (self.clock)();
-        let value = serde_json::json!({
-            "edge": edge,
-            "stream": plan.stream,
-            "incarnation": plan.source.stream.incarnation.to_string(),
-            "topic": plan.topic,
-            "first": from,
-            "last": to - 1,
-            "listed_ms": now_ms,
-        });
-        let mut builder = BatchBuilder::default();
-        let key = format!("{edge}/{}", plan.stream);
-        builder.push(now_ms, Some(key.as_bytes()), Some(value.to_string().as_bytes()), &[]);
-        let batch = builder.finish(0, Compression::None);
-        let append = log::Append { partition, batch, source: Source::Producer };
-        self.log.append(append).await.map(drop).map_err(outcome_of)
-    }
-
-    fn count_stored(&self, told: &StoreTold) {
-        count(&self.counters.batches, 1);
-        count(&self.counters.records, told.records);
-        count(&self.counters.bytes, told.bytes);
-        count(&self.counters.rejected, u64::from(told.rejected));
-        count(&self.counters.gaps, u64::from(told.gap));
     }
 
     /// Answers a poll once there is news, or its time is over.
@@ -480,7 +366,7 @@ impl Ingest {
         caller.is(&poll.edge)?;
         let lane = self.lane(&poll.edge)?;
         let wait = Duration::from_secs(u64::from(poll.wait_secs.min(self.settings.poll_secs_max)));
-        let deadline = tokio::time::Instant::now() + wait;
+        let deadline = Instant::now() + wait;
         let mut closing = self.closing.subscribe();
         loop {
             // Asked for before looking, so that nothing is missed in between.
@@ -562,22 +448,11 @@ impl Ingest {
     }
 }
 
-/// What is remembered of a batch while it becomes durable.
-struct StoreTold {
-    records: u64,
-    bytes: u64,
-    rejected: bool,
-    gap: bool,
-}
-
-impl StoreTold {
-    fn of(plan: &StorePlan, rejected: bool) -> Self {
-        Self {
-            records: plan.batch.record_count().unsigned_abs().into(),
-            bytes: plan.batch.len() as u64,
-            rejected,
-            gap: plan.source.gap.is_some(),
-        }
+impl Lane {
+    /// Waits until older requests of the edge are answered.
+    async fn turn(&self, deadline: Instant) -> Result<tokio::sync::MutexGuard<'_, Vec<Taken>>, IngestError> {
+        let turn = timeout_at(deadline, self.turn.lock()).await;
+        turn.map_err(|_| IngestError::Unavailable("an older request of this edge is still under way".to_owned()))
     }
 }
 

@@ -98,7 +98,7 @@ fn grants(config: &CloudConfig) -> anyhow::Result<Grants> {
         let token = daemon::settings::secret("[[link.edge]] token", edge.token.as_ref(), edge.token_file.as_deref())?;
         let token = token.with_context(|| format!("[[link.edge]] id = \"{}\": no token", edge.id))?;
         let (id, topics) = (edge.id.clone(), edge.topics.clone());
-        grants.push(EdgeGrant { id, token: token.reveal().to_owned(), topics });
+        grants.push(EdgeGrant { id, token, topics });
     }
     Ok(Grants::new(grants))
 }

@@ -25,6 +25,7 @@ use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use shared::name::Partition;
 
+use crate::block::{EPOCH_MAX, SEQ_MAX};
 use crate::segment::Run;
 
 pub use index::{HeldRun, Index, Usage};
@@ -144,6 +145,14 @@ impl Root {
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
         let payload = open(ROOT_MAGIC, bytes)?;
         let RootFormat::V1(root) = decode(payload)?;
+        let fences = root.fences.iter();
+        let (seqs, epochs): (Vec<_>, Vec<_>) =
+            fences.map(|fence| (fence.manifest_seq.max(fence.wal_seq), fence.epoch)).unzip();
+        let is_counted = root.epoch <= EPOCH_MAX && epochs.iter().all(|epoch| *epoch <= EPOCH_MAX);
+        let is_numbered = [root.seq, root.trim, root.wal].iter().chain(&seqs).all(|seq| *seq <= SEQ_MAX);
+        if !is_counted || !is_numbered {
+            return Err(ManifestError::Damaged("a number or an epoch is greater than any can be"));
+        }
         Ok(root)
     }
 }
@@ -383,6 +392,26 @@ mod tests {
             "545242524f4f540a000000210003632d31000309a222ac02a2020105010900011407010801021e08010307fa014783c2d9"
         );
         assert_eq!(Root::decode(&bytes), Ok(root()));
+    }
+
+    #[test]
+    fn a_number_after_which_none_can_come_is_refused() {
+        let fence =
+            |epoch, manifest_seq, wal_seq| Root { fences: vec![Fence { epoch, manifest_seq, wal_seq }], ..root() };
+        for wrong in [
+            Root { epoch: u32::MAX, ..root() },
+            Root { epoch: EPOCH_MAX + 1, ..root() },
+            Root { seq: u64::MAX, ..root() },
+            Root { seq: SEQ_MAX + 1, ..root() },
+            Root { trim: u64::MAX, ..root() },
+            Root { wal: u64::MAX, ..root() },
+            fence(u32::MAX, 1, 1),
+            fence(1, u64::MAX, 1),
+            fence(1, 1, u64::MAX),
+        ] {
+            let refused = Root::decode(&wrong.encode());
+            assert!(matches!(refused, Err(ManifestError::Damaged(text)) if text.contains("greater")), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -173,6 +173,7 @@ impl Opener<'_> {
             data_dir: self.data_dir.clone(),
             shard: number,
             owns_wal: engine == Engine::Object,
+            required: self.config.shards.object > 0,
             max_lag: config.max_lag.0,
             segment_bytes: config.segment_bytes.0,
             segment_age: config.segment_age.0,

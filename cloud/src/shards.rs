@@ -46,7 +46,9 @@ pub struct Shards {
     /// Ascending in number; the first is the catalogue's.
     members: Arc<[Member]>,
     /// Where topics' partitions lie, as far as it was asked. What a topic's entry says never changes.
-    routes: RwLock<HashMap<TopicId, Arc<[u32]>>>,
+    routes: Arc<RwLock<HashMap<TopicId, Arc<[u32]>>>>,
+    /// The shards that may know a stream: those that have had records of it.
+    streams: RwLock<HashMap<StreamKey, Vec<u32>>>,
     /// Up to where shards that keep nothing may use offsets.
     ceilings: RwLock<BTreeMap<u32, Offset>>,
 }
@@ -64,7 +66,10 @@ pub fn assign(known: &[(u32, Engine)], wanted: &[(Engine, u32)]) -> Result<Vec<(
             ));
         }
         for _ in there..*wanted {
-            let next = all.iter().map(|(number, _)| number + 1).max().unwrap_or(CATALOGUE);
+            let next = match all.iter().map(|(number, _)| *number).max() {
+                Some(last) => last.checked_add(1).ok_or("the catalogue knows a shard of the last number there is")?,
+                None => CATALOGUE,
+            };
             all.push((next, *engine));
         }
     }
@@ -86,7 +91,18 @@ impl Shards {
     pub fn new(mut members: Vec<Member>, ceilings: BTreeMap<u32, Offset>) -> Self {
         members.sort_by_key(|member| member.number);
         assert!(members.first().is_some_and(|first| first.number == CATALOGUE), "the catalogue's shard is there");
-        let shards = Self { members: members.into(), routes: RwLock::default(), ceilings: RwLock::new(ceilings) };
+        let mut streams: HashMap<StreamKey, Vec<u32>> = HashMap::new();
+        for member in &members {
+            for (key, _) in member.shard.streams() {
+                streams.entry(key).or_default().push(member.number);
+            }
+        }
+        let shards = Self {
+            members: members.into(),
+            routes: Arc::default(),
+            streams: RwLock::new(streams),
+            ceilings: RwLock::new(ceilings),
+        };
         for (number, ceiling) in shards.ceilings.read().iter() {
             if let Some(shard) = numbered(&shards.members, *number) {
                 shard.allow_offsets_below(*ceiling);
@@ -107,20 +123,27 @@ impl Shards {
 
     /// The shard a partition lies in; the catalogue's, which will say so, if there is no such partition.
     fn shard_of(&self, partition: Partition) -> &Arc<Shard> {
+        &self.member_of(partition).shard
+    }
+
+    fn member_of(&self, partition: Partition) -> &Member {
+        let catalogue = &self.members[0];
         if self.members.len() == 1 {
-            return self.catalogue();
+            return catalogue;
         }
         let known = self.routes.read().get(&partition.topic).cloned();
         let shards = known.or_else(|| {
+            // Looked up under the lock: a topic that is deleted meanwhile is taken out after this, and does not stay.
+            let mut routes = self.routes.write();
             let found = read_state(&**self.catalogue(), |state| match state.hosting(partition.topic) {
                 Some(hosting) => Some(hosting.shards.as_slice().into()),
                 None => state.topic(partition.topic).map(|_| Arc::from([CATALOGUE])),
             })?;
-            self.routes.write().insert(partition.topic, Arc::clone(&found));
+            routes.insert(partition.topic, Arc::clone(&found));
             Some(found)
         });
         let number = shards.and_then(|shards| shards.get(partition.index as usize % shards.len().max(1)).copied());
-        number.and_then(|number| numbered(&self.members, number)).unwrap_or(self.catalogue())
+        number.and_then(|number| member(&self.members, number)).unwrap_or(catalogue)
     }
 
     fn others(&self) -> impl Iterator<Item = &Member> {
@@ -209,16 +232,37 @@ impl Shards {
         }
     }
 
+    /// The shards that may know a stream: mostly one, so that nobody asks them all.
+    fn knowing(&self, key: &StreamKey) -> impl Iterator<Item = &Member> {
+        let numbers = self.streams.read().get(key).cloned().unwrap_or_default();
+        numbers.into_iter().filter_map(|number| member(&self.members, number))
+    }
+
     /// Where a stream's newest records are, and the shard.
-    fn newest(&self, key: &StreamKey) -> Option<(u32, StreamState)> {
-        let found = self.members.iter().filter_map(|member| Some((member.number, member.shard.stream(key)?)));
+    fn newest(&self, key: &StreamKey) -> Option<(&Member, StreamState)> {
+        let found = self.knowing(key).filter_map(|member| Some((member, member.shard.stream(key)?)));
         found.max_by_key(|(_, stream)| stream.next)
+    }
+
+    /// From now on this shard may know the stream.
+    fn note_stream(&self, key: &StreamKey, number: u32) {
+        if self.streams.read().get(key).is_some_and(|numbers| numbers.contains(&number)) {
+            return;
+        }
+        let mut streams = self.streams.write();
+        let numbers = streams.entry(key.clone()).or_default();
+        if !numbers.contains(&number) {
+            numbers.push(number);
+        }
     }
 }
 
+fn member(members: &[Member], number: u32) -> Option<&Member> {
+    members.get(members.binary_search_by_key(&number, |member| member.number).ok()?)
+}
+
 fn numbered(members: &[Member], number: u32) -> Option<&Arc<Shard>> {
-    let at = members.binary_search_by_key(&number, |member| member.number).ok()?;
-    members.get(at).map(|member| &member.shard)
+    member(members, number).map(|member| &member.shard)
 }
 
 /// Begins the commits in several shards.
@@ -311,19 +355,21 @@ fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
 
 impl Log for Shards {
     fn append(&self, append: Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
-        let shard = self.shard_of(append.partition);
+        let Member { number, shard, .. } = self.member_of(append.partition);
         if let Source::Edge(edge) = &append.source
             && self.members.len() > 1
-            && let Some((number, newest)) = self.newest(&edge.stream)
-            && let Some(there) = numbered(&self.members, number).filter(|there| !Arc::ptr_eq(there, shard))
         {
-            // Until they are safe there, a loss there would be hidden by the position here.
-            if there.safe(&edge.stream).is_none_or(|safe| safe < newest.next) {
-                let text = format!("the stream's records in shard {number} are not in the archive yet");
-                return Box::pin(std::future::ready(Err(AppendError::Full(text))));
+            let newest = self.newest(&edge.stream);
+            self.note_stream(&edge.stream, *number);
+            if let Some((there, newest)) = newest.filter(|(there, _)| there.number != *number) {
+                // Until they are safe there, a loss there would be hidden by the position here.
+                if there.shard.safe(&edge.stream).is_none_or(|safe| safe < newest.next) {
+                    let text = format!("the stream's records in shard {} are not in the archive yet", there.number);
+                    return Box::pin(std::future::ready(Err(AppendError::Full(text))));
+                }
+                // The stream's rule names another topic now: its position moves along, or offsets would seem to be missing.
+                return shard.append_after(append, newest);
             }
-            // The stream's rule names another topic now: its position moves along, or offsets would seem to be missing.
-            return shard.append_after(append, newest);
         }
         shard.append(append)
     }
@@ -364,19 +410,18 @@ impl StateLog for Shards {
             return self.catalogue().commit(changes);
         }
         let Steps { before, catalogue, after, last } = self.steps(changes);
-        if before.is_empty() && after.is_empty() {
+        let deleted = |change: &Change| if let Change::TopicDeleted { id } = change { Some(*id) } else { None };
+        let deleted: Vec<TopicId> = catalogue.iter().filter_map(deleted).collect();
+        if before.is_empty() && after.is_empty() && deleted.is_empty() {
             return self.catalogue().commit(catalogue);
         }
-        for change in &catalogue {
-            if let Change::TopicDeleted { id } = change {
-                self.routes.write().remove(id);
-            }
-        }
         let begun = commit_in(&self.members, before);
+        let routes = self.routes.clone();
         let (members, catalogue_shard) = (self.members.clone(), self.catalogue().clone());
         Box::pin(async move {
             try_join_all(begun).await?;
             catalogue_shard.commit(catalogue).await?;
+            deleted.iter().for_each(|id| drop(routes.write().remove(id)));
             // From here on it is done, and what fails now is made up for at the next start.
             let told = match try_join_all(commit_in(&members, after)).await {
                 Ok(_) => catalogue_shard.commit(last).await,
@@ -419,7 +464,7 @@ impl StateLog for Shards {
 impl Safety for Shards {
     /// A stream whose records lie in several shards is safe up to where the slowest of them is.
     fn safe(&self, key: &StreamKey) -> Option<Offset> {
-        safe_of(self.members.iter().filter_map(|member| Some((member.shard.stream(key)?.next, member.shard.safe(key)))))
+        safe_of(self.knowing(key).filter_map(|member| Some((member.shard.stream(key)?.next, member.shard.safe(key)))))
     }
 
     fn changed(&self) -> BoxFuture<'static, ()> {
@@ -444,5 +489,7 @@ fn safe_of(shards: impl Iterator<Item = (Offset, Option<Offset>)>) -> Option<Off
     behind.or(whole)
 }
 
+#[cfg(test)]
+pub(crate) mod gated;
 #[cfg(test)]
 mod tests;

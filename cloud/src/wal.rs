@@ -15,6 +15,8 @@ pub mod memory;
 pub mod object;
 
 #[cfg(test)]
+pub(crate) mod gated;
+#[cfg(test)]
 pub(crate) mod powercut;
 
 /// Numbered blocks, durable when [`BlockLog::append`] resolves.
@@ -114,6 +116,14 @@ pub enum WalError {
     /// The disk failed; what was not acknowledged before may or may not be there.
     #[error("the disk failed: {0}")]
     Io(String),
+    /// The object store failed, or does not know us; what was not acknowledged before may or may not be there.
+    #[error("the object store {store} failed: {reason}")]
+    Store {
+        /// Which.
+        store: String,
+        /// What came of the request.
+        reason: String,
+    },
     /// Another process uses the same directory.
     #[error("{0} is in use by another process: stop it, or give this one a data_dir of its own")]
     Locked(String),

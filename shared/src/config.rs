@@ -459,10 +459,16 @@ impl Secret {
         &self.0
     }
 
-    /// Whether `claimed` is the value; the time it takes tells no more than the length.
+    /// Whether it has no characters: such a one opens nothing.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether `claimed` is the value; the time it takes tells no more than the length. Nothing is an empty one's value.
     pub fn matches(&self, claimed: &[u8]) -> bool {
         let own = self.0.as_bytes();
-        own.len() == claimed.len() && own.iter().zip(claimed).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0
+        let differs = own.iter().zip(claimed).fold(0, |differs, (a, b)| differs | (a ^ b));
+        std::hint::black_box(differs) == 0 && own.len() == claimed.len() && !own.is_empty()
     }
 }
 
@@ -566,5 +572,21 @@ mod tests {
         assert_eq!(Span::parse("1w"), None);
         assert_eq!(Span::secs(7200).to_string(), "2h");
         assert_eq!(Span::millis(0).to_string(), "0ms");
+    }
+
+    #[test]
+    fn a_secret_matches_itself_and_an_empty_one_nothing() {
+        let secret = |value: &str| Secret::new(value.to_owned());
+        for (own, claimed, expected) in [
+            ("right", "right", true),
+            ("right", "wrong", false),
+            ("right", "right and more", false),
+            ("right", "righ", false),
+            ("right", "", false),
+            ("", "anything", false),
+            ("", "", false),
+        ] {
+            assert_eq!(secret(own).matches(claimed.as_bytes()), expected, "{own:?} {claimed:?}");
+        }
     }
 }

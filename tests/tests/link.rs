@@ -383,7 +383,7 @@ async fn every_record_arrives_once_over_a_wire_that_is_cut() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tls_and_a_token_open_the_link_and_nothing_else_does() {
     let edge = EdgeId::parse("gw-1").expect("a name");
-    let grant = EdgeGrant { id: edge, token: "secret".into(), topics: None };
+    let grant = EdgeGrant { id: edge, token: shared::config::Secret::new("secret".to_owned()), topics: None };
     let grants = Grants::new(vec![grant]);
     let cloud = Cloud::start(IngestSettings { grants, ..IngestSettings::default() }, true).await;
     let source = MemoryStreams::new(&["a"]);
@@ -615,7 +615,8 @@ async fn a_cloud_that_ends_and_comes_back_is_found_again() {
 async fn a_stream_that_may_not_be_written_waits_and_says_why() {
     let edge = EdgeId::parse("gw-1").expect("a name");
     let topics = Some(vec![TopicName::parse("a").expect("a name")]);
-    let grants = Grants::new(vec![EdgeGrant { id: edge, token: "secret".into(), topics }]);
+    let grants =
+        Grants::new(vec![EdgeGrant { id: edge, token: shared::config::Secret::new("secret".to_owned()), topics }]);
     let cloud = Cloud::start(IngestSettings { grants, ..IngestSettings::default() }, false).await;
     let source = MemoryStreams::new(&["a", "b"]);
     let mut settings = settings(format!("http://{}", cloud.address));

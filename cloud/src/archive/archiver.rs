@@ -39,6 +39,8 @@ pub struct ArchiveSettings {
     /// The shard's WAL is its blocks in the store (the object engine): there is nothing to ship, and a start takes over
     /// what is there.
     pub owns_wal: bool,
+    /// The node has shards whose log is nowhere but in the store, this one or others: it cannot do without it.
+    pub required: bool,
     /// How far the bucket may be behind the log: what a dead disk can cost.
     pub max_lag: Duration,
     /// Largest object of shipped blocks, unless one block is larger.
@@ -61,6 +63,17 @@ pub struct ArchiveSettings {
     pub clock: fn() -> TimestampMs,
 }
 
+impl ArchiveSettings {
+    /// That a store cannot be reached which a start needs.
+    pub(super) fn unreachable(&self, store: &Store, error: &StoreError) -> ArchiveError {
+        let way_out = match self.required || self.owns_wal {
+            true => "; it holds the log of this node's object shards, so there is no start without it",
+            false => ", or set [archive] url = \"off\"",
+        };
+        ArchiveError::Unreachable { archive: store.describe(), reason: error.to_string(), way_out }
+    }
+}
+
 impl Default for ArchiveSettings {
     fn default() -> Self {
         Self {
@@ -69,6 +82,7 @@ impl Default for ArchiveSettings {
             data_dir: "data/cloud".into(),
             shard: 0,
             owns_wal: false,
+            required: false,
             max_lag: Duration::from_secs(10),
             ship_bytes: 8 << 20,
             segment_bytes: 64 << 20,
@@ -150,13 +164,15 @@ pub enum ArchiveError {
     /// Nothing here, and nothing to be had there.
     #[error(
         "this data directory holds no log and the archive {archive} cannot be reached, so a new system cannot be told \
-         from a lost one ({reason}): make the archive reachable, or set [archive] url = \"off\""
+         from a lost one ({reason}): make the archive reachable{way_out}"
     )]
     Unreachable {
         /// The store.
         archive: String,
         /// What it said.
         reason: String,
+        /// What else can be done.
+        way_out: &'static str,
     },
     /// The setting changed, and older records would be out of reach.
     #[error(
@@ -180,6 +196,15 @@ pub enum ArchiveError {
     /// Others were quicker each time.
     #[error("several nodes claim this shard in the archive at the same time: leave one of them running")]
     Contended,
+    /// Whoever has the shard was quicker each time.
+    #[error(
+        "the node that has this shard wrote to the archive on each of {attempts} attempts to take it over: stop that node, \
+         or start this one again"
+    )]
+    Outpaced {
+        /// How often it was tried.
+        attempts: usize,
+    },
     /// What was shipped since the claim must be claimed over again.
     #[error("blocks were shipped by an earlier owner after this node's claim; it claims again")]
     Overtaken,
@@ -335,7 +360,7 @@ impl Archive {
                 Err(error) => return Err(error.into()),
             }
         }
-        let cluster_id = identity::agree(&settings.data_dir, &store, &keys.cluster_id(), ships).await?;
+        let cluster_id = identity::agree(&settings, &store, &keys.cluster_id(), ships).await?;
         if ships {
             let engine = if settings.owns_wal { Engine::Object } else { Engine::File };
             identity::agree_on_engine(&store, &keys.engine(), settings.shard, engine).await?;

@@ -13,20 +13,26 @@ use bytes::Bytes;
 use tracing::{info, warn};
 
 use super::archiver::Held;
+use super::load::{Loaded, READS_MAX};
 use super::store::{backoff, random};
 use super::{Archive, ArchiveError, LocalBlocks, Recovered, Snapshot, StoreError, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockHeader};
-use crate::manifest::{self, Fence, Index, IndexPage, OBJECT_BYTES_MAX, PagePointer, Root, sequence_of};
+use crate::manifest::{Fence, Index, OBJECT_BYTES_MAX, Root, sequence_of};
 use crate::planted::{Bug, planted};
 
 /// How often a start tries again when another owner was quicker.
 const CLAIM_ATTEMPTS: usize = 16;
+
+/// What a taken shard begins from: snapshot, the blocks after it, and the epoch.
+type Taken = (Option<Snapshot>, Vec<StoredBlock>, u32);
 
 /// What the bucket says of the shard.
 #[derive(Debug, Clone)]
 pub(super) struct View {
     /// The root in force.
     pub root: Root,
+    /// First blocks of the shipped WAL objects from the root's on, ascending.
+    pub wals: Vec<u64>,
     /// The newest shipped WAL object's blocks.
     pub last: Vec<StoredBlock>,
     /// Where the shipped WAL ends.
@@ -57,18 +63,29 @@ pub(super) fn judge(bucket_next: u64, local: Option<(u64, u64)>) -> Judgement {
     }
 }
 
-/// What a bucket has of a shard.
-struct Loaded {
-    index: Index,
-    snapshot: Option<Snapshot>,
-    /// Blocks from the root's WAL object on.
-    blocks: Vec<StoredBlock>,
+/// Why a claim came to nothing. Another may succeed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    /// Another node claimed at the same time.
+    Rival,
+    /// Whoever has the shard appended, shipped or published meanwhile.
+    Outpaced,
+}
+
+impl Lost {
+    /// The error when that happened each time.
+    fn after(self, attempts: usize) -> ArchiveError {
+        match self {
+            Self::Rival => ArchiveError::Contended,
+            Self::Outpaced => ArchiveError::Outpaced { attempts },
+        }
+    }
 }
 
 impl View {
     /// Of a shard that is not there yet.
     fn of_nothing(root: Root) -> Self {
-        Self { next: root.trim, root, last: Vec::new() }
+        Self { next: root.trim, root, wals: Vec::new(), last: Vec::new() }
     }
 
     /// Whether block `seq`, locally `bytes`, is the one the bucket has; `None` if the bucket no longer says.
@@ -86,10 +103,14 @@ impl Archive {
     /// start is from the local WAL and the local copy of the manifest, and [`Archive::run`] claims later.
     pub async fn recover(&self, local: &dyn LocalBlocks) -> Result<Recovered, ArchiveError> {
         let mirror = self.mirror_root().await;
+        let (mut loaded, mut lost) = (Loaded::default(), Lost::Rival);
         for _ in 0..CLAIM_ATTEMPTS {
-            match self.recover_once(local, mirror.as_ref().ok().and_then(Option::as_ref)).await {
-                Ok(Some(recovered)) => return Ok(recovered),
-                Ok(None) => info!("another owner was quicker in the bucket, looking again"),
+            match self.recover_once(local, mirror.as_ref().ok().and_then(Option::as_ref), &mut loaded).await {
+                Ok(Ok(recovered)) => return Ok(recovered),
+                Ok(Err(why)) => {
+                    lost = why;
+                    info!(shard = self.settings.shard, ?lost, "another owner was quicker in the bucket, looking again");
+                }
                 Err(ArchiveError::Store(error @ StoreError::Failed { .. })) if self.mirror.is_some() => {
                     warn!(%error, "the archive cannot be reached: starting from local files, nothing is shipped yet");
                     return self.recover_locally(local, mirror?, &error).await;
@@ -97,14 +118,15 @@ impl Archive {
                 Err(error) => return Err(error),
             }
         }
-        Err(ArchiveError::Contended)
+        Err(lost.after(CLAIM_ATTEMPTS))
     }
 
     async fn recover_once(
         &self,
         local: &dyn LocalBlocks,
         mirror: Option<&Root>,
-    ) -> Result<Option<Recovered>, ArchiveError> {
+        loaded: &mut Loaded,
+    ) -> Result<Result<Recovered, Lost>, ArchiveError> {
         let newest_local = newest_epoch(local)?.max(mirror.map(|root| root.epoch));
         let Some(view) = self.view().await? else {
             if mirror.is_some_and(|root| root.seq > 0) {
@@ -112,7 +134,7 @@ impl Archive {
             }
             let epoch = newest_local.unwrap_or(0) + 1;
             self.hold(None, epoch);
-            return Ok(Some(Recovered { snapshot: None, tail: Tail::Local, epoch }));
+            return Ok(Ok(Recovered { snapshot: None, tail: Tail::Local, epoch }));
         };
         if view.root.cluster_id != self.cluster_id || view.root.shard != self.settings.shard {
             return Err(self.mismatch(view.root.cluster_id));
@@ -121,9 +143,9 @@ impl Archive {
         match judge(view.next, local.bounds()) {
             Judgement::Continue { check } => {
                 self.check_continues(&view, local, check, mirror)?;
-                self.resume(&view, epoch).await
+                self.resume(&view, loaded, epoch).await
             }
-            Judgement::Restore { check } => self.restore(&view, local, check, epoch).await,
+            Judgement::Restore { check } => self.restore(&view, loaded, local, check, epoch).await,
         }
     }
 
@@ -161,101 +183,129 @@ impl Archive {
     }
 
     /// The local WAL goes on: claim, and begin from the bucket's snapshot and local blocks.
-    async fn resume(&self, view: &View, epoch: u32) -> Result<Option<Recovered>, ArchiveError> {
-        let loaded = async { Ok((self.load_index(&view.root).await?, self.load_snapshot(&view.root).await?)) };
-        let Some((index, snapshot)) = self.unless_cleared(&view.root, loaded.await).await? else { return Ok(None) };
-        let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(None) };
+    async fn resume(
+        &self,
+        view: &View,
+        loaded: &mut Loaded,
+        epoch: u32,
+    ) -> Result<Result<Recovered, Lost>, ArchiveError> {
+        if !self.load_state(&view.root, loaded).await? {
+            return Ok(Err(Lost::Outpaced));
+        }
+        let (index, snapshot) = (loaded.index(), loaded.snapshot());
+        let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
         self.write_mirror(&root, &HashMap::new()).await?;
         self.hold(Some(Held { root, index, claimed: true, shipped: view.next }), epoch);
-        Ok(Some(Recovered { snapshot, tail: Tail::Local, epoch }))
+        Ok(Ok(Recovered { snapshot, tail: Tail::Local, epoch }))
     }
 
     /// The bucket has more than is here: claim, fence the WAL, and begin from what the bucket has.
     async fn restore(
         &self,
         view: &View,
+        loaded: &mut Loaded,
         local: &dyn LocalBlocks,
         check: Option<u64>,
         epoch: u32,
-    ) -> Result<Option<Recovered>, ArchiveError> {
-        let Some(loaded) = self.load(view).await? else { return Ok(None) };
+    ) -> Result<Result<Recovered, Lost>, ArchiveError> {
+        if !self.load(view, loaded).await? {
+            return Ok(Err(Lost::Outpaced));
+        }
         if let Some(seq) = check {
             let bytes = local.read(seq).map_err(|error| ArchiveError::Local(error.to_string()))?;
-            match view.agrees(&loaded.blocks, seq, &bytes) {
+            match view.agrees(loaded.blocks(), seq, &bytes) {
                 Some(true) => {}
                 Some(false) => return Err(self.diverged(seq)),
                 None => warn!(seq, "the local WAL is too old to be compared with the archive; it is set aside"),
             }
         }
-        let Some((snapshot, blocks, epoch)) = self.take(view, loaded, epoch).await? else { return Ok(None) };
-        info!(epoch, blocks = blocks.len(), "restored from the archive");
-        Ok(Some(Recovered { snapshot, tail: Tail::Bucket(blocks), epoch }))
+        let taken = self.take(view, loaded, epoch).await?;
+        Ok(taken.map(|(snapshot, blocks, epoch)| {
+            info!(epoch, blocks = blocks.len(), "restored from the archive");
+            Recovered { snapshot, tail: Tail::Bucket(blocks), epoch }
+        }))
     }
 
     /// Takes the shard over whose WAL is in the store, from whoever had it: from here on an append of theirs fails. A
     /// shard that is not there yet begins.
+    ///
+    /// All is read before the claim: what cannot be read must not cost the owner the shard. The owner may go on appending
+    /// meanwhile, so the bulk is read first and then what came since, and all of it is kept when the owner was quicker. It
+    /// looks for claims now and then: at the latest then it stops.
     pub async fn take_over(&self) -> Result<Recovered, ArchiveError> {
-        for attempt in 0..CLAIM_ATTEMPTS as u32 {
-            if attempt > 0 {
-                info!("another owner was quicker in the bucket, looking again");
-                tokio::time::sleep(backoff(Duration::from_millis(20), attempt)).await;
-            }
+        let shard = self.settings.shard;
+        let (mut loaded, mut rivals, mut attempt) = (Loaded::default(), 0, 0u32);
+        loop {
             let view = self.view().await?.unwrap_or_else(|| View::of_nothing(self.first_root(0)));
-            if view.root.cluster_id != self.cluster_id || view.root.shard != self.settings.shard {
+            if view.root.cluster_id != self.cluster_id || view.root.shard != shard {
                 return Err(self.mismatch(view.root.cluster_id));
             }
-            let Some(loaded) = self.load(&view).await? else { continue };
-            let epoch = view.root.epoch + 1;
-            if let Some((snapshot, blocks, epoch)) = self.take(&view, loaded, epoch).await? {
-                info!(shard = self.settings.shard, epoch, blocks = blocks.len(), "took the shard over");
-                return Ok(Recovered { snapshot, tail: Tail::Owned(blocks), epoch });
+            let lost = match self.take_from(view, &mut loaded).await? {
+                Ok((snapshot, blocks, epoch)) => {
+                    info!(shard, epoch, blocks = blocks.len(), "took the shard over");
+                    return Ok(Recovered { snapshot, tail: Tail::Owned(blocks), epoch });
+                }
+                Err(lost) => lost,
+            };
+            info!(
+                shard,
+                ?lost,
+                attempt,
+                read_to = loaded.next(),
+                "another owner was quicker in the bucket, looking again"
+            );
+            rivals += usize::from(lost == Lost::Rival);
+            if rivals >= CLAIM_ATTEMPTS {
+                return Err(lost.after(rivals));
+            }
+            attempt = attempt.saturating_add(1);
+            tokio::time::sleep(backoff(Duration::from_millis(20), attempt)).await;
+        }
+    }
+
+    /// One attempt at a take-over.
+    async fn take_from(&self, mut view: View, loaded: &mut Loaded) -> Result<Result<Taken, Lost>, ArchiveError> {
+        loop {
+            let missing = loaded.behind(&view);
+            if !self.load(&view, loaded).await? {
+                return Ok(Err(Lost::Outpaced));
+            }
+            // Few enough to be read at once: the view is still fresh.
+            if missing <= READS_MAX {
+                break;
+            }
+            let root = view.root.seq;
+            match self.view().await? {
+                Some(newer) if newer.root.seq == root => view = newer,
+                _ => return Ok(Err(Lost::Outpaced)),
             }
         }
-        Err(ArchiveError::Contended)
+        let epoch = view.root.epoch + 1;
+        self.take(&view, loaded, epoch).await
     }
 
-    /// What the bucket has of the shard; `None` if an owner that has published since has cleared it away.
-    async fn load(&self, view: &View) -> Result<Option<Loaded>, ArchiveError> {
-        let loaded = async {
-            let index = self.load_index(&view.root).await?;
-            let snapshot = self.load_snapshot(&view.root).await?;
-            Ok(Loaded { index, snapshot, blocks: self.chain(&view.root, view.next).await? })
-        };
-        self.unless_cleared(&view.root, loaded.await).await
-    }
-
-    /// `None` where an object that `root` names is gone because an owner has published since.
-    async fn unless_cleared<T>(&self, root: &Root, loaded: Result<T, ArchiveError>) -> Result<Option<T>, ArchiveError> {
-        match loaded {
-            Err(ArchiveError::Store(StoreError::Missing(_))) if !self.is_newest(root.seq).await? => Ok(None),
-            loaded => loaded.map(Some),
-        }
-    }
-
-    /// Claims the shard and fences its WAL. Returns what to begin from and the epoch; `None` when another owner was quicker.
-    async fn take(
-        &self,
-        view: &View,
-        loaded: Loaded,
-        epoch: u32,
-    ) -> Result<Option<(Option<Snapshot>, Vec<StoredBlock>, u32)>, ArchiveError> {
-        let Loaded { index, snapshot, mut blocks } = loaded;
-        let newest = newest_in(&blocks)?.unwrap_or(0);
+    /// Claims the shard and fences its WAL, once all that `view` shows is loaded. Returns what to begin from and the epoch.
+    async fn take(&self, view: &View, loaded: &mut Loaded, epoch: u32) -> Result<Result<Taken, Lost>, ArchiveError> {
+        let newest = newest_in(&view.last)?.unwrap_or(0);
         let epoch = epoch.max(newest + 1);
-        let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(None) };
-        let mut next = view.next;
-        if self.ships && !planted(Bug::NoFence) {
-            let fence = fence_block(self.settings.shard, epoch, next, self.now_ms());
-            match self.store.create(&self.keys.wal(next), std::slice::from_ref(&fence)).await {
+        let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
+        let fence = (self.ships && !planted(Bug::NoFence))
+            .then(|| fence_block(self.settings.shard, epoch, view.next, self.now_ms()));
+        if let Some(fence) = &fence {
+            match self.store.create(&self.keys.wal(view.next), std::slice::from_ref(fence)).await {
                 // The old owner appended or shipped once more before it noticed; its blocks count.
-                Err(StoreError::Taken(_)) => return Ok(None),
+                Err(StoreError::Taken(_)) => return Ok(Err(Lost::Outpaced)),
                 created => created?,
             }
-            blocks.push(StoredBlock { seq: next, bytes: fence });
+        }
+        if fence.is_some() && !self.is_newest(root.seq).await? {
+            return Ok(Err(Lost::Rival));
+        }
+        let (index, snapshot, mut blocks) = (loaded.index(), loaded.snapshot(), loaded.take_blocks());
+        let mut next = view.next;
+        if let Some(bytes) = fence {
+            blocks.push(StoredBlock { seq: next, bytes });
             next += 1;
-            if !self.is_newest(root.seq).await? {
-                return Ok(None);
-            }
         }
         blocks.retain(|block| block.seq >= root.trim);
         if self.settings.owns_wal {
@@ -263,7 +313,7 @@ impl Archive {
         }
         self.write_mirror(&root, &HashMap::new()).await?;
         self.hold(Some(Held { root, index, claimed: true, shipped: next }), epoch);
-        Ok(Some((snapshot, blocks, epoch)))
+        Ok(Ok((snapshot, blocks, epoch)))
     }
 
     /// The bucket is away: what is here must do.
@@ -274,7 +324,7 @@ impl Archive {
         error: &StoreError,
     ) -> Result<Recovered, ArchiveError> {
         let Some((first, next)) = local.bounds() else {
-            return Err(ArchiveError::Unreachable { archive: self.store.describe(), reason: error.to_string() });
+            return Err(self.settings.unreachable(&self.store, error));
         };
         let epoch = newest_epoch(local)?.max(mirror.as_ref().map(|root| root.epoch)).unwrap_or(0) + 1;
         let Some(root) = mirror else {
@@ -284,8 +334,7 @@ impl Archive {
         if root.trim < first || root.trim > next {
             return Err(ArchiveError::Hole { first, needed: root.trim });
         }
-        let index = self.load_index(&root).await?;
-        let snapshot = self.load_snapshot(&root).await?;
+        let (index, snapshot) = (self.load_index(&root).await?, self.load_snapshot(&root).await?);
         self.hold(Some(Held { root, index, claimed: false, shipped: 0 }), epoch);
         Ok(Recovered { snapshot, tail: Tail::Local, epoch })
     }
@@ -367,7 +416,7 @@ impl Archive {
         Ok(self.is_newest(root.seq).await?.then_some(root))
     }
 
-    async fn is_newest(&self, seq: u64) -> Result<bool, ArchiveError> {
+    pub(super) async fn is_newest(&self, seq: u64) -> Result<bool, ArchiveError> {
         Ok(self.newest_seq().await? == Some(seq))
     }
 
@@ -387,7 +436,7 @@ impl Archive {
                 view => return view.map(Some),
             }
         }
-        Err(ArchiveError::Contended)
+        Err(Lost::Outpaced.after(CLAIM_ATTEMPTS))
     }
 
     async fn read_view(&self, seq: u64) -> Result<View, ArchiveError> {
@@ -399,85 +448,21 @@ impl Archive {
             return Err(damaged("it contradicts its own name".into()));
         }
         if !self.ships {
-            let next = root.trim;
-            return Ok(View { root, last: Vec::new(), next });
+            return Ok(View::of_nothing(root));
         }
         let objects = self.store.list(&self.keys.wals()).await?;
-        let newest = objects.iter().filter_map(|object| sequence_of(&object.location)).max();
-        let last = match newest.filter(|newest| *newest >= root.wal) {
-            Some(first) => self.wal_object(first).await?,
+        let firsts = objects.iter().filter_map(|object| sequence_of(&object.location));
+        let mut wals: Vec<u64> = firsts.filter(|first| *first >= root.wal).collect();
+        wals.sort_unstable();
+        let last = match wals.last() {
+            Some(first) => self.wal_object(*first).await?,
             None => Vec::new(),
         };
         let next = last.last().map_or(root.trim, |block| block.seq + 1);
         if next < root.trim {
             return Err(damaged(format!("it begins at block {}, the shipped WAL ends at {next}", root.trim)));
         }
-        Ok(View { root, last, next })
-    }
-
-    /// The blocks of one shipped WAL object, checked.
-    pub(super) async fn wal_object(&self, first: u64) -> Result<Vec<StoredBlock>, ArchiveError> {
-        let key = self.keys.wal(first);
-        let damaged = |reason: String| ArchiveError::Damaged { key: key.to_string(), reason };
-        let mut bytes = self.store.get(&key, OBJECT_BYTES_MAX).await?;
-        let mut blocks = Vec::new();
-        let mut next = first;
-        while let Some(block) = Block::split_first(&mut bytes).map_err(|error| damaged(error.to_string()))? {
-            if block.header().seq != next || block.header().shard != self.settings.shard {
-                return Err(damaged(format!("block {} where {next} was expected", block.header().seq)));
-            }
-            blocks.push(StoredBlock { seq: next, bytes: block.bytes().clone() });
-            next += 1;
-        }
-        if blocks.is_empty() { Err(damaged("it holds no block".into())) } else { Ok(blocks) }
-    }
-
-    /// Shipped blocks from the root's WAL object on, to `next`.
-    async fn chain(&self, root: &Root, next: u64) -> Result<Vec<StoredBlock>, ArchiveError> {
-        let mut blocks: Vec<StoredBlock> = Vec::new();
-        let mut at = root.wal;
-        while self.ships && at < next {
-            blocks.extend(self.wal_object(at).await?);
-            at = blocks.last().map_or(next, |block| block.seq + 1);
-        }
-        Ok(blocks)
-    }
-
-    /// The segment index a root names.
-    pub(super) async fn load_index(&self, root: &Root) -> Result<Index, ArchiveError> {
-        let mut pages = Vec::with_capacity(root.pages.len());
-        for pointer in &root.pages {
-            let bytes = self.load_page(pointer).await?;
-            let page = IndexPage::decode(&bytes, pointer).map_err(|error| self.damaged_page(pointer, &error))?;
-            pages.push((*pointer, page));
-        }
-        let damaged = |error: manifest::ManifestError| ArchiveError::Damaged {
-            key: self.keys.root(root.seq).to_string(),
-            reason: error.to_string(),
-        };
-        Index::load(pages).map_err(damaged)
-    }
-
-    async fn load_snapshot(&self, root: &Root) -> Result<Option<Snapshot>, ArchiveError> {
-        let Some(pointer) = &root.snapshot else { return Ok(None) };
-        let bytes = self.load_page(pointer).await?;
-        let state = manifest::decode_snapshot(&bytes, pointer).map_err(|error| self.damaged_page(pointer, &error))?;
-        Ok(Some(Snapshot { next_seq: root.trim, state }))
-    }
-
-    fn damaged_page(&self, pointer: &PagePointer, error: &manifest::ManifestError) -> ArchiveError {
-        ArchiveError::Damaged { key: self.keys.page(pointer).to_string(), reason: error.to_string() }
-    }
-
-    /// A page: the local copy if it is whole, the bucket's otherwise.
-    pub(super) async fn load_page(&self, pointer: &PagePointer) -> Result<Bytes, ArchiveError> {
-        if let Some(mirror) = &self.mirror
-            && let Ok(bytes) = mirror.get(&self.mirror_keys().page(pointer), pointer.bytes).await
-            && manifest::is_page(&bytes, pointer)
-        {
-            return Ok(bytes);
-        }
-        Ok(self.store.get(&self.keys.page(pointer), pointer.bytes).await?)
+        Ok(View { root, wals, last, next })
     }
 }
 

@@ -228,6 +228,16 @@ impl Cold {
     }
 }
 
+fn cold_run(held: HeldRun) -> ColdRun {
+    ColdRun {
+        base: held.run.base,
+        next: held.run.next,
+        bytes: held.run.length,
+        max_timestamp: held.run.max_timestamp,
+        appended_ms: held.run.appended_ms,
+    }
+}
+
 impl ColdTier for Cold {
     fn bounds(&self, partition: Partition) -> Option<ColdBounds> {
         let index = self.index.read();
@@ -238,15 +248,11 @@ impl ColdTier for Cold {
     }
 
     fn runs(&self, partition: Partition) -> Vec<ColdRun> {
-        let index = self.index.read();
-        let runs = index.runs(partition).map(|held| ColdRun {
-            base: held.run.base,
-            next: held.run.next,
-            bytes: held.run.length,
-            max_timestamp: held.run.max_timestamp,
-            appended_ms: held.run.appended_ms,
-        });
-        runs.collect()
+        self.index.read().runs(partition).map(cold_run).collect()
+    }
+
+    fn oldest(&self, partition: Partition, from: Offset) -> Option<ColdRun> {
+        self.index.read().runs(partition).find(|held| held.run.next > from).map(cold_run)
     }
 
     fn read(

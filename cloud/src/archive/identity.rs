@@ -9,7 +9,7 @@ use object_store::path::Path;
 use tracing::{info, warn};
 
 use super::store::random;
-use super::{ArchiveError, Store, StoreError};
+use super::{ArchiveError, ArchiveSettings, Store, StoreError};
 use crate::state::Engine;
 
 const FILE: &str = "cluster-id";
@@ -18,11 +18,12 @@ const BYTES_MAX: u64 = 64;
 
 /// The id that data directory and bucket agree on; where one has none, it gets the other's.
 pub(super) async fn agree(
-    data_dir: &FilePath,
+    settings: &ArchiveSettings,
     store: &Store,
     key: &Path,
     remote: bool,
 ) -> Result<String, ArchiveError> {
+    let data_dir = settings.data_dir.as_path();
     let local = read(data_dir)?;
     let there =
         match store.get(key, BYTES_MAX).await {
@@ -32,9 +33,8 @@ pub(super) async fn agree(
             })?),
             Err(StoreError::Missing(_)) => None,
             Err(error @ StoreError::Failed { .. }) if remote => {
-                let unreachable = || ArchiveError::Unreachable { archive: store.describe(), reason: error.to_string() };
                 warn!(%error, "the archive cannot be reached");
-                return local.ok_or_else(unreachable);
+                return local.ok_or_else(|| settings.unreachable(store, &error));
             }
             Err(error) => return Err(error.into()),
         };

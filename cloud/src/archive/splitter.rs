@@ -35,6 +35,13 @@ const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 /// How often runs are looked through for what may go, at most.
 const MAINTENANCE: Duration = Duration::from_secs(60);
 
+/// A shard that split nothing for so long is looked through all the same, as often as that: its last hour and its last day
+/// are merged when the clock says that they are long over.
+const IDLE: Duration = Duration::from_secs(3600);
+/// How long an hour or a day has been over by the clock then. The clock decides on nothing but this: one that is wrong
+/// costs a merge that is made again, or made late.
+const IDLE_MS: i64 = 3_600_000;
+
 /// How long upkeep waits while there is always more to split; then it writes one object.
 const UPKEEP_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -66,6 +73,8 @@ pub(super) struct Splitter<'a> {
     settled: merge::Settled,
     /// Since when objects may be worth writing again.
     upkeep_due: Option<Instant>,
+    /// When upkeep was last done.
+    upkept: Instant,
     /// A root whose PUT has no known outcome: nothing else is published before that is settled.
     pending: Option<Pending>,
     /// The local copy of the manifest is older than the bucket's.
@@ -127,6 +136,7 @@ impl<'a> Splitter<'a> {
             shunned: BTreeSet::new(),
             settled: merge::Settled::default(),
             upkeep_due: Some(now),
+            upkept: now,
             pending: None,
             mirror_behind: false,
             claim_seq,
@@ -179,6 +189,9 @@ impl<'a> Splitter<'a> {
         if split {
             self.round().await?;
         }
+        if self.upkept.elapsed() >= IDLE && self.is_idle() {
+            self.upkeep_due.get_or_insert_with(Instant::now);
+        }
         // Upkeep waits for splitting, but not for ever.
         let patience = if split { UPKEEP_PATIENCE } else { Duration::ZERO };
         let upkeep = self.upkeep_due.is_some_and(|since| since.elapsed() >= patience);
@@ -186,6 +199,16 @@ impl<'a> Splitter<'a> {
             self.upkeep().await?;
         }
         Ok(settled || split || upkeep)
+    }
+
+    /// Whether nothing was split for long, and nothing waits to be.
+    fn is_idle(&self) -> bool {
+        self.split.elapsed() >= IDLE && self.source.durable().next_seq <= self.root.trim
+    }
+
+    /// Up to when the log has everything. Of a log that stands still the clock must say it.
+    fn log_ms(&self) -> Option<TimestampMs> {
+        self.log_ms.max(self.is_idle().then(|| self.archive.now_ms().saturating_sub(IDLE_MS)))
     }
 
     /// Waits for the next look; `true` when a roll was asked for.

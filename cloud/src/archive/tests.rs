@@ -174,6 +174,7 @@ async fn a_new_node_does_not_guess_when_the_bucket_is_away() {
     store.plan.lock().down = true;
     let refused = Node::start(&mut Home::new(), Some(&store)).await.err().unwrap();
     assert!(matches!(refused, ArchiveError::Unreachable { .. }), "{refused}");
+    assert!(refused.to_string().contains("url = \"off\""), "{refused}");
 }
 
 #[tokio::test]

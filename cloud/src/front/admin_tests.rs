@@ -60,7 +60,7 @@ fn broker() -> Broker {
     Broker::new(log, state, catalogue, groups, 7, "cluster".to_owned(), FrontSettings::default())
 }
 
-fn version(api_version: i16) -> RequestContext {
+pub(super) fn version(api_version: i16) -> RequestContext {
     RequestContext {
         api_version,
         client_id: Some("app".to_owned()),
@@ -152,7 +152,7 @@ async fn topics_are_deleted_by_name_or_id() {
     let wanted = [
         ErrorCode::NONE,
         ErrorCode::NONE,
-        ErrorCode::UNKNOWN_TOPIC_OR_PARTITION,
+        ErrorCode::INVALID_REQUEST,
         ErrorCode::UNKNOWN_TOPIC_ID,
         ErrorCode::INVALID_REQUEST,
         ErrorCode::INVALID_REQUEST,
@@ -162,7 +162,7 @@ async fn topics_are_deleted_by_name_or_id() {
     let request = DeleteTopicsRequest { topic_names: vec!["c".to_owned(), "c".to_owned()], ..Default::default() };
     let codes: Vec<ErrorCode> =
         delete_topics::handle(&broker, &version(5), request).await.responses.iter().map(|a| a.error_code).collect();
-    assert_eq!(codes, [ErrorCode::NONE, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION]);
+    assert_eq!(codes, [ErrorCode::NONE, ErrorCode::INVALID_REQUEST]);
 }
 
 #[tokio::test]

@@ -1,23 +1,30 @@
 //! AlterConfigs: a topic has the settings named and no others. What both ways of altering have in common is here.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
+use futures_util::future::join_all;
 use kafka_wire::ErrorCode;
 use kafka_wire::alter_configs::{
     AlterConfigsRequest, AlterConfigsResource, AlterConfigsResourceResponse, AlterConfigsResponse,
 };
+use tokio::time::Instant;
 
 use super::{Broker, RequestContext};
-use crate::catalogue::{CatalogueSettings, configs};
+use crate::catalogue::{CatalogueSettings, configs, within};
 
 const TOPIC: i8 = 2;
 const BROKER: i8 = 4;
 
+/// How long an answer waits for what must be durable first: these requests have no time-out of their own. After it the
+/// answer is REQUEST_TIMED_OUT, and the change goes on.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// Answers AlterConfigs.
 pub async fn handle(broker: &Broker, _: &RequestContext, request: AlterConfigsRequest) -> AlterConfigsResponse {
     let named = Named::of(request.resources.iter().map(|one| (one.resource_type, one.resource_name.as_str())));
-    let mut responses = Vec::with_capacity(request.resources.len());
-    for AlterConfigsResource { resource_type, resource_name, configs: wanted } in request.resources {
+    let answers = request.resources.into_iter().map(async |resource| {
+        let AlterConfigsResource { resource_type, resource_name, configs: wanted } = resource;
         let wanted: Vec<_> = wanted.into_iter().map(|one| (one.name, one.value)).collect();
         let altered = match named.check(resource_type, &resource_name, wanted.iter().map(|(name, _)| name.as_str())) {
             Ok(()) => {
@@ -27,9 +34,9 @@ pub async fn handle(broker: &Broker, _: &RequestContext, request: AlterConfigsRe
             Err(refused) => Err(refused),
         };
         let (error_code, error_message) = answer(altered);
-        responses.push(AlterConfigsResourceResponse { error_code, error_message, resource_type, resource_name });
-    }
-    AlterConfigsResponse { responses, ..Default::default() }
+        AlterConfigsResourceResponse { error_code, error_message, resource_type, resource_name }
+    });
+    AlterConfigsResponse { responses: join_all(answers).await, ..Default::default() }
 }
 
 /// A refusal, and why.
@@ -65,7 +72,7 @@ impl Named {
             }
             other => return refused(format!("settings of resource type {other} are not served")),
         }
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         match settings.find(|name| !seen.insert(*name)) {
             Some(twice) => {
                 let twice: String = twice.chars().take(128).collect();
@@ -82,7 +89,8 @@ pub(super) async fn configure(
     validate_only: bool,
     altered: impl FnOnce(&BTreeMap<String, String>, &CatalogueSettings) -> Result<BTreeMap<String, String>, String>,
 ) -> Result<(), Refused> {
-    let configured = broker.catalogue.configure(topic, validate_only, altered).await;
+    let configured = broker.catalogue.configure(topic, validate_only, altered);
+    let configured = within(Instant::now() + PATIENCE, configured).await;
     configured.map_err(|error| (ErrorCode(error.code()), error.to_string()))
 }
 

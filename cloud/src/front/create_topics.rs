@@ -1,5 +1,7 @@
-//! CreateTopics: each topic right or wrong by itself, those that are right in one commit.
+//! CreateTopics: each topic right or wrong by itself, those that go to the same shards in one commit.
 //!
+//! - What is not durable when the request's time-out is over is answered REQUEST_TIMED_OUT and goes on: asked for again, it is
+//!   there or is waited for.
 //! - Partitions and replication factor -1 ask for the broker's defaults. There is one replica: another factor is refused.
 //! - A manual assignment must name this node for each partition from 0 on.
 //! - `validate_only` says what would come of it. v5 answers the settings in force, v7 the topic id.
@@ -7,14 +9,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 
+use futures_util::future::join_all;
 use kafka_wire::create_topics::{
     CreatableReplicaAssignment, CreatableTopic, CreatableTopicConfigs, CreatableTopicResult, CreateTopicsRequest,
     CreateTopicsResponse,
 };
 use kafka_wire::{ErrorCode, Uuid};
+use tokio::time::Instant;
 
-use super::{Broker, RequestContext};
-use crate::catalogue::{NewTopic, configs};
+use super::{Broker, RequestContext, patience};
+use crate::catalogue::{NewTopic, configs, within};
 use crate::state::Topic;
 
 /// Why a topic was refused: code and words.
@@ -44,7 +48,9 @@ pub async fn handle(broker: &Broker, _: &RequestContext, request: CreateTopicsRe
             Err(refusal) => topics.push(refused(name, refusal)),
         }
     }
-    let made = broker.catalogue.create_all(wanted, request.validate_only).await;
+    let deadline = Instant::now() + patience(request.timeout_ms);
+    let making = broker.catalogue.create_all(wanted, request.validate_only);
+    let made = join_all(making.into_iter().map(|made| within(deadline, made))).await;
     let open = topics.iter_mut().filter(|result| !result.error_code.is_error());
     for (result, made) in open.zip(made) {
         let name = std::mem::take(&mut result.name);

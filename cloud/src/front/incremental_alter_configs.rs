@@ -1,5 +1,6 @@
 //! IncrementalAlterConfigs (KIP-339): each setting named is changed, the others stay.
 
+use futures_util::future::join_all;
 use kafka_wire::ErrorCode;
 use kafka_wire::incremental_alter_configs::{
     IncrementalAlterConfigsRequest, IncrementalAlterConfigsResource, IncrementalAlterConfigsResourceResponse,
@@ -17,8 +18,8 @@ pub async fn handle(
     request: IncrementalAlterConfigsRequest,
 ) -> IncrementalAlterConfigsResponse {
     let named = Named::of(request.resources.iter().map(|one| (one.resource_type, one.resource_name.as_str())));
-    let mut responses = Vec::with_capacity(request.resources.len());
-    for IncrementalAlterConfigsResource { resource_type, resource_name, configs } in request.resources {
+    let answers = request.resources.into_iter().map(async |resource| {
+        let IncrementalAlterConfigsResource { resource_type, resource_name, configs } = resource;
         let names = configs.iter().map(|one| one.name.as_str());
         let alterations = named
             .check(resource_type, &resource_name, names)
@@ -31,14 +32,9 @@ pub async fn handle(
             Err(refused) => Err(refused),
         };
         let (error_code, error_message) = answer(altered);
-        responses.push(IncrementalAlterConfigsResourceResponse {
-            error_code,
-            error_message,
-            resource_type,
-            resource_name,
-        });
-    }
-    IncrementalAlterConfigsResponse { responses, ..Default::default() }
+        IncrementalAlterConfigsResourceResponse { error_code, error_message, resource_type, resource_name }
+    });
+    IncrementalAlterConfigsResponse { responses: join_all(answers).await, ..Default::default() }
 }
 
 fn alteration(wanted: IncrementalAlterableConfig) -> Result<(String, Alteration), Refused> {

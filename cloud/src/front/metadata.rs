@@ -3,25 +3,32 @@
 //! - One node leads and holds everything: replicas = in-sync replicas = leader. It is told under the address of the
 //!   listener the client came through.
 //! - A topic that is asked for by name and does not exist is made, when both the client and the settings allow, and is
-//!   answered ready. Asking for all topics makes none.
+//!   answered ready; if that takes too long, LEADER_NOT_AVAILABLE, and the client asks again. Asking for all topics makes none.
 //! - A topic asked for twice is answered once, or a small request could ask for a boundless answer.
 //! - v0 asks for all with an empty list, later versions with null. v12 asks by id too.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
+use futures_util::future::join_all;
 use kafka_wire::metadata::{
     MetadataRequest, MetadataRequestTopic, MetadataResponse, MetadataResponseBroker, MetadataResponsePartition,
     MetadataResponseTopic, OPERATIONS_UNKNOWN,
 };
 use kafka_wire::{ErrorCode, Uuid};
 use shared::name::{Partition, TopicId, TopicName};
+use tokio::time::Instant;
 use tracing::info;
 
 use super::{Broker, RequestContext, operations};
+use crate::catalogue::{CatalogueError, within};
 use crate::state::Topic;
 
 /// The first version that asks by id.
 const BY_ID_VERSION_MIN: i16 = 12;
+
+/// How long topics that are asked for are waited for: well below clients' own time-outs, as the request gives none.
+const CREATION_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Answers a Metadata.
 pub async fn handle(broker: &Broker, context: &RequestContext, request: MetadataRequest) -> MetadataResponse {
@@ -37,18 +44,17 @@ pub async fn handle(broker: &Broker, context: &RequestContext, request: Metadata
         Some(asked) if asked.is_empty() && context.api_version == 0 => view.all(broker),
         Some(asked) => {
             let create = request.allow_auto_topic_creation && broker.settings.auto_create_topics;
+            let deadline = Instant::now() + CREATION_PATIENCE;
             let mut seen = HashSet::new();
-            let mut topics = Vec::new();
-            for asked in asked {
-                if !seen.insert((asked.name.clone(), asked.topic_id)) {
-                    continue;
+            let once = asked.into_iter().filter(|asked| seen.insert((asked.name.clone(), asked.topic_id)));
+            let (view, version) = (&view, context.api_version);
+            let shown = once.map(|asked| async move {
+                match asked.name {
+                    Some(name) => view.named(broker, name, create.then_some(deadline)).await,
+                    None => view.identified(broker, version, &asked),
                 }
-                topics.push(match asked.name {
-                    Some(name) => view.named(broker, name, create).await,
-                    None => view.identified(broker, context.api_version, &asked),
-                });
-            }
-            topics
+            });
+            join_all(shown).await
         }
     };
     MetadataResponse {
@@ -81,22 +87,23 @@ impl View {
         topics.iter().map(|topic| self.topic(broker, topic)).collect()
     }
 
-    async fn named(&self, broker: &Broker, name: String, create: bool) -> MetadataResponseTopic {
+    async fn named(&self, broker: &Broker, name: String, create: Option<Instant>) -> MetadataResponseTopic {
         let Ok(valid) = TopicName::parse(&name) else {
             return self.missing(ErrorCode::INVALID_TOPIC, Some(name), Uuid::ZERO);
         };
         if let Some(topic) = self.find(broker, &valid) {
             return topic;
         }
-        if !create {
+        let Some(deadline) = create else {
             return self.missing(ErrorCode::UNKNOWN_TOPIC_OR_PARTITION, Some(name), Uuid::ZERO);
-        }
-        let error = match broker.catalogue.find_or_create(&name, None).await {
+        };
+        let error = match within(deadline, broker.catalogue.find_or_create(&name, None)).await {
             Ok(_) => match self.find(broker, &valid) {
                 Some(topic) => return topic,
                 // Deleted again at once: the client asks again.
                 None => ErrorCode::LEADER_NOT_AVAILABLE,
             },
+            Err(CatalogueError::TimedOut) => ErrorCode::LEADER_NOT_AVAILABLE,
             Err(error) => {
                 info!(topic = name, %error, "a topic could not be made for a client that asked for it");
                 ErrorCode(error.code())

@@ -23,16 +23,12 @@ use shared::log::{Append, AppendError, Appended, BoxFuture, Source};
 use tokio::time::{Instant, timeout_at};
 use tracing::{error, warn};
 
-use super::{Broker, RequestContext, Route};
+use super::{Broker, RequestContext, Route, patience};
 
 /// The first version that carries RecordBatch v2.
 const VERSION_MIN: i16 = 3;
 /// The first version whose clients know zstd (KIP-110).
 const ZSTD_VERSION_MIN: i16 = 7;
-
-/// Bounds on the time-out that a request may give.
-const TIMEOUT_MIN: Duration = Duration::from_secs(1);
-const TIMEOUT_MAX: Duration = Duration::from_secs(300);
 
 /// Appends under way.
 pub(super) struct Begun {
@@ -63,8 +59,7 @@ impl From<ErrorCode> for Refusal {
 pub(super) fn begin(broker: &Broker, context: &RequestContext, request: ProduceRequest) -> Begun {
     let refuse_all = refuse_request(context.api_version, &request);
     // Without an answer nobody's time can be up.
-    let millis = if request.acks == 0 { u64::MAX } else { u64::try_from(request.timeout_ms).unwrap_or(0) };
-    let timeout = Duration::from_millis(millis).clamp(TIMEOUT_MIN, TIMEOUT_MAX);
+    let timeout = patience(if request.acks == 0 { i32::MAX } else { request.timeout_ms });
     let routes = broker.routes_named(request.topic_data.iter().map(|topic| &topic.name[..]));
     let topics = request.topic_data.into_iter().zip(routes).map(|(topic, route)| {
         let partitions = topic.partition_data.into_iter().map(|data| {

@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use futures_util::future::join_all;
 use shared::link::frame::Hello;
 use shared::log::{BoxFuture, StreamKey};
 use shared::name::{Partition, TimestampMs, TopicId, TopicName};
+use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 use super::{Ingest, IngestError, count};
@@ -34,7 +36,9 @@ impl Topics for Catalogue {
         Box::pin(async move {
             match self.find_or_create(name.as_str(), Some(partitions)).await {
                 Ok(topic) => Ok((topic.id, topic.partitions)),
-                Err(error @ CatalogueError::NotStored(_)) => Err(TopicError::Unavailable(error.to_string())),
+                Err(error @ (CatalogueError::NotStored(_) | CatalogueError::TimedOut)) => {
+                    Err(TopicError::Unavailable(error.to_string()))
+                }
                 Err(error) => Err(TopicError::Refused(error.to_string())),
             }
         })
@@ -42,12 +46,49 @@ impl Topics for Catalogue {
 }
 
 impl Ingest {
-    /// Finds or chooses the partition of each stream of a hello, and notes the edge; one commit for all of it.
+    /// Finds or chooses the partition of each stream of a hello, and notes the edge; one commit for all of it. A stream whose
+    /// topic is not there in half the time has none.
     pub(super) async fn place(
         &self,
         now_ms: TimestampMs,
         hello: &Hello,
         refusals: Vec<Option<String>>,
+        deadline: Instant,
+    ) -> Result<Vec<Result<Partition, String>>, IngestError> {
+        let now = Instant::now();
+        // The other half is for the commit.
+        let made_by = now + deadline.saturating_duration_since(now) / 2;
+        let ensured = hello.streams.iter().zip(refusals).map(|(stream, refusal)| async move {
+            match refusal {
+                Some(reason) => {
+                    count(&self.counters.refused, 1);
+                    Err(reason)
+                }
+                None => self.ensure(&stream.topic, made_by).await,
+            }
+        });
+        let topics = join_all(ensured).await;
+        // What is in the catalogue's shard is all that is waited for from here on.
+        let placed = timeout_at(deadline, self.place_in(now_ms, hello, topics)).await;
+        placed.unwrap_or_else(|_| Err(IngestError::Unavailable("the catalogue's shard does not answer".to_owned())))
+    }
+
+    /// The topic's identity and partitions, or why there is none.
+    async fn ensure(&self, topic: &TopicName, made_by: Instant) -> Result<(TopicId, u32), String> {
+        let ensured = self.topics.ensure_topic(topic, self.settings.stream_partitions);
+        match timeout_at(made_by, ensured).await {
+            Ok(ensured) => ensured.map_err(|error| error.to_string()),
+            Err(_) => {
+                Err(format!("topic \"{topic}\" is being made, and a disk or store that it needs does not answer"))
+            }
+        }
+    }
+
+    async fn place_in(
+        &self,
+        now_ms: TimestampMs,
+        hello: &Hello,
+        topics: Vec<Result<(TopicId, u32), String>>,
     ) -> Result<Vec<Result<Partition, String>>, IngestError> {
         let _one_at_a_time = self.placing.lock().await;
         let detail = BTreeMap::from([
@@ -56,20 +97,13 @@ impl Ingest {
         ]);
         let mut changes = vec![Change::EdgeSeen { edge: hello.edge.clone(), seen_ms: now_ms, detail }];
         let mut targets = Vec::with_capacity(hello.streams.len());
-        for (stream, refusal) in hello.streams.iter().zip(refusals) {
-            if let Some(reason) = refusal {
-                count(&self.counters.refused, 1);
-                targets.push(Err(reason));
-                continue;
-            }
-            let ensured = self.topics.ensure_topic(&stream.topic, self.settings.stream_partitions).await;
-            let (topic, partitions) = match ensured {
+        for (stream, topic) in hello.streams.iter().zip(topics) {
+            let (topic, partitions) = match topic {
                 Ok(found) => found,
-                Err(TopicError::Refused(reason)) => {
+                Err(reason) => {
                     targets.push(Err(reason));
                     continue;
                 }
-                Err(TopicError::Unavailable(reason)) => return Err(IngestError::Unavailable(reason)),
             };
             let key =
                 StreamKey { edge: hello.edge.clone(), stream: stream.name.clone(), incarnation: stream.incarnation };

@@ -21,6 +21,8 @@ use crate::catalogue::{Catalogue, CatalogueSettings};
 use crate::shard::{Shard, ShardSettings};
 use crate::wal::memory::MemoryWal;
 
+mod hang;
+
 /// Every record of a topic: partition, value, headers.
 async fn records(link: &Link, topic: &str) -> Vec<(u32, Bytes, Vec<String>)> {
     let Some((topic, partitions)) = link.topic(topic) else { return Vec::new() };
@@ -314,7 +316,7 @@ async fn a_hello_waits_for_an_append_under_way() {
 #[tokio::test]
 async fn a_token_opens_its_own_edge_and_topics_only() {
     let topics = Some(vec![TopicName::parse("s-topic").unwrap()]);
-    let grant = EdgeGrant { id: edge("gw"), token: "secret".into(), topics };
+    let grant = EdgeGrant { id: edge("gw"), token: shared::config::Secret::new("secret".to_owned()), topics };
     let link = Link::start(IngestSettings { grants: Grants::new(vec![grant]), ..IngestSettings::default() }).await;
     let mine = frame::encode(&hello(session(1, 1), &["s", "t"]));
     let mut other = hello(session(1, 1), &["s"]);

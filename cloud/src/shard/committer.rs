@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use shared::log::{AppendError, StreamKey};
 use shared::name::Partition;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use super::flight::{Committing, Inner, OpenBlock};
 use super::fold::fold;
@@ -162,8 +162,13 @@ impl Core {
                 inner.stop(AppendError::Fenced(epoch));
                 self.committed.notify_waiters();
             }
+            WalError::Closed => {
+                info!("closed with a block under way: the next start finds out what became of it");
+                inner.stop(AppendError::Closed);
+                self.committed.notify_waiters();
+            }
             error => {
-                error!(%error, "the WAL failed: the shard stops, restart when the disk is well");
+                error!(%error, "the log failed: the shard stops; start again when that is mended");
                 inner.stop(AppendError::Storage(error.to_string()));
                 self.committed.notify_waiters();
             }

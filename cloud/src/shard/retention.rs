@@ -36,12 +36,18 @@ pub fn kept(topic: &Topic, retention_ms: i64, retention_bytes: i64) -> Kept {
     }
 }
 
+impl Kept {
+    fn is_too_old(&self, appended_ms: TimestampMs, now: TimestampMs) -> bool {
+        self.retention_ms >= 0 && now.saturating_sub(appended_ms) > self.retention_ms
+    }
+}
+
 /// The new log start, if it moves: whole parts go from the front, as long as they are too old or the rest is large enough.
 fn new_start(parts: &[Part], kept: Kept, now: TimestampMs) -> Option<Offset> {
     let mut bytes: u64 = parts.iter().map(|part| part.bytes).sum();
     let mut start = None;
     for part in parts {
-        let too_old = kept.retention_ms >= 0 && now.saturating_sub(part.appended_ms) > kept.retention_ms;
+        let too_old = kept.is_too_old(part.appended_ms, now);
         let too_large =
             u64::try_from(kept.retention_bytes).is_ok_and(|bound| bytes.saturating_sub(part.bytes) >= bound);
         if !too_old && !too_large {
@@ -67,6 +73,9 @@ impl Core {
             if kept.retention_ms < 0 && kept.retention_bytes < 0 {
                 continue;
             }
+            if kept.retention_bytes < 0 && !self.is_due(partition, kept, now) {
+                continue;
+            }
             let cold = self.cold.runs(partition);
             let inner = self.inner.lock();
             let Some(state) = inner.state.partition(partition) else { continue };
@@ -76,6 +85,16 @@ impl Core {
             }
         }
         moves
+    }
+
+    /// Whether the oldest part is too old. Parts go from the front, so that nothing else need be looked at if it is not.
+    fn is_due(&self, partition: Partition, kept: Kept, now: TimestampMs) -> bool {
+        let log_start = |inner: &Inner| inner.state.partition(partition).map(|state| state.log_start);
+        let Some(log_start) = log_start(&self.inner.lock()) else { return false };
+        // The cold tier has locks of its own: it is never asked under ours.
+        let archived = self.cold.oldest(partition, log_start).map(|run| run.appended_ms);
+        let oldest = archived.or_else(|| Some(self.inner.lock().index.from(partition, log_start).next()?.append_ms));
+        oldest.is_some_and(|appended_ms| kept.is_too_old(appended_ms, now))
     }
 }
 

@@ -320,6 +320,16 @@ fn a_failed_disk_stops_the_shard_and_leaves_it_readable() {
     assert!(shard.status().stopped.unwrap().contains("EIO"));
 }
 
+/// An object log gives up the PUT under way when its node stops: nothing has failed.
+#[test]
+fn a_log_that_is_closed_under_an_append_has_not_failed() {
+    let (shard, wal) = held();
+    let under_way = shard.append(from_producer(partition(1), batch(1, 1)));
+    wal.order(Err(WalError::Closed));
+    assert_eq!(block_on(under_way), Err(AppendError::Closed));
+    assert_eq!(append(&shard, batch(1, 1)), Err(AppendError::Closed));
+}
+
 #[test]
 fn a_close_makes_durable_what_is_in_flight() {
     let (shard, wal) = shard();
@@ -513,6 +523,62 @@ fn retention_goes_by_append_time_and_size() {
     assert_eq!(block_on(shard.apply_retention()), Ok(1));
     let bounds = shard.bounds(partition(1)).unwrap();
     assert_eq!((bounds.log_start, bounds.high_watermark), (30, 30));
+}
+
+/// An archive of many runs, which counts how often it must show them all.
+#[derive(Default)]
+struct ManyRuns {
+    walks: AtomicI64,
+}
+
+impl ColdTier for ManyRuns {
+    fn bounds(&self, _: Partition) -> Option<ColdBounds> {
+        Some(ColdBounds { first: 0, next: 10, bytes: 1_000 })
+    }
+    fn runs(&self, partition: Partition) -> Vec<ColdRun> {
+        self.walks.fetch_add(1, Ordering::SeqCst);
+        (0..10).filter_map(|from| self.oldest(partition, from)).collect()
+    }
+    fn oldest(&self, _: Partition, from: Offset) -> Option<ColdRun> {
+        let at = 1_000 + from * 100;
+        let run = ColdRun { base: from, next: from + 1, bytes: 100, max_timestamp: 0, appended_ms: at };
+        (0..10).contains(&from).then_some(run)
+    }
+    fn read(&self, _: Partition, from: Offset, _: ReadLimits) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
+        Box::pin(std::future::ready(Ok(ColdRead { batches: Vec::new(), next: from })))
+    }
+    fn find_time(
+        &self,
+        _: Partition,
+        _: Offset,
+        _: TimestampMs,
+    ) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+    fn max_time(&self, _: Partition, _: Offset) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
+        Box::pin(std::future::ready(Ok(None)))
+    }
+}
+
+#[test]
+fn retention_looks_at_the_oldest_run_alone_until_that_may_go() {
+    let now = Arc::new(AtomicI64::new(1_000));
+    let clock: Clock = {
+        let now = now.clone();
+        Arc::new(move || now.load(Ordering::SeqCst))
+    };
+    let cold = Arc::new(ManyRuns::default());
+    let settings = ShardSettings { retention_ms: 500, ..ShardSettings::default() };
+    let wal = Box::new(MemoryWal::new(WAL_BYTES));
+    let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock).unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    append(&shard, batch(10, 1)).unwrap();
+    for (at, moved, walks) in [(1_200, 0, 0), (1_500, 0, 0), (1_750, 1, 1), (1_760, 0, 1), (1_850, 1, 2)] {
+        now.store(at, Ordering::SeqCst);
+        assert_eq!(block_on(shard.apply_retention()), Ok(moved), "at {at}");
+        assert_eq!(cold.walks.load(Ordering::SeqCst), walks, "at {at}");
+    }
+    assert_eq!(shard.bounds(partition(1)).unwrap().log_start, 4);
 }
 
 #[test]

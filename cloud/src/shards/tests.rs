@@ -378,3 +378,43 @@ fn shards_become_more_and_never_fewer() {
     let refused = assign(&known, &wanted(1, 0, 0)).unwrap_err();
     assert!(refused.contains("[shards] object = 0") && refused.contains("Set it to 1"), "{refused}");
 }
+
+#[test]
+fn a_deleted_topic_leaves_no_route() {
+    let shards = Disks::new().start();
+    block_on(shards.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    shards.place(2, 1, &[1]);
+    for n in [1, 2] {
+        shards.append(at(n, 0), 1);
+        let mut deletion = shards.commit(vec![Change::TopicDeleted { id: at(n, 0).topic }]);
+        // Whoever still sees the topic finds its shard, and leaves it behind.
+        assert_eq!(shards.shard_of(at(n, 0)).status().shard, u32::from(n) - 1);
+        let _ = conformance::poll_once(&mut deletion);
+        shards.shard_of(at(n, 0));
+        block_on(deletion).unwrap();
+        assert!(shards.routes.read().is_empty(), "topic {n}");
+    }
+}
+
+#[test]
+fn of_a_stream_only_those_shards_are_asked_that_have_had_records_of_it() {
+    let disks = Disks::new();
+    let shards = disks.start();
+    shards.place(1, 1, &[1]);
+    shards.place(2, 1, &[2]);
+    let key = stream(1, 1);
+    let send = |shards: &Shards, n: u8, first, last| {
+        block_on(Log::append(shards, from_edge(at(n, 0), &key, first, last))).unwrap();
+    };
+    let asked = |shards: &Shards| shards.knowing(&key).map(|member| member.number).collect::<Vec<_>>();
+    assert!(asked(&shards).is_empty());
+    send(&shards, 1, 0, 9);
+    send(&shards, 1, 10, 19);
+    assert_eq!(asked(&shards), [1]);
+    shards.ship(1);
+    send(&shards, 2, 20, 29);
+    assert_eq!(asked(&shards), [1, 2]);
+    shards.close();
+    let shards = disks.start();
+    assert_eq!((asked(&shards), shards.stream(&key).unwrap().next), (vec![1, 2], 30));
+}

@@ -37,6 +37,7 @@ use tracing::warn;
 
 use super::disk::{Disk, DiskFile};
 use super::{BlockLog, Usage, WalError, is_sound};
+use crate::block::SEQ_MAX;
 
 mod recovery;
 
@@ -158,7 +159,7 @@ impl Frame {
             seq: fields.get_u64(),
             bytes: fields.get_u32(),
         };
-        (frame.bytes <= BLOCK_BYTES_MAX && frame.seq < u64::MAX).then_some(frame)
+        (frame.bytes <= BLOCK_BYTES_MAX && frame.seq <= SEQ_MAX && frame.generation <= SEQ_MAX).then_some(frame)
     }
 
     /// Bytes it takes in a file, block and all.
@@ -193,13 +194,14 @@ impl Slot {
         let mut fields = unsealed(bytes, RING_MAGIC)?;
         fields.advance(2);
         let flags = fields.get_u16();
-        Some(Self {
+        let slot = Self {
             has_blocks: flags & 1 != 0,
             resetting: flags & 2 != 0,
             wal_id: fields.get_u64(),
             count: fields.get_u64(),
             trim: fields.get_u64(),
-        })
+        };
+        (slot.count <= SEQ_MAX && slot.trim <= SEQ_MAX).then_some(slot)
     }
 
     /// Writes the slot that is not in force, and makes it so.

@@ -114,9 +114,18 @@ impl ObjectWal {
                     warn!(%error, seq, failures, "a block's PUT has no known outcome yet; it is made again");
                     tokio::time::sleep(backoff(self.settings.backoff, failures)).await;
                 }
-                Err(error) => return Err(WalError::Io(error.to_string())),
+                Err(error) => return Err(self.failed(error)),
             }
         }
+    }
+
+    fn failed(&self, error: StoreError) -> WalError {
+        let reason = match error {
+            // Of an object that is to be made this is what a store says whose bucket is gone.
+            StoreError::Missing(key) => format!("it has no place for {key}: is the bucket there?"),
+            error => error.to_string(),
+        };
+        WalError::Store { store: self.store.describe(), reason }
     }
 
     /// The epoch of whoever's block has this number; 0 if it cannot be read.
@@ -169,7 +178,7 @@ impl ObjectWal {
             Ok(bytes) => Ok(bytes),
             // Collected since: its batches are in segments.
             Err(StoreError::Missing(_)) => Err(self.held.lock().not_there(seq)),
-            Err(error) => Err(WalError::Io(error.to_string())),
+            Err(error) => Err(self.failed(error)),
         }
     }
 }
@@ -220,7 +229,7 @@ impl BlockLog for ObjectWal {
 
     /// Objects are never thrown away for a restore: they are what a restore begins from.
     fn reset(&self, _next: u64) -> Result<(), WalError> {
-        Err(WalError::Io("a log of objects cannot be reset".into()))
+        Err(WalError::Corrupt("a log of objects cannot be reset".into()))
     }
 
     fn settle(&self) -> Result<(), WalError> {

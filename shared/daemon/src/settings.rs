@@ -50,7 +50,10 @@ impl SettingsArgs {
 pub fn secret(key: &str, value: Option<&Secret>, file: Option<&Path>) -> anyhow::Result<Option<Secret>> {
     match (value, file) {
         (Some(_), Some(_)) => anyhow::bail!("both {key} and {key}_file are set: keep one of them"),
-        (Some(value), None) => Ok(Some(value.clone())),
+        (Some(value), None) => {
+            anyhow::ensure!(!value.is_empty(), "{key} is empty: give it a value, or name a file with {key}_file");
+            Ok(Some(value.clone()))
+        }
         (None, Some(path)) => {
             let text =
                 std::fs::read_to_string(path).with_context(|| format!("{key}_file: cannot read {}", path.display()))?;
@@ -59,5 +62,21 @@ pub fn secret(key: &str, value: Option<&Secret>, file: Option<&Path>) -> anyhow:
             Ok(Some(Secret::new(text.to_owned())))
         }
         (None, None) => Ok(None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_that_is_empty_is_refused() {
+        let empty = Secret::new(String::new());
+        let refused = secret("[[mqtt.user]] password", Some(&empty), None).unwrap_err().to_string();
+        assert!(refused.starts_with("[[mqtt.user]] password is empty"), "{refused}");
+        let some = Secret::new("value".to_owned());
+        assert_eq!(secret("key", Some(&some), None).unwrap().unwrap().reveal(), "value");
+        assert!(secret("key", Some(&some), Some(Path::new("file"))).is_err());
+        assert!(secret("key", None, None).unwrap().is_none());
     }
 }

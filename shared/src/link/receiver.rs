@@ -91,6 +91,16 @@ pub enum Plan {
     Refuse(StreamName, Outcome),
 }
 
+impl Plan {
+    /// Whose batch it is.
+    pub fn stream(&self) -> &StreamName {
+        match self {
+            Self::Store(plan) | Self::Reject(plan) => &plan.stream,
+            Self::Refuse(stream, _) => stream,
+        }
+    }
+}
+
 /// A batch that may be stored.
 #[derive(Debug)]
 pub struct StorePlan {

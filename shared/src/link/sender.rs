@@ -293,7 +293,8 @@ impl Sender {
         let known = self
             .streams
             .iter()
-            .filter(|(_, stream)| !stream.blocked && stream.durable.is_some())
+            // Those of which nothing is stored yet too: this poll may last longer than their first append.
+            .filter(|(_, stream)| !stream.blocked)
             .map(|(name, stream)| (name.clone(), stream.safe))
             .collect();
         let wait_secs = self.poll.wait_secs.clamp(1, self.limits.poll_secs_max.max(1));

@@ -81,6 +81,7 @@ impl Splitter<'_> {
             self.publish(root, index, pages.fresh, work).await?;
         }
         self.upkeep_due = more.then(Instant::now);
+        self.upkept = Instant::now();
         Ok(())
     }
 
@@ -125,7 +126,7 @@ impl Splitter<'_> {
         let choice = Choice {
             index,
             retention: &|partition| source.retained(partition).map(|retained| retained.retention_ms),
-            log_ms: self.log_ms?,
+            log_ms: self.log_ms()?,
             segment_bytes: self.segment_bytes(),
             bytes_max: self.segment_bytes().saturating_mul(MERGE_SEGMENTS_MAX),
             shunned: &self.shunned,

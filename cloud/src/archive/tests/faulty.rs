@@ -27,6 +27,8 @@ pub struct Plan {
     pub one_in: Option<u64>,
     /// Writes to keys that contain this are done, and answered with an error.
     pub lost_answers: Option<&'static str>,
+    /// There is no such bucket.
+    pub bucketless: bool,
     /// `PutMode::Create` is not honoured.
     pub unconditional: bool,
     /// Where the pseudo-random numbers are.
@@ -155,6 +157,9 @@ impl fmt::Display for Faulty {
 #[async_trait]
 impl ObjectStore for Faulty {
     async fn put_opts(&self, location: &Path, payload: PutPayload, mut opts: PutOptions) -> Result<PutResult> {
+        if self.plan.lock().bucketless {
+            return Err(Error::NotFound { path: location.to_string(), source: "NoSuchBucket".into() });
+        }
         if self.plan.lock().unconditional {
             opts.mode = PutMode::Overwrite;
         }

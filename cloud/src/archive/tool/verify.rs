@@ -1,6 +1,6 @@
 //! `verify`: whether everything in an archive is what was written, and whether nothing is missing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 
 use futures_util::StreamExt;
@@ -16,8 +16,10 @@ use crate::archive::{Store, StoreError};
 use crate::block::Block;
 use crate::manifest::{OBJECT_BYTES_MAX, Root};
 use crate::segment::Run;
-use crate::state::State;
+use crate::state::{CATALOGUE, Engine, State};
 
+/// Longer than any engine's name.
+const ENGINE_BYTES_MAX: u64 = 64;
 /// Objects that are read at a time; each takes two windows of memory.
 const CONCURRENCY: usize = 4;
 
@@ -85,11 +87,47 @@ pub(super) async fn check(store: &Store, progress: &Progress) -> Result<Report, 
             report.unnamed.1 += size;
         }
     }
+    let engines = engines(&view);
     for shard in &mut view.shards {
+        check_engine(store, shard, &engines, &mut report.findings).await?;
         check_shard(store, shard, progress, &mut report).await?;
     }
     forgive_what_moved_on(store, &view, &mut report).await?;
     Ok(report)
+}
+
+/// The engine of each shard, as the catalogue has it.
+fn engines(view: &View) -> BTreeMap<u32, Engine> {
+    let catalogue = view.shards.iter().find(|shard| shard.root.shard == CATALOGUE);
+    catalogue.iter().flat_map(|shard| shard.state.shards()).map(|(number, entry)| (number, entry.engine)).collect()
+}
+
+/// What a shard says of its engine keeps nodes of another engine away from it.
+async fn check_engine(
+    store: &Store,
+    shard: &ShardView,
+    engines: &BTreeMap<u32, Engine>,
+    findings: &mut Vec<Finding>,
+) -> Result<(), ToolError> {
+    let key = shard.keys.engine();
+    if !shard.objects.contains_key(&key) {
+        return Ok(());
+    }
+    let Some(said) = fetch(store, &key, ENGINE_BYTES_MAX, findings).await? else { return Ok(()) };
+    let said = String::from_utf8_lossy(&said);
+    let engine = said.strip_suffix('\n').and_then(Engine::parse).filter(|engine| *engine != Engine::Memory);
+    match (engine, engines.get(&shard.root.shard)) {
+        (None, _) => {
+            let what = format!("it names the engine {said:?}, expected {:?} or {:?}", "file\n", "object\n");
+            findings.push(Finding::new(&key, what));
+        }
+        (Some(engine), Some(known)) if engine != *known => {
+            let what = format!("it names the engine {engine}, the catalogue has the shard with the engine {known}");
+            findings.push(Finding::new(&key, what));
+        }
+        (Some(_), _) => {}
+    }
+    Ok(())
 }
 
 async fn check_shard(

@@ -255,6 +255,8 @@ impl ShardView {
         named.extend(self.pages().map(|pointer| keys.page(pointer)));
         named.extend(self.wals().into_iter().chain(self.fence_wals()).map(|seq| keys.wal(seq)));
         named.extend(self.fence_roots().into_iter().chain([self.root.seq]).map(|seq| keys.root(seq)));
+        // Written when a node first has the shard; one that could not reach the archive then writes it later.
+        named.extend(Some(keys.engine()).filter(|key| self.objects.contains_key(key)));
         named
     }
 }

@@ -11,6 +11,7 @@ use super::{
     FRAME_BYTES, FREE_MAX, FileWalSettings, Frame, Live, Location, MAGIC, RING_FILE, Ring, SECTOR, Slot, Spare,
     WalError, is_sound,
 };
+use crate::block::SEQ_MAX;
 
 /// One file as found.
 struct Found {
@@ -45,6 +46,10 @@ pub(super) fn recover(disk: &dyn Disk, settings: &FileWalSettings, wal_id: u64) 
     }
     let numbered: Vec<(u64, String)> =
         names.iter().filter_map(|name| Some((name.strip_suffix(".wal")?.parse().ok()?, name.clone()))).collect();
+    if let Some((number, name)) = numbered.iter().find(|(number, _)| *number > SEQ_MAX) {
+        let text = format!("the WAL holds a file {name}, and {number} is greater than any number can be: move it away");
+        return Err(WalError::Corrupt(text));
+    }
     if !names.iter().any(|name| name == RING_FILE) {
         if !numbered.is_empty() {
             let text = "the WAL has files but no `ring`: restore the whole directory, or move it away to start from the archive";

@@ -19,6 +19,7 @@ use crate::archive::tests::faulty::Faulty;
 use crate::archive::tests::s3::S3;
 use crate::archive::{Archive, ArchiveError, ArchiveSettings, RequestSettings, Source};
 use crate::block::{BlockBuilder, BlockHeader};
+use crate::manifest::Root;
 use crate::shard::{Shard, ShardSettings};
 use crate::state::{Change, StateLog, Topic};
 
@@ -552,4 +553,74 @@ fn reads_come_back_whole_whatever_the_limit() {
     for bytes_max in [1, 300, 1 << 20] {
         assert_eq!(read_all(&*log, partition(1), 0, bytes_max).len(), 19);
     }
+}
+
+/// As long as the claim takes, the owner writes on: each block of it is read once, and many at a time.
+#[tokio::test(start_paused = true)]
+async fn a_take_over_reads_each_block_once_however_often_the_owner_is_quicker() {
+    let store = Faulty::new();
+    let old = Arc::new(Owner::start(&store).await);
+    for _ in 0..300 {
+        old.append(1).await.unwrap();
+    }
+    let busy = old.clone();
+    let writing = tokio::spawn(async move {
+        let mut written = 0;
+        while busy.append(1).await.is_ok() {
+            written += 1;
+            tokio::time::sleep(Duration::from_millis(60)).await;
+        }
+        written
+    });
+    let seen = store.other();
+    seen.plan.lock().latency = Duration::from_millis(100);
+    let begun = Instant::now();
+    let new = Owner::start(&seen).await;
+    let taken = begun.elapsed();
+    let written: i64 = writing.await.unwrap();
+    assert_eq!(new.shard.bounds(partition(1)).unwrap().high_watermark, 300 + written, "all that was acknowledged");
+    let asked = seen.asked();
+    let blocks = usize::try_from(new.shard.durable().next_seq).unwrap();
+    // Each attempt looks at the root and the newest block, and a start at what tells whose the store is.
+    assert!(asked.wholes <= blocks + 3 * asked.lists + 8, "{asked:?} for {blocks} blocks");
+    assert!(taken < Duration::from_secs(20), "{taken:?} for {blocks} blocks at 100 ms each");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_stops_a_take_over_is_named() {
+    let store = Faulty::new();
+    let owner = Owner::start(&store).await;
+    (0..40).for_each(|_| drop(owner.shard.append(from_producer(partition(1), batch(1, 1)))));
+    owner.append(1).await.unwrap();
+    let gone = Keys::new(Path::default(), 0).wal(1);
+    store.inner.delete(&gone).await.unwrap();
+    let refused = Owner::try_start(&store, shard_settings()).await.err().expect("a block is missing").to_string();
+    assert!(refused.contains(gone.as_ref()), "{refused}");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    owner.append(1).await.expect("whoever has the shard keeps it");
+
+    let (store, keys) = (Faulty::new(), Keys::new(Path::default(), 0));
+    drop(Owner::start(&store).await);
+    let claimed = store.inner.get(&keys.root(1)).await.unwrap().bytes().await.unwrap();
+    let last = Root { epoch: u32::MAX, seq: 2, ..Root::decode(&claimed).unwrap() };
+    store.inner.put(&keys.root(2), last.encode().into()).await.unwrap();
+    let refused = Owner::try_start(&store, shard_settings()).await.err().expect("no epoch comes after").to_string();
+    assert!(refused.contains(keys.root(2).as_ref()) && refused.contains("greater"), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_bucket_that_is_gone_is_named_and_no_disk_is_blamed() {
+    let store = Faulty::new();
+    let owner = Owner::start(&store).await;
+    store.plan.lock().bucketless = true;
+    let Err(AppendError::Storage(text)) = owner.append(1).await else { panic!("there is no bucket") };
+    assert!(text.contains("faulty store") && text.contains("bucket") && !text.contains("disk"), "{text}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_with_object_shards_is_not_told_to_do_without_the_archive() {
+    let store = Faulty::new();
+    store.plan.lock().down = true;
+    let refused = Owner::try_start(&store, shard_settings()).await.err().expect("the store is away").to_string();
+    assert!(refused.contains("object shards") && !refused.contains("off"), "{refused}");
 }

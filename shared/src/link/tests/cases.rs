@@ -1,7 +1,8 @@
 //! What the link promises, one case at a time, and many at once.
 
 use super::world::*;
-use crate::link::sender::Report;
+use crate::link::frame::{self, Credit, HelloReply, HelloStreamReply, Limits};
+use crate::link::sender::{Report, Sender, SenderSettings, Step};
 
 const ROUGH: Faults = Faults { lose: 8, lose_reply: 8, repeat: 8, full: 5, proxy_bytes_max: usize::MAX };
 
@@ -295,4 +296,25 @@ fn a_cloud_without_room_is_waited_for() {
     assert!(world.reports(|report| matches!(report, Report::Held { .. })) < 30, "it waits longer and longer");
     world.settle();
     assert_eq!(world.count(|_| true), 3);
+}
+
+/// A poll lasts up to 25 s. A stream that begins meanwhile must not wait for the next one to learn what is safe.
+#[test]
+fn a_poll_asks_for_streams_of_which_nothing_is_stored_yet() {
+    let mut world = World::new(23);
+    let a = world.add_edge("a", &["s"], 1);
+    let store = &world.edges[a].store;
+    let edge = crate::name::EdgeId::parse("a").unwrap();
+    let mut sender = Sender::new(SenderSettings::default(), edge, [1; 16], 7);
+    assert!(matches!(sender.step(0, store), Step::Hello(_)));
+    let reply = HelloReply {
+        version: frame::VERSION_HIGHEST,
+        time_ms: 0,
+        limits: Limits { batch_bytes_max: 1 << 20, body_bytes_max: 1 << 20, poll_secs_max: 25 },
+        credit: Credit { bytes: 1 << 20, wait_ms: 0 },
+        streams: vec![HelloStreamReply { name: stream("s"), position: None, safe: None, parked: None }],
+    };
+    sender.hello_done(0, Ok(reply), store);
+    let Step::Poll { body, .. } = sender.step(0, store) else { panic!("a poll begins at once") };
+    assert_eq!(frame::decode::<frame::Poll>(&body).unwrap().known, [(stream("s"), 0)]);
 }

@@ -3,8 +3,9 @@
 use serde_json::Value;
 
 use super::super::{CLEAN, FINDINGS};
-use super::lab::{Place, named, partition, rich};
+use super::lab::{Node, Place, named, partition, rich};
 use crate::manifest::{Index, IndexPage, PagePointer, Root};
+use crate::state::{Change, Engine, StateLog};
 
 /// A small generator, so that a failing run can be made again.
 fn next(seed: &mut u64) -> usize {
@@ -60,10 +61,28 @@ async fn an_object_that_is_gone_or_cut_is_found() {
         // The end of the shipped log can go unnoticed: nothing says where it ended. Everything else cannot.
         let found = findings(&place).await;
         let last = key.contains("/wal/") && keys.iter().filter(|key| key.contains("/wal/")).max() == Some(key);
-        assert!(last || !found.is_empty(), "{key} is gone");
+        // A shard that does not say its engine says so at its next start.
+        assert!(last || key.ends_with("/engine") || !found.is_empty(), "{key} is gone");
         place.write(key, &whole);
     }
     assert_eq!(findings(&place).await, []);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_names_another_engine_than_the_catalogue_is_found() {
+    let place = Place::directory();
+    let node = Node::start(&place).await;
+    node.shard.commit(vec![Change::ShardAdded { shard: 0, engine: Engine::File }]).await.unwrap();
+    node.split().await;
+    node.stop().await;
+    assert_eq!(findings(&place).await, []);
+    let key = "shards/0/engine";
+    assert_eq!(place.read(key), b"file\n");
+    for (said, expected) in [("object\n", "the catalogue has"), ("memory\n", "expected"), ("file", "expected")] {
+        place.write(key, said.as_bytes());
+        let found = findings(&place).await;
+        assert!(matches!(&found[..], [(at, what)] if at == key && what.contains(expected)), "{said:?}: {found:?}");
+    }
 }
 
 /// The root in force with its index, and a way to put another in its place.
