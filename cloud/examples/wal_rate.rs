@@ -1,14 +1,15 @@
 //! How fast the file engine commits, as a part of what the disk gives: as many bytes written over a file that was zero-filled
-//! before, one `pwrite` and one `fdatasync` per commit. They take turns commit by commit, since other programs use the disk too.
+//! before, one `pwrite` and one `fdatasync` per commit. They take turns, since other programs use the disk too.
 //!
-//! - `engine`: [`FileWal::append`] of a block of so many bytes, against raw commits of the same size;
-//! - `shard`: batches for so many partitions appended to a [`Shard`] over such a WAL. Two commits' worth is under way, so that
-//!   a block gathers while the one before is written. How large blocks became is shown; the raw commits that take turns
-//!   with such a burst have that size.
+//! - `engine`: [`FileWal::append`] of a block of so many bytes, against raw commits of the same size, commit by commit;
+//! - `shard`: batches for so many partitions appended to a [`Shard`] over such a WAL, as producers with so many bytes in flight
+//!   do: whenever the oldest batch is answered the next ones are sent. [`WINDOW`] commits' worth is in flight: one that is
+//!   written, one that waits and one that gathers. How large blocks became is shown; the raw commits that
+//!   take turns with such a burst have that size.
 //!
-//! `cargo run --release -p tributary-cloud --example wal_rate -- DIR [ROUNDS]`
+//! `cargo run --release -p tributary-cloud --example wal_rate -- DIR [ROUNDS [MIB_PER_BURST [COMMIT_KIB PARTITIONS]]]`
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +25,6 @@ use cloud::state::{Change, StateLog as _, Topic};
 use cloud::wal::BlockLog as _;
 use cloud::wal::disk::Directory;
 use cloud::wal::file::{FileWal, FileWalSettings};
-use futures_util::future::join_all;
 use shared::batch::Batch;
 use shared::block_on::block_on;
 use shared::log::conformance::{from_producer, sized};
@@ -36,24 +36,38 @@ const PARTITIONS: [u32; 3] = [1, 128, 1_000];
 /// Smaller batches are mostly header: with more partitions than a commit has room for they take turns.
 const BATCH_BYTES_MIN: usize = 512;
 const FILE_BYTES: u64 = 64 << 20;
-/// Commits per round.
+/// Commits of the engine per round.
 const COMMITS: usize = 48;
-/// Commits' worth that a shard is given at a time.
-const BURST: usize = 16;
+/// Commits' worth that producers have in flight.
+const WINDOW: usize = 3;
+/// Copies of a batch, so that what is appended does not rest in the fastest cache: bytes of all of them.
+const COPIES_BYTES: usize = 4 << 20;
+
+/// How much is measured.
+struct Load {
+    rounds: usize,
+    /// Bytes that a shard is given before the disk alone has its turn.
+    burst_bytes: usize,
+}
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let dir = PathBuf::from(args.next().context("a directory on the disk to measure")?);
-    let rounds: usize = args.next().map_or(Ok(9), |text| text.parse())?;
+    let mut number = |default: usize| args.next().map_or(Ok(default), |text| text.parse());
+    let load = Load { rounds: number(9)?, burst_bytes: number(64)? << 20 };
+    let (only_kib, only_partitions) = (number(0)?, number(0)? as u32);
     println!(
-        "| commit | partitions | raw, MB/s | engine, MB/s | ratio | KiB per block | raw, MB/s | shard, MB/s | ratio |"
+        "| commit | partitions | raw, MB/s | engine, MB/s | ratio | KiB per block | of it batches | raw, MB/s | shard, MB/s | ratio |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
     for commit_bytes in COMMIT_BYTES {
         for partitions in PARTITIONS {
+            if only_kib > 0 && (commit_bytes >> 10, partitions) != (only_kib, only_partitions) {
+                continue;
+            }
             let here = dir.join(format!("{commit_bytes}-{partitions}"));
             std::fs::create_dir_all(&here)?;
-            println!("{}", case(&here, commit_bytes, partitions, rounds)?);
+            println!("{}", case(&here, commit_bytes, partitions, &load)?);
             std::fs::remove_dir_all(&here)?;
         }
     }
@@ -88,12 +102,12 @@ struct Spent {
 }
 
 impl Spent {
-    fn on(&mut self, bytes: usize, work: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    fn on<T>(&mut self, bytes: usize, work: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
         let began = Instant::now();
-        work()?;
+        let done = work()?;
         self.time += began.elapsed();
         self.bytes += bytes as u64;
-        Ok(())
+        Ok(done)
     }
 
     fn rate(&self) -> f64 {
@@ -101,7 +115,7 @@ impl Spent {
     }
 }
 
-fn case(dir: &Path, commit_bytes: usize, partitions: u32, rounds: usize) -> anyhow::Result<String> {
+fn case(dir: &Path, commit_bytes: usize, partitions: u32, load: &Load) -> anyhow::Result<String> {
     let mut raw = Raw::new(&dir.join("raw"))?;
     let mut engine = Engine::new(&dir.join("engine"), commit_bytes, partitions)?;
     let mut shard = ShardUnderLoad::new(&dir.join("shard"), commit_bytes, partitions)?;
@@ -110,10 +124,11 @@ fn case(dir: &Path, commit_bytes: usize, partitions: u32, rounds: usize) -> anyh
         engine.commit()?;
     }
     while shard.written < 3 * FILE_BYTES {
-        shard.burst()?;
+        shard.burst(FILE_BYTES as usize)?;
     }
-    let (mut of_engine, mut of_shard, mut blocks) = (Sides::default(), Sides::default(), Vec::new());
-    for _ in 0..rounds {
+    let (mut of_engine, mut of_shard) = (Sides::default(), Sides::default());
+    let (mut blocks, mut parts) = (Vec::new(), Vec::new());
+    for _ in 0..load.rounds {
         let (mut raw_spent, mut spent) = (Spent::default(), Spent::default());
         for _ in 0..COMMITS {
             let bytes = engine.block.len();
@@ -122,24 +137,23 @@ fn case(dir: &Path, commit_bytes: usize, partitions: u32, rounds: usize) -> anyh
         }
         of_engine.add(&raw_spent, &spent);
         let (mut raw_spent, mut spent) = (Spent::default(), Spent::default());
-        let (before, mut after) = (shard.shard.status(), shard.shard.status());
-        for _ in 0..COMMITS / BURST {
-            let began = after.block_bytes;
-            spent.on(BURST * shard.wave_bytes, || shard.burst())?;
-            let was = after.blocks;
-            after = shard.shard.status();
-            let (count, bytes) = (after.blocks - was, after.block_bytes - began);
-            for _ in 0..count {
-                raw_spent.on((bytes / count) as usize, || raw.commit((bytes / count) as usize))?;
-            }
+        let before = shard.shard.status();
+        let batch_bytes = spent.on(0, || shard.burst(load.burst_bytes))?;
+        let after = shard.shard.status();
+        let (count, bytes) = ((after.blocks - before.blocks).max(1), after.block_bytes - before.block_bytes);
+        spent.bytes = bytes;
+        for _ in 0..count {
+            let bytes = (bytes / count) as usize;
+            raw_spent.on(bytes, || raw.commit(bytes))?;
         }
         of_shard.add(&raw_spent, &spent);
-        let count = (after.blocks - before.blocks).max(1);
-        blocks.push((after.block_bytes - before.block_bytes) as f64 / count as f64 / 1024.0);
+        blocks.push(bytes as f64 / count as f64 / 1024.0);
+        parts.push(batch_bytes as f64 / bytes as f64);
     }
     let commit = format!("{} KiB", commit_bytes >> 10);
     let (engine, shard) = (of_engine.cells(), of_shard.cells());
-    Ok(format!("| {commit} | {partitions} | {engine} | {} | {shard} |", spread(blocks, 0)))
+    let (blocks, parts) = (spread(blocks, 0), spread(parts, 2));
+    Ok(format!("| {commit} | {partitions} | {engine} | {blocks} | {parts} | {shard} |"))
 }
 
 /// Median with the least and the greatest.
@@ -227,16 +241,14 @@ impl Engine {
     }
 }
 
-type Wave = Vec<BoxFuture<'static, Result<Appended, AppendError>>>;
-
-/// A shard that always has a block open while another is written.
+/// A shard that as many bytes as fit a window are always in flight to.
 struct ShardUnderLoad {
     shard: Arc<Shard>,
-    batch: Batch,
-    count: u32,
+    batches: Vec<Batch>,
     partitions: u32,
-    next: u32,
-    wave_bytes: usize,
+    next: usize,
+    /// Batches in flight.
+    window: usize,
     written: u64,
     trimmed: u64,
     /// Where blocks began after so many bytes.
@@ -252,36 +264,42 @@ impl ShardUnderLoad {
         let topic = Topic { id, name, partitions, configs: BTreeMap::new(), created_ms: 0 };
         block_on(shard.commit(vec![Change::TopicCreated(topic)]))?;
         let (count, batch) = batches(commit_bytes, partitions);
-        let wave_bytes = batch.len() * count as usize;
-        Ok(Self { shard, batch, count, partitions, next: 0, wave_bytes, written: 0, trimmed: 0, kept: 0 })
+        let copies = (0..COPIES_BYTES.div_ceil(batch.len())).map(|_| Batch::parse(batch.bytes().to_vec().into()));
+        let batches = copies.collect::<Result<_, _>>()?;
+        let window = WINDOW * count as usize;
+        Ok(Self { shard, batches, partitions, next: 0, window, written: 0, trimmed: 0, kept: 0 })
     }
 
-    fn burst(&mut self) -> anyhow::Result<()> {
-        let mut under_way: Option<Wave> = None;
-        for _ in 0..BURST {
-            let wave = (0..self.count).map(|_| {
-                self.next = (self.next + 1) % self.partitions;
-                self.shard.append(from_producer(partition(self.next), self.batch.clone()))
-            });
-            let wave = wave.collect();
-            if let Some(before) = under_way.replace(wave) {
-                wait(before)?;
-            }
-        }
-        under_way.map_or(Ok(()), wait)?;
-        self.written += (BURST * self.wave_bytes) as u64;
+    /// Appends at least `bytes` of batches and waits for all the answers. Returns how many bytes they were.
+    fn burst(&mut self, bytes: usize) -> anyhow::Result<u64> {
+        let count = bytes.div_ceil(self.batches[0].len());
+        let bytes = (count * self.batches[0].len()) as u64;
+        block_on(self.send(count))?;
+        self.written += bytes;
         if self.written - self.trimmed > 2 * FILE_BYTES {
             self.trimmed = self.written;
             self.shard.published(self.kept);
             self.kept = self.shard.durable().next_seq;
         }
+        Ok(bytes)
+    }
+
+    async fn send(&mut self, count: usize) -> Result<(), AppendError> {
+        let mut in_flight: VecDeque<BoxFuture<'static, Result<Appended, AppendError>>> = VecDeque::new();
+        for _ in 0..count {
+            if in_flight.len() == self.window
+                && let Some(oldest) = in_flight.pop_front()
+            {
+                oldest.await?;
+            }
+            self.next += 1;
+            let partition = partition((self.next % self.partitions as usize) as u32);
+            let batch = self.batches[self.next % self.batches.len()].clone();
+            in_flight.push_back(self.shard.append(from_producer(partition, batch)));
+        }
+        for call in in_flight {
+            call.await?;
+        }
         Ok(())
     }
-}
-
-fn wait(wave: Wave) -> anyhow::Result<()> {
-    for appended in block_on(join_all(wave)) {
-        appended?;
-    }
-    Ok(())
 }

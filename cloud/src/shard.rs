@@ -1,9 +1,9 @@
 //! The shard: one ordered sequence of blocks, its partitions and the state that changes with them.
 //!
-//! Callers decide under one short lock (`flight`): is it new, where does it go, into which block. One task on a thread
-//! of its own (`committer`) takes the open block whenever the append before has ended - natural group commit -, copies the batches
-//! together, makes the block durable without holding the lock, and only then moves what readers see. So every answer speaks
-//! of durable state, although repeats are recognised in flight.
+//! Callers decide under one short lock (`flight`): is it new, where does it go, into which block. A task on a thread
+//! of its own (`committer`) takes the open block whenever the append before has ended - natural group commit -, makes it durable
+//! without holding the lock, and only then moves what readers see. Under load the next block's bytes are put together meanwhile.
+//! So every answer speaks of durable state, although repeats are recognised in flight.
 //!
 //! The shard knows no protocol, no engine of its WAL and no object store: [`BlockLog`] is below, [`ColdTier`] beside, the
 //! archiver sees it as [`crate::archive::Source`].
@@ -57,6 +57,9 @@ pub struct ShardSettings {
     pub nonce: u64,
     /// A block is closed before its batches exceed this; a single larger batch has a block of its own.
     pub block_bytes_max: usize,
+    /// The next block is put together while one is written, once it has so many bytes of batches and as many as that one:
+    /// with less there is nothing to gain.
+    pub ahead_bytes_min: usize,
     /// Appends to the WAL begin at least so far apart, unless a block is full: what paces an engine whose appends cost
     /// money. Needs a tokio runtime when it is not zero.
     pub linger: Duration,
@@ -87,6 +90,7 @@ impl Default for ShardSettings {
             shard: 0,
             nonce: 0,
             block_bytes_max: 8 << 20,
+            ahead_bytes_min: 32 << 10,
             linger: Duration::ZERO,
             in_flight_bytes_max: 128 << 20,
             tail_bytes_max: 64 << 20,
@@ -140,7 +144,7 @@ pub enum OpenError {
 /// A shard. It implements [`Log`] and [`StateLog`]; dropping it closes it.
 pub struct Shard {
     core: Arc<Core>,
-    committer: Mutex<Option<JoinHandle<()>>>,
+    committer: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// What callers and the committer share.
@@ -157,8 +161,10 @@ struct Core {
     /// Offsets from here on may not be used yet.
     offsets_max: AtomicI64,
     inner: Mutex<Inner>,
-    /// Something is open, or the shard is closing: for the committer.
+    /// Something can be written, or the shard is closing: for the writer.
     work: Notify,
+    /// Something can be encoded or shown while the writer is at work, or the shard has stopped.
+    ahead: Notify,
     /// A block became durable, or the shard stopped.
     committed: Arc<Notify>,
     /// What is safe moved.
@@ -229,17 +235,28 @@ impl Shard {
         cold: Option<Arc<dyn ColdTier>>,
         clock: Clock,
     ) -> Result<Arc<Self>, OpenError> {
-        let (shard, commit) = Self::open_driven(settings, wal, recovered, cold, clock)?;
-        let thread = std::thread::Builder::new().name(format!("shard-{}", shard.core.settings.shard));
+        let shard = Self::recover(settings, wal, recovered, cold, clock)?;
+        let name = format!("shard-{}", shard.core.settings.shard);
+        let (core, beside) = (shard.core.clone(), shard.core.clone());
+        if core.wal.blocks_threads() {
+            shard.spawn(name.clone(), async move { core.write_blocks().await })?;
+            shard.spawn(format!("{name}-ahead"), async move { beside.encode_ahead().await })?;
+        } else {
+            shard.spawn(name, async move { core.commit_blocks().await })?;
+        }
+        Ok(shard)
+    }
+
+    fn spawn(&self, name: String, task: impl Future<Output = ()> + Send + 'static) -> Result<(), OpenError> {
         // The object engine's requests and pauses need the runtime's timers.
         let runtime = tokio::runtime::Handle::try_current();
-        let commit = move || match runtime {
-            Ok(runtime) => runtime.block_on(commit),
-            Err(_) => block_on(commit),
+        let run = move || match runtime {
+            Ok(runtime) => runtime.block_on(task),
+            Err(_) => block_on(task),
         };
-        let committer = thread.spawn(commit).map_err(|error| OpenError::Thread(error.to_string()))?;
-        *shard.committer.lock() = Some(committer);
-        Ok(shard)
+        let thread = std::thread::Builder::new().name(name).spawn(run);
+        self.committer.lock().push(thread.map_err(|error| OpenError::Thread(error.to_string()))?);
+        Ok(())
     }
 
     /// The same without a thread: the caller drives the committer, the future returned. It ends some time after
@@ -251,10 +268,21 @@ impl Shard {
         cold: Option<Arc<dyn ColdTier>>,
         clock: Clock,
     ) -> Result<(Arc<Self>, impl Future<Output = ()> + Send + 'static), OpenError> {
+        let shard = Self::recover(settings, wal, recovered, cold, clock)?;
+        let core = shard.core.clone();
+        Ok((shard, async move { core.commit_blocks().await }))
+    }
+
+    fn recover(
+        settings: ShardSettings,
+        wal: Box<dyn BlockLog>,
+        recovered: Recovered,
+        cold: Option<Arc<dyn ColdTier>>,
+        clock: Clock,
+    ) -> Result<Arc<Self>, OpenError> {
         let cold = cold.unwrap_or_else(|| Arc::new(NothingCold));
         let core = Arc::new(recover::recover(settings, wal, recovered, cold, clock)?);
-        let shard = Arc::new(Self { core: core.clone(), committer: Mutex::new(None) });
-        Ok((shard, async move { core.commit_blocks().await }))
+        Ok(Arc::new(Self { core, committer: Mutex::default() }))
     }
 
     /// Takes nothing more; what is in flight becomes durable if it can.
@@ -265,7 +293,7 @@ impl Shard {
     /// Makes durable what is in flight, ends all waits and lets go of the WAL. What is called afterwards is refused.
     pub fn close(&self) {
         self.core.begin_close();
-        if let Some(committer) = self.committer.lock().take() {
+        for committer in std::mem::take(&mut *self.committer.lock()) {
             // A panic there was reported by the thread itself, and the shard has stopped.
             let _ = committer.join();
         }
@@ -349,8 +377,8 @@ impl Shard {
     /// The greatest offset that any partition has reached, what is in flight included.
     pub fn highest_offset(&self) -> Offset {
         let inner = self.core.inner.lock();
-        let durable = inner.state.partitions().map(|(_, partition)| partition.high_watermark);
-        durable.chain(inner.overlay.ends.values().map(|(end, _)| *end)).max().unwrap_or(0)
+        let in_flight = inner.overlay.ends.values().map(|(end, _)| *end).max();
+        inner.state.highest_watermark().max(in_flight.unwrap_or(0))
     }
 
     /// Moves log starts to where topics' `retention.ms` and `retention.bytes` put them, and forgets producers that went away.

@@ -21,6 +21,9 @@ use shared::log::{AppendError, BoxFuture, Chain, StreamKey};
 use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TimestampMs, TopicId, TopicName};
 
 pub mod memory;
+mod partition_map;
+
+pub use partition_map::PartitionMap;
 
 const CHANGES_VERSION: u8 = 1;
 const SNAPSHOT_VERSION: u8 = 2;
@@ -390,7 +393,8 @@ pub struct State {
     next_producer_id: i64,
     topics: BTreeMap<TopicId, Topic>,
     topic_ids: BTreeMap<TopicName, TopicId>,
-    partitions: BTreeMap<Partition, PartitionState>,
+    #[serde(serialize_with = "partition_map::serialize_ascending")]
+    partitions: PartitionMap<PartitionState>,
     groups: BTreeMap<String, Group>,
     edges: BTreeMap<EdgeId, Edge>,
     placements: BTreeMap<(EdgeId, StreamName), Partition>,
@@ -411,7 +415,7 @@ struct StateV1 {
     next_producer_id: i64,
     topics: BTreeMap<TopicId, Topic>,
     topic_ids: BTreeMap<TopicName, TopicId>,
-    partitions: BTreeMap<Partition, PartitionState>,
+    partitions: PartitionMap<PartitionState>,
     groups: BTreeMap<String, Group>,
     edges: BTreeMap<EdgeId, Edge>,
     placements: BTreeMap<(EdgeId, StreamName), Partition>,
@@ -472,9 +476,16 @@ impl State {
         self.partitions.get(&partition)
     }
 
-    /// All partitions.
-    pub fn partitions(&self) -> impl Iterator<Item = (&Partition, &PartitionState)> {
-        self.partitions.iter()
+    /// All partitions, ascending.
+    pub fn partitions(&self) -> impl ExactSizeIterator<Item = (&Partition, &PartitionState)> {
+        let mut all: Vec<_> = self.partitions.iter().collect();
+        all.sort_unstable_by_key(|(partition, _)| **partition);
+        all.into_iter()
+    }
+
+    /// The greatest offset after a partition's last durable record.
+    pub fn highest_watermark(&self) -> Offset {
+        self.partitions.values().map(|partition| partition.high_watermark).max().unwrap_or(0)
     }
 
     /// A group.

@@ -36,7 +36,8 @@ pub trait BlockLog: Send + Sync + 'static {
     /// `bytes` bytes of a block from `position` on.
     fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>>;
 
-    /// Whether reads wait for a disk inside the first poll: then they belong off the async threads.
+    /// Whether reads and appends wait for a disk inside the first poll: then they belong off the async threads, and what shall
+    /// go on during an append needs a thread of its own.
     fn blocks_threads(&self) -> bool {
         false
     }

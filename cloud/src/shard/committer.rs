@@ -1,16 +1,21 @@
-//! The one task that writes: takes the open block when the append before has ended, makes it durable, then moves what
-//! readers see.
+//! Writing blocks, one at a time, and moving what readers see when they are durable.
+//!
+//! The *writer* takes the open block when the append before has ended. While it waits for the disk another task *encodes
+//! ahead*: once as much has gathered as is being written, that is sealed and its bytes are put together, so that the
+//! next append follows the one before at once; and it shows what was written. Whoever comes first does either, under the shard's
+//! lock, and in order. Where little gathers the writer does it all and nobody else is woken.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
+use futures_util::future::join;
 use shared::log::{AppendError, StreamKey};
 use shared::name::Partition;
+use tokio::time::Instant;
 use tracing::{error, info, warn};
 
-use super::flight::{Committing, Inner, OpenBlock};
+use super::flight::{Encoded, Inner, OpenBlock, Outcome, Sealed, Stage};
 use super::fold::fold;
 use super::{Core, ShardSettings};
 use crate::block::{Block, BlockError, BlockHeader};
@@ -18,95 +23,191 @@ use crate::planted::{Bug, planted};
 use crate::state::Change;
 use crate::wal::WalError;
 
-/// However the committer ends, nobody waits for it afterwards.
+/// However a task of the committer ends, nobody waits for it afterwards.
 struct StopOnEnd<'a>(&'a Core);
 
 impl Drop for StopOnEnd<'_> {
     fn drop(&mut self) {
-        self.0.inner.lock().stop(AppendError::Storage("the committer has ended".into()));
-        self.0.committed.notify_waiters();
+        self.0.stop(AppendError::Storage("the committer has ended".into()));
     }
+}
+
+/// What the writer finds to do.
+enum Next {
+    Write(Encoded),
+    Encode(BlockHeader, OpenBlock),
+    /// Somebody who looks at what was written is late.
+    Publish,
+    /// Nothing to write, or not before so much time has passed.
+    Wait(Option<Duration>),
+    End,
 }
 
 impl Core {
     /// Runs until the shard is closed or its WAL fails.
     pub async fn commit_blocks(&self) {
+        join(self.write_blocks(), self.encode_ahead()).await;
+    }
+
+    /// The writer's part of it.
+    pub async fn write_blocks(&self) {
         let _guard = StopOnEnd(self);
-        let mut late = BTreeMap::new();
-        while let Some((seq, mut open)) = self.take_open().await {
-            if planted(Bug::MarkerAfterData) {
-                std::mem::swap(&mut open.streams, &mut late);
-            }
-            for (key, (partition, next, chain)) in std::mem::take(&mut open.streams) {
-                open.builder.change(Change::StreamPosition { key, partition, next, chain });
-            }
-            let dropped = self.drop_oldest(&mut open);
-            let batches = open.builder.batches() as u64;
-            let settings = &self.settings;
-            let header = BlockHeader {
-                shard: settings.shard,
-                epoch: self.epoch,
-                nonce: settings.nonce,
-                seq,
-                append_ms: self.now().stamp,
-            };
-            let block = open.builder.finish(header);
+        while let Some(encoded) = self.next_block().await {
             let begun = Instant::now();
-            let appended = self.wal.append(seq, block.bytes()).await;
+            let appended = self.wal.append(encoded.block.header().seq, encoded.block.bytes()).await;
             let micros = begun.elapsed().as_micros() as u64;
             match appended {
-                Ok(()) => self.publish(block, batches, micros, dropped),
+                Ok(()) => self.written(encoded, micros),
                 Err(error) => self.fail(error),
             }
         }
     }
 
-    /// Waits for something to write. `None` when there will be nothing more.
-    async fn take_open(&self) -> Option<(u64, OpenBlock)> {
+    /// The part that goes on while a block is written.
+    pub async fn encode_ahead(&self) {
+        let _guard = StopOnEnd(self);
         loop {
             // Registered first, then looked: nothing is missed in between.
-            let mut work = std::pin::pin!(self.work.notified());
-            work.as_mut().enable();
-            let wait = {
+            let mut ahead = std::pin::pin!(self.ahead.notified());
+            ahead.as_mut().enable();
+            while self.publish() {}
+            let sealed = {
                 let mut inner = self.inner.lock();
                 if inner.stopped.is_some() {
-                    return None;
+                    return;
                 }
-                match inner.linger_left(&self.settings) {
-                    Some(Duration::ZERO) => return inner.take_open(&self.settings),
-                    None if inner.closing => {
-                        inner.stop(AppendError::Closed);
-                        self.committed.notify_waiters();
-                        return None;
-                    }
-                    wait => wait,
-                }
+                inner.is_worth_encoding(&self.settings).then(|| self.seal(&mut inner, Stage::Encoding)).flatten()
             };
-            match wait {
-                None => work.await,
-                Some(left) => {
-                    let _ = tokio::time::timeout(left, work).await;
+            match sealed {
+                Some((header, open)) => {
+                    let outcome = open.outcome.clone();
+                    let encoded = self.encode(header, open);
+                    self.inner.lock().make_ready(&outcome, encoded);
+                    self.work.notify_one();
                 }
+                None => ahead.await,
             }
         }
     }
 
-    /// The block is durable: from here on it is seen, and those who wait for it are answered.
-    /// Blocks below `dropped` are not needed from here on.
-    fn publish(&self, block: Block, batches: u64, micros: u64, dropped: Option<u64>) {
-        let bytes = block.bytes().len() as u64;
+    /// Waits for something to write. `None` when there will be nothing more.
+    async fn next_block(&self) -> Option<Encoded> {
+        loop {
+            // Registered first, then looked: nothing is missed in between.
+            let mut work = std::pin::pin!(self.work.notified());
+            work.as_mut().enable();
+            match self.look() {
+                Next::Write(encoded) => return Some(encoded),
+                Next::Encode(header, open) => return Some(self.encode(header, open)),
+                Next::Publish => {
+                    self.publish();
+                }
+                Next::Wait(None) => work.await,
+                Next::Wait(Some(left)) => {
+                    let _ = tokio::time::timeout(left, work).await;
+                }
+                Next::End => return None,
+            }
+        }
+    }
+
+    fn look(&self) -> Next {
+        let mut inner = self.inner.lock();
+        if inner.stopped.is_some() {
+            return Next::End;
+        }
+        let next = match inner.take_ready() {
+            Some(Some(encoded)) => Next::Write(encoded),
+            // Who is at it says when they are ready.
+            Some(None) => return Next::Wait(None),
+            None => match inner.linger_left(&self.settings) {
+                Some(Duration::ZERO) => match self.seal(&mut inner, Stage::Writing) {
+                    Some((header, open)) => Next::Encode(header, open),
+                    None => return Next::Wait(None),
+                },
+                _ if !inner.sealed.is_empty() => return Next::Publish,
+                None if inner.closing => {
+                    drop(inner);
+                    self.stop(AppendError::Closed);
+                    return Next::End;
+                }
+                wait => return Next::Wait(wait),
+            },
+        };
+        if inner.is_worth_encoding(&self.settings) {
+            self.ahead.notify_one();
+        }
+        next
+    }
+
+    /// The oldest open block takes nothing more from here on.
+    fn seal(&self, inner: &mut Inner, stage: Stage) -> Option<(BlockHeader, OpenBlock)> {
+        let mut open = inner.open.pop_front()?;
+        let settings = &self.settings;
+        inner.append_begun = (settings.linger > Duration::ZERO).then(Instant::now);
+        if planted(Bug::MarkerAfterData) {
+            std::mem::swap(&mut open.streams, &mut inner.late);
+        }
+        let header = BlockHeader {
+            shard: settings.shard,
+            epoch: self.epoch,
+            nonce: settings.nonce,
+            seq: inner.next_seq + inner.sealed.len() as u64,
+            // Under the lock: times ascend as numbers do.
+            append_ms: self.now().stamp,
+        };
+        inner.sealed.push_back(Sealed {
+            outcome: open.outcome.clone(),
+            batch_bytes: open.builder.batch_bytes(),
+            producers: std::mem::take(&mut open.producers),
+            stage,
+        });
+        Some((header, open))
+    }
+
+    /// Puts the bytes of a block together: what takes time, and needs no lock.
+    fn encode(&self, header: BlockHeader, mut open: OpenBlock) -> Encoded {
+        for (key, (partition, next, chain)) in std::mem::take(&mut open.streams) {
+            open.builder.change(Change::StreamPosition { key, partition, next, chain });
+        }
+        let dropped = self.drop_oldest(&mut open);
+        let batches = open.builder.batches() as u64;
+        Encoded { block: open.builder.finish(header), batches, dropped }
+    }
+
+    /// The block is durable. If another waits to be written that goes first: there is somebody else to show this one.
+    fn written(&self, encoded: Encoded, micros: u64) {
+        let goes_on = {
+            let mut inner = self.inner.lock();
+            let mut sealed = inner.sealed.iter_mut().skip_while(|block| !matches!(block.stage, Stage::Writing));
+            // Taken over meanwhile: whether the new owner saw this block is not known here, so it is not acknowledged.
+            let Some(block) = sealed.next() else { return };
+            block.stage = Stage::Written(encoded, micros);
+            sealed.next().is_some_and(|next| matches!(next.stage, Stage::Ready(_)))
+        };
+        if goes_on {
+            self.ahead.notify_one();
+        } else {
+            while self.publish() {}
+        }
+    }
+
+    /// From here on the oldest block is seen, and those who wait for it are answered. Returns whether there was one that
+    /// is durable.
+    fn publish(&self) -> bool {
         let usage = self.wal.usage();
         let mut inner = self.inner.lock();
-        // Taken over meanwhile: whether the new owner saw this block is not known here, so it is not acknowledged.
-        let Some(committing) = inner.committing.take() else { return };
-        let seq = block.header().seq;
-        inner.land(&block, &committing, seq);
+        let Some((sealed, Encoded { block, batches, dropped }, micros)) = inner.take_written() else { return false };
+        let (seq, bytes) = (block.header().seq, block.bytes().len() as u64);
+        inner.land(&block, &sealed, seq);
         if let Err(error) = inner.absorb(block, &self.settings) {
             // The block was built by this very code.
             error!(%error, seq, "a block that was just written cannot be read: the shard stops");
-            inner.stop(AppendError::Storage(error.to_string()));
-            committing.outcome.complete(Err(AppendError::Storage(error.to_string())));
-            return;
+            let error = AppendError::Storage(error.to_string());
+            drop(inner);
+            self.stop(error.clone());
+            sealed.outcome.complete(Err(error));
+            return false;
         }
         inner.wal_free_bytes = usage.free_bytes;
         inner.counters.blocks += 1;
@@ -117,11 +218,12 @@ impl Core {
         if let Some(below) = dropped {
             self.published(below);
         }
-        committing.outcome.complete(Ok(()));
+        sealed.outcome.complete(Ok(()));
         self.committed.notify_waiters();
         if !self.settings.archived {
             self.safety.notify_waiters();
         }
+        true
     }
 
     /// Where the oldest records make room: when less than a quarter of the WAL is free, moves log starts so that half of
@@ -149,30 +251,37 @@ impl Core {
         Some(below)
     }
 
+    /// The block that was being written was not stored. What is durable before it is seen all the same.
     fn fail(&self, error: WalError) {
-        let mut inner = self.inner.lock();
+        while self.publish() {}
         match error {
             WalError::Full(full) => {
                 warn!(full, "the WAL took no block: producers are refused until there is room");
+                let mut inner = self.inner.lock();
                 inner.counters.refused_full += 1;
                 inner.discard(&AppendError::Full(full));
             }
             WalError::Fenced(epoch) => {
                 error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
-                inner.stop(AppendError::Fenced(epoch));
-                self.committed.notify_waiters();
+                self.stop(AppendError::Fenced(epoch));
             }
             WalError::Closed => {
                 info!("closed with a block under way: the next start finds out what became of it");
-                inner.stop(AppendError::Closed);
-                self.committed.notify_waiters();
+                self.stop(AppendError::Closed);
             }
             error => {
                 error!(%error, "the log failed: the shard stops; start again when that is mended");
-                inner.stop(AppendError::Storage(error.to_string()));
-                self.committed.notify_waiters();
+                self.stop(AppendError::Storage(error.to_string()));
             }
         }
+    }
+
+    /// Nothing more is taken, nothing in flight is acknowledged, and everybody who waits learns of it.
+    pub fn stop(&self, error: AppendError) {
+        self.inner.lock().stop(error);
+        self.work.notify_one();
+        self.ahead.notify_one();
+        self.committed.notify_waiters();
     }
 
     /// Takes nothing more, and lets the committer end when it has written what there is.
@@ -194,28 +303,63 @@ impl Inner {
         Some(begun.map_or(Duration::ZERO, |begun| settings.linger.saturating_sub(begun.elapsed())))
     }
 
-    /// Hands the oldest open block to the committer.
-    fn take_open(&mut self, settings: &ShardSettings) -> Option<(u64, OpenBlock)> {
-        let mut open = self.open.pop_front()?;
-        self.append_begun = (settings.linger > Duration::ZERO).then(Instant::now);
-        self.committing = Some(Committing {
-            outcome: open.outcome.clone(),
-            batch_bytes: open.builder.batch_bytes(),
-            producers: std::mem::take(&mut open.producers),
-        });
-        Some((self.next_seq, open))
+    /// Whether a block is put together while the one before is written: it has as much as that one, and enough for its
+    /// encoding to take time. With less it goes on gathering, for small blocks waste the disk.
+    pub fn is_worth_encoding(&self, settings: &ShardSettings) -> bool {
+        let Some(Sealed { stage: Stage::Writing, batch_bytes, .. }) = self.sealed.back() else { return false };
+        // An append that is paced takes what came until it may begin; what goes depends on what was written.
+        if settings.linger > Duration::ZERO || settings.drops_oldest {
+            return false;
+        }
+        let enough = (*batch_bytes).max(settings.ahead_bytes_min);
+        self.open.len() > 1 || self.open.front().is_some_and(|open| open.builder.batch_bytes() >= enough)
+    }
+
+    /// The bytes of the oldest block that is not written, which is being written from here on. `Some(None)` while they are
+    /// put together.
+    fn take_ready(&mut self) -> Option<Option<Encoded>> {
+        let block = self.sealed.iter_mut().find(|block| !matches!(block.stage, Stage::Written(..)))?;
+        Some(match std::mem::replace(&mut block.stage, Stage::Writing) {
+            Stage::Ready(encoded) => Some(encoded),
+            stage => {
+                block.stage = stage;
+                None
+            }
+        })
+    }
+
+    fn make_ready(&mut self, outcome: &Arc<Outcome>, encoded: Encoded) {
+        // If it is not there, an append before it failed, and it with that one.
+        if let Some(block) = self.sealed.iter_mut().find(|block| Arc::ptr_eq(&block.outcome, outcome)) {
+            block.stage = Stage::Ready(encoded);
+        }
+    }
+
+    /// The oldest block, if it is durable and nobody has seen it.
+    fn take_written(&mut self) -> Option<(Sealed, Encoded, u64)> {
+        let mut sealed = self.sealed.pop_front()?;
+        match std::mem::replace(&mut sealed.stage, Stage::Encoding) {
+            Stage::Written(encoded, micros) => Some((sealed, encoded, micros)),
+            stage => {
+                sealed.stage = stage;
+                self.sealed.push_front(sealed);
+                None
+            }
+        }
     }
 
     /// What was in flight with this block is durable now: the overlay forgets it.
-    fn land(&mut self, block: &Block, committing: &Committing, seq: u64) {
-        self.in_flight_bytes = self.in_flight_bytes.saturating_sub(committing.batch_bytes);
+    fn land(&mut self, block: &Block, sealed: &Sealed, seq: u64) {
+        self.in_flight_bytes = self.in_flight_bytes.saturating_sub(sealed.batch_bytes);
         let overlay = &mut self.overlay;
         for entry in block.entries() {
-            if overlay.ends.get(&entry.partition).is_some_and(|(_, newest)| *newest == seq) {
-                overlay.ends.remove(&entry.partition);
+            if let Entry::Occupied(end) = overlay.ends.entry(entry.partition)
+                && end.get().1 == seq
+            {
+                end.remove();
             }
         }
-        for key in &committing.producers {
+        for key in &sealed.producers {
             if let Some(flying) = overlay.producers.get_mut(key) {
                 while flying.front().is_some_and(|(old, _)| *old <= seq) {
                     flying.pop_front();

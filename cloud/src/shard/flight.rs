@@ -18,9 +18,9 @@ use tokio::sync::Notify;
 use super::index::WalIndex;
 use super::tail::Tail;
 use super::{Core, PartitionStatus, ShardStatus};
-use crate::block::{BlockBuilder, Placed};
+use crate::block::{Block, BlockBuilder, Placed};
 use crate::planted::{Bug, planted};
-use crate::state::{Change, State, StreamState};
+use crate::state::{Change, PartitionMap, State, StreamState};
 
 /// Changes that one block takes besides batches.
 const CHANGES_MAX: usize = 10_000;
@@ -35,13 +35,13 @@ pub struct Inner {
     pub index: WalIndex,
     /// Recent blocks.
     pub tail: Tail,
-    /// The block in the committer's hands: its number is `next_seq`.
-    pub committing: Option<Committing>,
+    /// Blocks that take nothing more, oldest first. The first one's number is `next_seq`.
+    pub sealed: VecDeque<Sealed>,
     /// Blocks that wait for the committer, oldest first; the last one is being filled.
     pub open: VecDeque<OpenBlock>,
     /// When the newest append to the WAL began, where appends are paced.
     pub append_begun: Option<tokio::time::Instant>,
-    /// What is in flight, the block being committed included.
+    /// What is in flight, sealed blocks included.
     pub overlay: Overlay,
     /// Bytes of batches in flight.
     pub in_flight_bytes: usize,
@@ -58,9 +58,11 @@ pub struct Inner {
     /// Positions in blocks that are not shipped yet, oldest first.
     pub unsafe_positions: VecDeque<(u64, StreamKey, Offset)>,
     /// Who waits for which partition to grow.
-    pub waiters: HashMap<Partition, Arc<Notify>>,
+    pub waiters: PartitionMap<Arc<Notify>>,
     /// Counters.
     pub counters: ShardStatus,
+    /// Positions that a planted bug holds back from their block.
+    pub late: Positions,
 }
 
 /// A block that is being filled.
@@ -68,24 +70,47 @@ pub struct Inner {
 pub struct OpenBlock {
     pub builder: BlockBuilder,
     pub outcome: Arc<Outcome>,
-    /// Streams' positions after this block: the last one of each counts.
-    pub streams: BTreeMap<StreamKey, (Partition, Offset, Chain)>,
+    pub streams: Positions,
     /// Producers with batches in it.
     pub producers: Vec<(Partition, i64)>,
 }
 
-/// What is remembered of a block while it is written.
-pub struct Committing {
+/// A block between the last batch it takes and the answers.
+pub struct Sealed {
     pub outcome: Arc<Outcome>,
     pub batch_bytes: usize,
     pub producers: Vec<(Partition, i64)>,
+    pub stage: Stage,
 }
+
+/// How far a sealed block has come. Only one is being written, and those before it are written.
+pub enum Stage {
+    /// Its batches are being copied together.
+    Encoding,
+    /// It waits for the append before to end.
+    Ready(Encoded),
+    /// It is being appended to the WAL.
+    Writing,
+    /// It is durable, and not seen yet. It took so many microseconds.
+    Written(Encoded, u64),
+}
+
+/// The bytes of a block and what is told of them when they are durable.
+pub struct Encoded {
+    pub block: Block,
+    pub batches: u64,
+    /// Blocks below are not needed once this one is durable.
+    pub dropped: Option<u64>,
+}
+
+/// Streams' positions after a block: the last one of each counts.
+pub type Positions = BTreeMap<StreamKey, (Partition, Offset, Chain)>;
 
 /// What is in flight beyond the durable state.
 #[derive(Default)]
 pub struct Overlay {
     /// The next offset, and the block that brings the one before it.
-    pub ends: HashMap<Partition, (Offset, u64)>,
+    pub ends: PartitionMap<(Offset, u64)>,
     pub producers: HashMap<(Partition, i64), VecDeque<(u64, Sequenced)>>,
     pub streams: HashMap<StreamKey, (Offset, u64)>,
     /// Topics whose deletion is in flight.
@@ -107,11 +132,13 @@ impl Outcome {
     }
 
     async fn wait(&self) -> Result<(), AppendError> {
-        let mut ended = std::pin::pin!(self.ended.notified());
-        // Registered first, then looked: nothing is missed in between.
-        ended.as_mut().enable();
         if self.result.get().is_none() {
-            ended.await;
+            let mut ended = std::pin::pin!(self.ended.notified());
+            // Registered, then looked again: nothing is missed in between.
+            ended.as_mut().enable();
+            if self.result.get().is_none() {
+                ended.await;
+            }
         }
         self.result.get().cloned().unwrap_or(Err(AppendError::Closed))
     }
@@ -146,7 +173,7 @@ impl Inner {
             next_seq,
             index: WalIndex::default(),
             tail: Tail::default(),
-            committing: None,
+            sealed: VecDeque::new(),
             open: VecDeque::new(),
             append_begun: None,
             overlay: Overlay::default(),
@@ -157,26 +184,25 @@ impl Inner {
             shipped_seq: next_seq,
             safe,
             unsafe_positions: VecDeque::new(),
-            waiters: HashMap::new(),
+            waiters: PartitionMap::default(),
             counters: ShardStatus::default(),
+            late: Positions::new(),
         }
     }
 
     /// The outcome of the block `seq`; `None` if it is durable.
     fn outcome_of(&self, seq: u64) -> Option<Arc<Outcome>> {
-        let mut index = usize::try_from(seq.checked_sub(self.next_seq)?).ok()?;
-        if let Some(committing) = &self.committing {
-            match index.checked_sub(1) {
-                None => return Some(committing.outcome.clone()),
-                Some(behind) => index = behind,
-            }
-        }
-        self.open.get(index).map(|block| block.outcome.clone())
+        let index = usize::try_from(seq.checked_sub(self.next_seq)?).ok()?;
+        let outcome = match index.checked_sub(self.sealed.len()) {
+            None => self.sealed.get(index).map(|block| &block.outcome),
+            Some(behind) => self.open.get(behind).map(|block| &block.outcome),
+        };
+        outcome.cloned()
     }
 
     /// Number of the block that is being filled, if the ones before succeed.
     fn open_seq(&self) -> u64 {
-        self.next_seq + u64::from(self.committing.is_some()) + (self.open.len() as u64).saturating_sub(1)
+        self.next_seq + (self.sealed.len() + self.open.len().saturating_sub(1)) as u64
     }
 
     pub fn bounds(&self, partition: Partition) -> Result<Bounds, ReadError> {
@@ -259,8 +285,8 @@ impl Inner {
         for block in self.open.drain(..) {
             block.outcome.complete(Err(error.clone()));
         }
-        if let Some(committing) = self.committing.take() {
-            committing.outcome.complete(Err(error.clone()));
+        for block in self.sealed.drain(..) {
+            block.outcome.complete(Err(error.clone()));
         }
     }
 
@@ -382,7 +408,7 @@ impl Core {
         if let (Source::Edge(edge), Some(stream)) = (&append.source, elsewhere) {
             inner.adopt(&edge.stream, stream, self.settings.block_bytes_max);
             // Whatever becomes of the batch, the position is in an open block now.
-            self.work.notify_one();
+            self.wake_committer(inner);
         }
         let (verdict, flying) = inner.judge(&append);
         let after = || flying.and_then(|seq| inner.outcome_of(seq));
@@ -404,7 +430,7 @@ impl Core {
             if self.settings.drops_oldest {
                 // A block with nothing in it makes room for who tries again.
                 inner.open_block(0, self.settings.block_bytes_max);
-                self.work.notify_one();
+                self.wake_committer(inner);
             }
             return Admitted::now(Err(AppendError::Full(full)));
         }
@@ -413,8 +439,17 @@ impl Core {
         if is_early {
             admitted.after = None;
         }
-        self.work.notify_one();
+        self.wake_committer(inner);
         admitted
+    }
+
+    /// Something is open: for the writer, unless it is at work and will look by itself.
+    fn wake_committer(&self, inner: &Inner) {
+        if inner.sealed.back().is_none_or(|block| !matches!(block.stage, Stage::Writing)) {
+            self.work.notify_one();
+        } else if inner.is_worth_encoding(&self.settings) {
+            self.ahead.notify_one();
+        }
     }
 
     fn full(&self, inner: &Inner, bytes: usize) -> Option<String> {
@@ -452,7 +487,7 @@ impl Core {
             block.builder.change(change);
         }
         inner.overlay.deleting.extend(deleted);
-        self.work.notify_one();
+        self.wake_committer(&inner);
         Admitted { answer: Ok(()), after }
     }
 

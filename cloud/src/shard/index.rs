@@ -1,10 +1,11 @@
 //! Which block holds which offsets: one entry per block and partition, for blocks that are still in the WAL.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use shared::name::{Offset, Partition, TimestampMs, TopicId};
 
 use crate::block::Block;
+use crate::state::PartitionMap;
 
 /// The batches of one partition in one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub struct Run {
 /// The index. Its size is bounded by whoever adds to it: see [`WalIndex::entries`].
 #[derive(Debug, Default)]
 pub struct WalIndex {
-    partitions: HashMap<Partition, VecDeque<Run>>,
+    partitions: PartitionMap<VecDeque<Run>>,
     entries: usize,
 }
 

@@ -69,6 +69,7 @@ pub fn recover(
         wal_reserve: (usage.bytes_max / 16).min(WAL_RESERVE_MAX),
         inner: Mutex::new(inner),
         work: Notify::new(),
+        ahead: Notify::new(),
         committed: Arc::new(Notify::new()),
         safety: Arc::new(Notify::new()),
     })

@@ -152,10 +152,7 @@ impl Source for Shard {
 
     fn fenced(&self, epoch: u32) {
         error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
-        let mut inner = self.core.inner.lock();
-        inner.stop(AppendError::Fenced(epoch));
-        self.core.work.notify_one();
-        self.core.committed.notify_waiters();
+        self.core.stop(AppendError::Fenced(epoch));
     }
 
     fn retained(&self, partition: Partition) -> Option<Retained> {

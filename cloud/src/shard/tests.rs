@@ -17,6 +17,7 @@ use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
 use crate::wal::memory::MemoryWal;
 
+mod ahead;
 mod powercut;
 mod tiers;
 
@@ -163,12 +164,14 @@ struct HeldWal {
     orders: Arc<Mutex<std::collections::VecDeque<Result<(), WalError>>>>,
     given: Arc<Condvar>,
     entered: Arc<Mutex<u64>>,
+    /// They wait until they are polled again, and not in the poll.
+    is_polled: bool,
 }
 
 impl HeldWal {
     fn new() -> Self {
         let inner = MemoryWal::new(WAL_BYTES);
-        Self { inner, orders: Arc::default(), given: Arc::default(), entered: Arc::default() }
+        Self { inner, orders: Arc::default(), given: Arc::default(), entered: Arc::default(), is_polled: false }
     }
 
     fn order(&self, result: Result<(), WalError>) {
@@ -190,12 +193,18 @@ impl BlockLog for HeldWal {
         Box::pin(async move {
             *self.entered.lock() += 1;
             self.given.notify_all();
-            let mut orders = self.orders.lock();
             loop {
-                match orders.pop_front() {
+                let order = {
+                    let mut orders = self.orders.lock();
+                    while orders.is_empty() && !self.is_polled {
+                        self.given.wait(&mut orders);
+                    }
+                    orders.pop_front()
+                };
+                match order {
                     Some(Ok(())) => return self.inner.append(seq, block),
                     Some(Err(error)) => return Err(error),
-                    None => self.given.wait(&mut orders),
+                    None => tokio::task::yield_now().await,
                 }
             }
         })

@@ -164,6 +164,8 @@ impl Node {
             shard: self.shard,
             nonce: random().unwrap_or(0),
             block_bytes_max: tuning.block_bytes,
+            // Small as loads are here, blocks are put together ahead all the same.
+            ahead_bytes_min: 1,
             tail_bytes_max: tuning.tail_bytes,
             linger: if self.engine == Engine::Object { tuning.linger } else { Duration::ZERO },
             retention_ms: -1,
