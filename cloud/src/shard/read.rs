@@ -116,6 +116,9 @@ impl Core {
                 Plan::Cold => {
                     let found = self.cold.read(partition, from, limits).await?;
                     if !found.batches.is_empty() {
+                        // The archive may have grown meanwhile, beyond what was durable when this began.
+                        let high_watermark = self.inner.lock().bounds(partition)?.high_watermark;
+                        let bounds = Bounds { high_watermark, ..bounds };
                         return Ok(Read { batches: found.batches, next: found.next, bounds });
                     }
                     cold = false;
