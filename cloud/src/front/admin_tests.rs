@@ -28,11 +28,12 @@ use super::*;
 use crate::catalogue::CatalogueSettings;
 use crate::groups::GroupSettings;
 use crate::state::memory::MemoryStateLog;
-use crate::state::{Change, State};
+use crate::state::{Change, CoordinatorSlot, State};
 
-/// A state log in memory that gives the log in memory its partitions, as a shard would.
+/// A state log in memory that gives the log in memory its partitions, as a shard would. Groups are in a log of their own.
 struct Store {
     state: MemoryStateLog,
+    groups: MemoryStateLog,
     log: Arc<MemoryLog>,
 }
 
@@ -49,11 +50,19 @@ impl StateLog for Store {
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         self.state.with_state(read);
     }
+
+    fn slot_log(&self, _: CoordinatorSlot) -> Option<&dyn StateLog> {
+        Some(&self.groups)
+    }
+
+    fn slot_logs(&self) -> Vec<&dyn StateLog> {
+        vec![&self.state, &self.groups]
+    }
 }
 
 fn broker() -> Broker {
     let log = Arc::new(MemoryLog::new(1 << 20));
-    let state = Arc::new(Store { state: MemoryStateLog::new(), log: log.clone() });
+    let state = Arc::new(Store { state: MemoryStateLog::new(), groups: MemoryStateLog::new(), log: log.clone() });
     let catalogue = Arc::new(Catalogue::new(state.clone(), CatalogueSettings::default()));
     let groups =
         Groups::new(state.clone(), GroupSettings { initial_rebalance_delay_ms: 0, ..GroupSettings::default() });

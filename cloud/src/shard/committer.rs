@@ -196,6 +196,7 @@ impl Inner {
         self.committing = Some(Committing {
             outcome: open.outcome.clone(),
             batch_bytes: open.builder.batch_bytes(),
+            committed_changes: open.committed_changes,
             producers: std::mem::take(&mut open.producers),
         });
         Some((self.next_seq, open))
@@ -204,6 +205,7 @@ impl Inner {
     /// What was in flight with this block is durable now: the overlay forgets it.
     fn land(&mut self, block: &Block, committing: &Committing, seq: u64) {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(committing.batch_bytes);
+        self.in_flight_changes = self.in_flight_changes.saturating_sub(committing.committed_changes);
         let overlay = &mut self.overlay;
         for entry in block.entries() {
             if overlay.ends.get(&entry.partition).is_some_and(|(_, newest)| *newest == seq) {
