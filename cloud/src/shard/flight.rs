@@ -452,9 +452,8 @@ impl Core {
         let (waiting, max) = (inner.in_flight_changes, self.settings.in_flight_changes_max);
         if waiting > 0 && waiting + changes.len() > max {
             inner.counters.refused_full += 1;
-            return Admitted::now(Err(AppendError::Full(format!(
-                "{waiting} changes wait for durability, at most {max} may"
-            ))));
+            let text = format!("{waiting} changes wait for durability, at most {max} may");
+            return Admitted::now(Err(AppendError::Full(text)));
         }
         inner.in_flight_changes += changes.len();
         let block = inner.open_block(0, self.settings.block_bytes_max);
