@@ -18,7 +18,7 @@ use crate::ingest::Safety as _;
 use crate::ingest::{Ingest, IngestStatus};
 use crate::shard::{PartitionStatus, ShardStatus};
 use crate::shards::{Member, Shards};
-use crate::state::{Engine, StateLog as _};
+use crate::state::{CoordinatorSlot, Engine, State, StateLog as _, read_state};
 
 /// Everything a running cloud node can be asked about.
 #[derive(Clone)]
@@ -56,6 +56,8 @@ struct ShardRow {
     engine: Engine,
     #[serde(flatten)]
     shard: ShardStatus,
+    /// Coordinator slots in it: what groups of these commit is durable when this shard answers.
+    slots: Vec<u8>,
     archive: Option<ArchiveStatus>,
 }
 
@@ -133,10 +135,19 @@ impl Node {
         topics
     }
 
+    fn slots(&self, member: &Member) -> Vec<u8> {
+        let here = |state: &State| {
+            let slots = CoordinatorSlot::all().filter(|slot| state.slot_shard(*slot) == member.number);
+            slots.map(CoordinatorSlot::number).collect()
+        };
+        read_state(&*self.shards, here)
+    }
+
     fn shards(&self) -> Vec<ShardRow> {
         let row = |member: &Member| ShardRow {
             engine: member.engine,
             shard: member.shard.status(),
+            slots: self.slots(member),
             archive: self.archives.get(&member.number).map(|archive| archive.status()),
         };
         self.shards.members().iter().map(row).collect()
@@ -205,6 +216,9 @@ impl Node {
         shards.counter(metrics, "tributary_cloud_batches", "Batches made durable", |s| s.batches)?;
         shards
             .counter(metrics, "tributary_cloud_refused_full", "Appends refused for lack of room", |s| s.refused_full)?;
+        let slots = PerShard(self.shards.members().iter().map(|m| (labels(m), self.slots(m).len())).collect());
+        let help = "Coordinator slots whose groups' offsets are in the shard";
+        slots.gauge(metrics, "tributary_cloud_coordinator_slots", help, |slots| *slots as f64)?;
         metrics.histograms(
             "tributary_cloud_commit_seconds",
             "Time an append to the log took",
@@ -333,7 +347,8 @@ pub fn render(status: &serde_json::Value) -> String {
     if let Some(why) = status["ready"]["Err"].as_str() {
         let _ = writeln!(out, "NOT READY: {why}");
     }
-    let mut rows = vec![heading(&["SHARD", "ENGINE", "EPOCH", "BLOCKS", "WAL BYTES", "ARCHIVE", "STATE", "LAG MS"])];
+    let mut rows =
+        vec![heading(&["SHARD", "ENGINE", "EPOCH", "SLOTS", "BLOCKS", "WAL BYTES", "ARCHIVE", "STATE", "LAG MS"])];
     for shard in list(&status["shards"]) {
         let archive = &shard["archive"];
         let state = match (&archive["ships"], shard["engine"].as_str()) {
@@ -345,6 +360,7 @@ pub fn render(status: &serde_json::Value) -> String {
             text(&shard["shard"]),
             text(&shard["engine"]),
             text(&shard["epoch"]),
+            list(&shard["slots"]).len().to_string(),
             text(&shard["next_seq"]),
             text(&shard["wal"]["bytes"]),
             text(&archive["archive"]),

@@ -4,6 +4,9 @@
 //! ids, somebody who waits for the answer, and durable offsets. A commit is answered when it is durable. Membership does not
 //! outlive the process: after a restart members are told UNKNOWN_MEMBER_ID and join again, which clients do by themselves.
 //!
+//! What is durable of a group is in the log of its coordinator slot. A log that does not answer holds up what must become
+//! durable of its own groups, each time for `commit_timeout`, and nothing else: reads and lists are of what is in memory.
+//!
 //! Offsets live as long as somebody uses them: they go when their group has been empty for `offsets_retention`
 //! (KIP-211), when their topic is deleted, or when they are told to.
 
@@ -12,12 +15,13 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use shared::log::{AppendError, BoxFuture};
 use shared::name::{Partition, TimestampMs};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::state::{Change, CommittedOffset, State, StateLog, read_state};
+use crate::state::{Change, CommittedOffset, State, StateLog, coordinator_log, coordinator_logs, read_state};
 
 pub mod coordinator;
 pub mod group;
@@ -61,6 +65,8 @@ pub struct GroupSettings {
     pub offsets_retention: Duration,
     /// How often expired offsets are looked for.
     pub offsets_retention_check: Duration,
+    /// How long an answer waits for what must be durable first.
+    pub commit_timeout: Duration,
     /// How long a group without members or offsets is still listed.
     pub empty_group_kept_ms: u64,
 }
@@ -80,6 +86,7 @@ impl Default for GroupSettings {
             offset_metadata_bytes_max: 4096,
             offsets_retention: Duration::from_secs(7 * 24 * 3600),
             offsets_retention_check: Duration::from_secs(600),
+            commit_timeout: Duration::from_secs(5),
             empty_group_kept_ms: 600_000,
         }
     }
@@ -232,7 +239,8 @@ impl Groups {
             let has_members = coordinator.has_members(group);
             let protocol_type = coordinator.get(group).map(|g| g.protocol_type).unwrap_or_default();
             let mut changes = Vec::with_capacity(offsets.len() + 1);
-            let touch = read_state(&*self.state, |state| self.admit_commit(state, group, has_members, &offsets))?;
+            let log = self.log(group);
+            let touch = self.admit_commit(log, group, has_members, &offsets)?;
             let now_ms = wall_ms();
             if touch {
                 let empty_since_ms = (!has_members).then_some(now_ms);
@@ -249,32 +257,36 @@ impl Groups {
                 },
             }));
             *inner.committing.entry(group.to_owned()).or_default() += 1;
-            (self.state.commit(changes), Committing { groups: self, group })
+            (log.commit(changes), Committing { groups: self, group })
         };
-        stored.await.map_err(|error| GroupError::NotStored(error.to_string()))
+        self.stored(stored).await
     }
 
     /// Whether there is room, and whether the group's own record must be written along.
     fn admit_commit(
         &self,
-        state: &State,
+        log: &dyn StateLog,
         group: &str,
         has_members: bool,
         offsets: &BTreeMap<Partition, OffsetCommit>,
     ) -> Result<bool, GroupError> {
-        let Some(known) = state.group(group) else {
-            let groups = state.groups().count();
+        let known = read_state(log, |state| {
+            let known = state.group(group)?;
+            let added = offsets.keys().filter(|partition| !known.offsets.contains_key(partition)).count();
+            Some((known.offsets.len() + added, known.empty_since_ms.is_some()))
+        });
+        let Some((count, is_noted_empty)) = known else {
+            let groups = self.durable_groups();
             if groups >= self.settings.groups_max {
                 return Err(GroupError::Bound(format!("there are {groups} groups with offsets, the most allowed")));
             }
             return Ok(true);
         };
-        let added = offsets.keys().filter(|partition| !known.offsets.contains_key(partition)).count();
-        if known.offsets.len() + added > self.settings.group_offsets_max {
+        if count > self.settings.group_offsets_max {
             let max = self.settings.group_offsets_max;
             return Err(GroupError::Bound(format!("a group may have offsets of {max} partitions")));
         }
-        Ok(has_members && known.empty_since_ms.is_some())
+        Ok(has_members && is_noted_empty)
     }
 
     /// Removes offsets. Of a group with members none can go: which topics its members read is between them.
@@ -282,7 +294,8 @@ impl Groups {
         let stored = {
             let inner = self.inner.lock();
             let known = inner.coordinator.get(group);
-            let durable = read_state(&*self.state, |state| state.group(group).is_some());
+            let log = self.log(group);
+            let durable = read_state(log, |state| state.group(group).is_some());
             if known.is_none() && !durable {
                 return Err(GroupError::GroupIdNotFound);
             }
@@ -295,16 +308,17 @@ impl Groups {
             }
             let group = group.to_owned();
             let delete = |partition| Change::OffsetDeleted { group: group.clone(), partition };
-            self.state.commit(partitions.into_iter().map(delete).collect())
+            log.commit(partitions.into_iter().map(delete).collect())
         };
-        stored.await.map_err(|error| GroupError::NotStored(error.to_string()))
+        self.stored(stored).await
     }
 
     /// Removes a group without members and all its offsets.
     pub async fn delete(&self, group: &str) -> Result<(), GroupError> {
         let stored = {
             let mut inner = self.inner.lock();
-            let durable = read_state(&*self.state, |state| state.group(group).is_some());
+            let log = self.log(group);
+            let durable = read_state(log, |state| state.group(group).is_some());
             match inner.coordinator.delete(group) {
                 Ok(()) => {}
                 Err(GroupError::GroupIdNotFound) if durable => {}
@@ -313,16 +327,17 @@ impl Groups {
             if !durable {
                 return Ok(());
             }
-            self.state.commit(vec![Change::GroupDeleted { group: group.to_owned() }])
+            log.commit(vec![Change::GroupDeleted { group: group.to_owned() }])
         };
-        stored.await.map_err(|error| GroupError::NotStored(error.to_string()))
+        self.stored(stored).await
     }
 
     /// A group as DescribeGroups shows it; `None` if nobody ever joined it and it has no offsets.
     pub fn describe(&self, group: &str) -> Option<Description> {
         let described = self.inner.lock().coordinator.describe(group);
         described.or_else(|| {
-            let protocol_type = read_state(&*self.state, |state| state.group(group).map(|g| g.protocol_type.clone()))?;
+            let durable = |state: &State| state.group(group).map(|group| group.protocol_type.clone());
+            let protocol_type = read_state(self.log(group), durable)?;
             Some(Description { state: "Empty", protocol_type, protocol: String::new(), members: Vec::new() })
         })
     }
@@ -332,18 +347,38 @@ impl Groups {
         let empty = |(name, group): (&String, &crate::state::Group)| {
             (name.clone(), Listed { protocol_type: group.protocol_type.clone(), state: "Empty" })
         };
-        let mut listed: BTreeMap<String, Listed> =
-            read_state(&*self.state, |state| state.groups().map(empty).collect());
+        let mut listed: BTreeMap<String, Listed> = BTreeMap::new();
+        for log in coordinator_logs(&*self.state) {
+            read_state(log, |state| listed.extend(state.groups().map(empty)));
+        }
         listed.extend(self.inner.lock().coordinator.list());
         listed
     }
 
     /// How much there is.
     pub fn status(&self) -> GroupsStatus {
-        let durable_groups = read_state(&*self.state, |state| state.groups().count());
+        let durable_groups = self.durable_groups();
         let inner = self.inner.lock();
         let (groups, members, bytes) = inner.coordinator.counts();
         GroupsStatus { groups, members, bytes, parked: inner.joins.len() + inner.syncs.len(), durable_groups }
+    }
+
+    /// The log that keeps what is durable of a group.
+    fn log(&self, group: &str) -> &dyn StateLog {
+        coordinator_log(&*self.state, group)
+    }
+
+    fn durable_groups(&self) -> usize {
+        coordinator_logs(&*self.state).into_iter().map(|log| read_state(log, |state| state.groups().count())).sum()
+    }
+
+    /// Waits until it is durable, but not for ever: a client that tries again gets its turn behind what still waits.
+    async fn stored(&self, stored: BoxFuture<'static, Result<(), AppendError>>) -> Result<(), GroupError> {
+        let patience = self.settings.commit_timeout;
+        match tokio::time::timeout(patience, stored).await {
+            Ok(stored) => stored.map_err(|error| GroupError::NotStored(error.to_string())),
+            Err(_) => Err(GroupError::NotStored(format!("the log did not answer in {patience:?}"))),
+        }
     }
 
     fn now(&self) -> u64 {
@@ -383,14 +418,15 @@ impl Groups {
     /// Notes that a group got its first member or lost its last. Nobody waits for it: if it is lost in a crash, the group
     /// is taken to be empty since the next start.
     fn touch(&self, coordinator: &Coordinator, group: String, empty_since_ms: Option<TimestampMs>) {
-        let (durable, groups) = read_state(&*self.state, |s| (s.group(&group).is_some(), s.groups().count()));
+        let log = self.log(&group);
+        let durable = read_state(log, |state| state.group(&group).is_some());
         // A first commit may be under way when the last member leaves, so that is noted in any case.
-        if !durable && (empty_since_ms.is_none() || groups >= self.settings.groups_max) {
+        if !durable && (empty_since_ms.is_none() || self.durable_groups() >= self.settings.groups_max) {
             return;
         }
         let protocol_type = coordinator.get(&group).map(|listed| listed.protocol_type).unwrap_or_default();
         let change = Change::GroupTouched { group: group.clone(), protocol_type, empty_since_ms };
-        let stored = self.state.commit(vec![change]);
+        let stored = log.commit(vec![change]);
         tokio::spawn(async move {
             if let Err(error) = stored.await {
                 warn!(%group, %error, "group state not stored");
@@ -408,20 +444,28 @@ impl Groups {
     /// Removes what nobody has used for the retention time; returns how many offsets and groups went.
     pub async fn expire(&self, now_ms: TimestampMs) -> usize {
         let mut removed = 0;
+        for log in coordinator_logs(&*self.state) {
+            removed += self.expire_in(log, now_ms).await;
+        }
+        removed
+    }
+
+    async fn expire_in(&self, log: &dyn StateLog, now_ms: TimestampMs) -> usize {
+        let mut removed = 0;
         loop {
-            let stored = {
+            let (count, stored) = {
                 let inner = self.inner.lock();
-                let expired = read_state(&*self.state, |state| self.expired(&inner, state, now_ms));
+                let expired = read_state(log, |state| self.expired(&inner, state, now_ms));
                 if expired.is_empty() {
                     return removed;
                 }
-                removed += expired.len();
-                self.state.commit(expired)
+                (expired.len(), log.commit(expired))
             };
-            if let Err(error) = stored.await {
-                warn!(%error, "expired offsets not removed");
+            if let Err(error) = self.stored(stored).await {
+                warn!(%error, "expired offsets not removed, trying again later");
                 return removed;
             }
+            removed += count;
         }
     }
 

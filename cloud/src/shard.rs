@@ -65,6 +65,9 @@ pub struct ShardSettings {
     pub linger: Duration,
     /// Bytes of batches that wait for durability; beyond it appends are refused with [`AppendError::Full`].
     pub in_flight_bytes_max: usize,
+    /// Changes that wait for durability; beyond it a commit is refused with [`AppendError::Full`] unless it is the only one.
+    /// A store that does not answer must not fill the memory with what clients commit again and again.
+    pub in_flight_changes_max: usize,
     /// Bytes of recent blocks kept in memory for readers at the end; the oldest go first.
     pub tail_bytes_max: usize,
     /// Bytes of batches read back from the WAL that are kept for the reader that comes for the rest of them.
@@ -93,6 +96,7 @@ impl Default for ShardSettings {
             ahead_bytes_min: 32 << 10,
             linger: Duration::ZERO,
             in_flight_bytes_max: 128 << 20,
+            in_flight_changes_max: 100_000,
             tail_bytes_max: 64 << 20,
             read_cache_bytes_max: 32 << 20,
             index_entries_max: 1 << 20,

@@ -10,10 +10,15 @@
 //!
 //! A topic that a shard hosts and the catalogue neither knows nor has seen leave is taken back into the catalogue: its
 //! records may have been acknowledged.
+//!
+//! What groups commit is in the shards that the catalogue places their slots in ([`slots`]). A topic's deletion is told to
+//! these shards too, and nobody waits for them: offsets of a topic that is not in the catalogue are shown to nobody, and
+//! the next start removes those that are left.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use futures_util::FutureExt as _;
 use futures_util::future::{select_all, try_join_all};
 use parking_lot::RwLock;
 use shared::log::{
@@ -25,7 +30,11 @@ use tracing::{info, warn};
 
 use crate::ingest::Safety;
 use crate::shard::Shard;
-use crate::state::{CATALOGUE, Change, Engine, Hosting, State, StateLog, StreamState, Topic, read_state};
+use crate::state::{
+    CATALOGUE, Change, CoordinatorSlot, Engine, Hosting, State, StateLog, StreamState, Topic, read_state,
+};
+
+mod slots;
 
 /// Offsets that a shard which keeps nothing reserves at a time.
 const OFFSETS_RESERVED: i64 = 1 << 32;
@@ -174,7 +183,42 @@ impl Shards {
         let gone = read_state(&**self.catalogue(), |state| {
             state.leaving().map(|(id, _)| Change::TopicGone { id }).collect::<Vec<_>>()
         });
-        self.catalogue().commit(gone).await
+        self.catalogue().commit(gone).await?;
+        self.place_slots().await?;
+        self.forget_offsets().await
+    }
+
+    /// Puts coordinator slots where what they hold is, and spreads those that hold nothing.
+    async fn place_slots(&self) -> Result<(), AppendError> {
+        let held = self.durable().map(|member| (member.number, read_state(&*member.shard, slots::held))).collect();
+        let engine = self.members[0].engine;
+        let spread: Vec<u32> = self.members.iter().filter(|m| m.engine == engine).map(|m| m.number).collect();
+        let moved = read_state(&**self.catalogue(), |state| slots::place(state, &held, &spread));
+        if !moved.is_empty() {
+            info!(slots = moved.len(), "coordinator slots are placed");
+        }
+        self.catalogue().commit(moved).await
+    }
+
+    /// Removes what groups committed on topics that no shard knows any more.
+    async fn forget_offsets(&self) -> Result<(), AppendError> {
+        let topics = |member: &Member| {
+            read_state(&*member.shard, |state| state.topics_of_any_name().map(|topic| topic.id).collect::<Vec<_>>())
+        };
+        let known: BTreeSet<TopicId> = self.members.iter().flat_map(topics).collect();
+        for member in self.durable() {
+            let gone: BTreeSet<TopicId> = read_state(&*member.shard, |state| {
+                let committed = state.groups().flat_map(|(_, group)| group.offsets.keys());
+                committed.map(|partition| partition.topic).filter(|id| !known.contains(id)).collect()
+            });
+            member.shard.commit(gone.into_iter().map(|id| Change::TopicDeleted { id }).collect()).await?;
+        }
+        Ok(())
+    }
+
+    /// Those that outlive the process.
+    fn durable(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(|member| member.engine != Engine::Memory)
     }
 
     /// Raises the bound on offsets of shards that keep nothing, where it comes near. Call it now and then.
@@ -216,6 +260,12 @@ impl Shards {
                     self.tell_hosts(*id, &change, &mut steps.after);
                     if steps.after.values().flatten().any(|told| *told == change) {
                         steps.last.push(Change::TopicGone { id: *id });
+                    }
+                    let slots = read_state(&**self.catalogue(), slots::shards);
+                    for shard in slots.into_iter().filter(|shard| *shard != CATALOGUE) {
+                        if !steps.after.get(&shard).is_some_and(|told| told.contains(&change)) {
+                            steps.beside.entry(shard).or_default().push(change.clone());
+                        }
                     }
                 }
                 _ => {}
@@ -280,6 +330,8 @@ struct Steps {
     before: BTreeMap<u32, Vec<Change>>,
     catalogue: Vec<Change>,
     after: BTreeMap<u32, Vec<Change>>,
+    /// With those after it, but that nobody waits for them.
+    beside: BTreeMap<u32, Vec<Change>>,
     last: Vec<Change>,
 }
 
@@ -409,10 +461,10 @@ impl StateLog for Shards {
         if self.members.len() == 1 {
             return self.catalogue().commit(changes);
         }
-        let Steps { before, catalogue, after, last } = self.steps(changes);
+        let Steps { before, catalogue, after, beside, last } = self.steps(changes);
         let deleted = |change: &Change| if let Change::TopicDeleted { id } = change { Some(*id) } else { None };
         let deleted: Vec<TopicId> = catalogue.iter().filter_map(deleted).collect();
-        if before.is_empty() && after.is_empty() && deleted.is_empty() {
+        if before.is_empty() && after.is_empty() && beside.is_empty() && deleted.is_empty() {
             return self.catalogue().commit(catalogue);
         }
         let begun = commit_in(&self.members, before);
@@ -423,11 +475,13 @@ impl StateLog for Shards {
             catalogue_shard.commit(catalogue).await?;
             deleted.iter().for_each(|id| drop(routes.write().remove(id)));
             // From here on it is done, and what fails now is made up for at the next start.
+            let refused =
+                commit_in(&members, beside).into_iter().filter_map(|begun| begun.now_or_never()?.err()).last();
             let told = match try_join_all(commit_in(&members, after)).await {
                 Ok(_) => catalogue_shard.commit(last).await,
                 Err(error) => Err(error),
             };
-            if let Err(error) = told {
+            if let Some(error) = told.err().or(refused) {
                 warn!(%error, "a change did not reach every shard; the next start makes up for it");
             }
             Ok(())
@@ -436,6 +490,15 @@ impl StateLog for Shards {
 
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         self.catalogue().with_state(read);
+    }
+
+    fn slot_log(&self, slot: CoordinatorSlot) -> Option<&dyn StateLog> {
+        let number = read_state(&**self.catalogue(), |state| state.slot_shard(slot));
+        numbered(&self.members, number).map(|shard| &**shard as &dyn StateLog)
+    }
+
+    fn slot_logs(&self) -> Vec<&dyn StateLog> {
+        self.durable().map(|member| &*member.shard as &dyn StateLog).collect()
     }
 
     fn stream(&self, key: &StreamKey) -> Option<StreamState> {

@@ -8,7 +8,7 @@
 //! changes in a block            snapshot in a manifest
 //! +---------+----------+---     +---------+--------------------------+
 //! | version | count    | ...    | version | State, postcard          |
-//! | u8 = 1  | varint   |        | u8 = 2  |                          |
+//! | u8 = 1  | varint   |        | u8 = 3  |                          |
 //! +---------+----------+---     +---------+--------------------------+
 //! ```
 //! Each change is postcard (varint variant number, then its fields in order). A variant is never edited or moved; what
@@ -22,11 +22,13 @@ use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, Timestamp
 
 pub mod memory;
 mod partition_map;
+mod slot;
+mod snapshot;
 
 pub use partition_map::PartitionMap;
+pub use slot::{COORDINATOR_SLOTS, CoordinatorSlot, coordinator_log, coordinator_logs};
 
 const CHANGES_VERSION: u8 = 1;
-const SNAPSHOT_VERSION: u8 = 2;
 
 /// Most partitions one topic may have: bounds what a damaged or hostile change can make us allocate.
 pub const TOPIC_PARTITIONS_MAX: u32 = 100_000;
@@ -170,6 +172,14 @@ pub enum Change {
         epoch: i32,
         /// Where it begins when it is started again.
         ceiling: Offset,
+    },
+    /// What belongs to a slot's ids is in this shard from here on. Written to the catalogue, and only while no other shard
+    /// holds anything of the slot.
+    SlotPlaced {
+        /// Which.
+        slot: CoordinatorSlot,
+        /// The shard, which outlives the process.
+        shard: u32,
     },
 }
 
@@ -406,44 +416,15 @@ pub struct State {
     shards: BTreeMap<u32, ShardEntry>,
     /// Offsets left out by all epochs together.
     skipped: Offset,
-}
-
-/// What a snapshot of version 1 holds.
-#[derive(Deserialize)]
-struct StateV1 {
-    leader_epoch: i32,
-    next_producer_id: i64,
-    topics: BTreeMap<TopicId, Topic>,
-    topic_ids: BTreeMap<TopicName, TopicId>,
-    partitions: PartitionMap<PartitionState>,
-    groups: BTreeMap<String, Group>,
-    edges: BTreeMap<EdgeId, Edge>,
-    placements: BTreeMap<(EdgeId, StreamName), Partition>,
-    streams: BTreeMap<StreamKey, StreamState>,
-}
-
-impl From<StateV1> for State {
-    fn from(old: StateV1) -> Self {
-        Self {
-            leader_epoch: old.leader_epoch,
-            next_producer_id: old.next_producer_id,
-            topics: old.topics,
-            topic_ids: old.topic_ids,
-            partitions: old.partitions,
-            groups: old.groups,
-            edges: old.edges,
-            placements: old.placements,
-            streams: old.streams,
-            ..Self::default()
-        }
-    }
+    /// Coordinator slots that were placed; the others are in the catalogue's shard.
+    slots: BTreeMap<CoordinatorSlot, u32>,
 }
 
 /// Why stored state was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
     /// Written by a newer Tributary.
-    #[error("state has format version {0}, this build reads up to 2: start the newer build again")]
+    #[error("state has format version {0}, this build is older: start the newer build again")]
     Version(u8),
     /// Not what any version writes.
     #[error("state is malformed: {0}")]
@@ -559,6 +540,11 @@ impl State {
         self.shards.iter().map(|(shard, entry)| (*shard, entry))
     }
 
+    /// The shard that keeps what belongs to a coordinator slot's ids.
+    pub fn slot_shard(&self, slot: CoordinatorSlot) -> u32 {
+        self.slots.get(&slot).copied().unwrap_or(CATALOGUE)
+    }
+
     /// Offsets that all epochs so far have left out: a partition that may have been lost begins there.
     pub fn skipped(&self) -> Offset {
         self.skipped
@@ -632,6 +618,9 @@ impl State {
                     entry.ceiling = entry.ceiling.max(*ceiling);
                 }
             }
+            Change::SlotPlaced { slot, shard } => {
+                self.slots.insert(*slot, *shard);
+            }
         }
     }
 
@@ -659,6 +648,10 @@ impl State {
     }
 
     fn delete(&mut self, id: TopicId) {
+        // Groups may have committed on a topic that this shard hosts nothing of.
+        for group in self.groups.values_mut() {
+            group.offsets.retain(|partition, _| partition.topic != id);
+        }
         let Some(topic) = self.topics.remove(&id) else { return };
         if self.topic_ids.get(&topic.name) == Some(&id) {
             self.topic_ids.remove(&topic.name);
@@ -671,9 +664,6 @@ impl State {
         }
         self.partitions.retain(|partition, _| partition.topic != id);
         self.placements.retain(|_, partition| partition.topic != id);
-        for group in self.groups.values_mut() {
-            group.offsets.retain(|partition, _| partition.topic != id);
-        }
     }
 
     fn add_partitions(&mut self, id: TopicId, count: u32) {
@@ -745,33 +735,6 @@ impl State {
             partition.producers.retain(|_, producer| producer.append_ms >= before_ms);
         }
     }
-
-    /// The whole state as bytes, for a manifest.
-    pub fn encode(&self) -> Vec<u8> {
-        encode_versioned(SNAPSHOT_VERSION, self)
-    }
-
-    /// Reads what [`State::encode`] wrote. Nothing is allocated that the bytes do not back.
-    pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
-        let (version, body) = bytes.split_first().ok_or(StateError::Malformed("empty snapshot"))?;
-        let state = match version {
-            1 => decode_whole::<StateV1>(body)?.into(),
-            &SNAPSHOT_VERSION => decode_whole::<Self>(body)?,
-            _ => return Err(StateError::Version(*version)),
-        };
-        if state.partitions.values().any(|partition| partition.epochs.is_empty()) {
-            return Err(StateError::Malformed("partition without an epoch"));
-        }
-        Ok(state)
-    }
-}
-
-fn decode_whole<T: for<'de> Deserialize<'de>>(body: &[u8]) -> Result<T, StateError> {
-    match postcard::take_from_bytes(body) {
-        Ok((value, [])) => Ok(value),
-        Ok(_) => Err(StateError::Malformed("bytes after the snapshot")),
-        Err(_) => Err(StateError::Malformed("snapshot does not decode")),
-    }
 }
 
 /// Changes as a block carries them; no bytes for none.
@@ -804,8 +767,19 @@ pub trait StateLog: Send + Sync + 'static {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>>;
 
     /// Shows the durable state, under a lock: copy what is needed and return. Where there are several shards it is the
-    /// catalogue's: of partitions and of streams' positions it knows only those in its own shard.
+    /// catalogue's: of partitions, of streams' positions and of groups it knows only those in its own shard.
     fn with_state(&self, read: &mut dyn FnMut(&State));
+
+    /// The log that keeps what belongs to a coordinator slot's ids, groups and all; `None` if it is this one. Changes of
+    /// a group are committed there. See [`coordinator_log`].
+    fn slot_log(&self, _slot: CoordinatorSlot) -> Option<&dyn StateLog> {
+        None
+    }
+
+    /// All logs that may keep something of a slot's; none if this one keeps it all. See [`coordinator_logs`].
+    fn slot_logs(&self) -> Vec<&dyn StateLog> {
+        Vec::new()
+    }
 
     /// How far a stream's records are stored, whichever shard they are in.
     fn stream(&self, key: &StreamKey) -> Option<StreamState> {

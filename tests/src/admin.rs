@@ -82,6 +82,8 @@ pub struct CloudStatus {
 #[derive(Debug, Clone, Deserialize)]
 pub struct ShardStatus {
     pub engine: String,
+    /// Coordinator slots in it.
+    pub slots: Vec<u8>,
     /// The owner's epoch: it rises with every take-over.
     pub epoch: u32,
     /// The newest leader epoch: it rises when less was found than had been acknowledged.

@@ -62,6 +62,7 @@ scenarios! {
     archive::cloud_comes_back_from_the_bucket_alone,
     archive::cloud_comes_back_from_an_s3_bucket,
     engines::each_engine_keeps_what_it_promised_on_kill_9,
+    engines::groups_on_several_shards_keep_what_was_committed,
     takeover::paused_owner_of_an_object_shard_is_fenced_and_nothing_is_lost,
     takeover::second_file_node_on_one_archive_stops_the_first_and_neither_harms_the_other,
     takeover::object_shard_on_s3_needs_no_disk_and_outlives_an_outage,

@@ -28,12 +28,26 @@ use super::*;
 use crate::catalogue::CatalogueSettings;
 use crate::groups::GroupSettings;
 use crate::state::memory::MemoryStateLog;
-use crate::state::{Change, State};
+use crate::state::{Change, CoordinatorSlot, State};
 
-/// A state log in memory that gives the log in memory its partitions, as a shard would.
+/// A state log in memory that gives the log in memory its partitions, as a shard would. Groups are in a log of their own.
 struct Store {
     state: MemoryStateLog,
+    groups: Box<dyn StateLog>,
     log: Arc<MemoryLog>,
+}
+
+/// A log that shows what it has and takes nothing more, without a word.
+struct Silent(MemoryStateLog);
+
+impl StateLog for Silent {
+    fn commit(&self, _: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
+        Box::pin(std::future::pending())
+    }
+
+    fn with_state(&self, read: &mut dyn FnMut(&State)) {
+        self.0.with_state(read);
+    }
 }
 
 impl StateLog for Store {
@@ -49,11 +63,23 @@ impl StateLog for Store {
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         self.state.with_state(read);
     }
+
+    fn slot_log(&self, _: CoordinatorSlot) -> Option<&dyn StateLog> {
+        Some(&*self.groups)
+    }
+
+    fn slot_logs(&self) -> Vec<&dyn StateLog> {
+        vec![&self.state, &*self.groups]
+    }
 }
 
 fn broker() -> Broker {
+    broker_with(MemoryStateLog::new())
+}
+
+fn broker_with(groups: impl StateLog) -> Broker {
     let log = Arc::new(MemoryLog::new(1 << 20));
-    let state = Arc::new(Store { state: MemoryStateLog::new(), log: log.clone() });
+    let state = Arc::new(Store { state: MemoryStateLog::new(), groups: Box::new(groups), log: log.clone() });
     let catalogue = Arc::new(Catalogue::new(state.clone(), CatalogueSettings::default()));
     let groups =
         Groups::new(state.clone(), GroupSettings { initial_rebalance_delay_ms: 0, ..GroupSettings::default() });
@@ -472,6 +498,29 @@ async fn groups_are_listed_described_and_deleted() {
     broker.groups.leave("g", &[(member, None)]).unwrap();
     assert_eq!(delete().await, [ErrorCode::NONE, ErrorCode::GROUP_ID_NOT_FOUND, ErrorCode::GROUP_ID_NOT_FOUND]);
     assert!(list(&[], &[]).await.is_empty());
+}
+
+/// Kafka answers so when offsets are not stored in time, and clients try again.
+#[tokio::test(start_paused = true)]
+async fn what_a_silent_shard_does_not_store_is_answered_in_time_and_together() {
+    use kafka_wire::delete_groups::DeleteGroupsRequest;
+    let names = ["a", "b", "c"].map(str::to_owned);
+    let touched = names.clone().map(|group| Change::GroupTouched {
+        group,
+        protocol_type: "consumer".to_owned(),
+        empty_since_ms: Some(1),
+    });
+    let broker = broker_with(Silent(MemoryStateLog::with(&touched)));
+    create(&broker, vec![topic("t", 1, 1)]).await;
+    let begun = tokio::time::Instant::now();
+    let request = DeleteGroupsRequest { groups_names: names.to_vec() };
+    let results = delete_groups::handle(&broker, &version(2), request).await.results;
+    let deleted: Vec<_> = results.into_iter().map(|result| (result.group_id, result.error_code)).collect();
+    assert_eq!(deleted, names.map(|name| (name, ErrorCode::COORDINATOR_NOT_AVAILABLE)));
+    assert_eq!(begun.elapsed(), broker.groups.settings().commit_timeout);
+    let committed = commit(&broker, "a", vec![("t", 0, 1, ""), ("none", 0, 1, "")]).await;
+    assert_eq!(committed, [ErrorCode::COORDINATOR_NOT_AVAILABLE, ErrorCode::UNKNOWN_TOPIC_OR_PARTITION]);
+    assert_eq!(begun.elapsed(), 2 * broker.groups.settings().commit_timeout);
 }
 
 #[tokio::test]

@@ -12,25 +12,24 @@ use kafka_wire::offset_fetch::{
     OffsetFetchRequest, OffsetFetchRequestTopic, OffsetFetchResponse, OffsetFetchResponseGroup,
     OffsetFetchResponsePartition, OffsetFetchResponseTopic,
 };
-use shared::name::{Partition, TopicName};
+use shared::name::{Partition, TopicId, TopicName};
 
 use super::{Broker, RequestContext};
-use crate::state::{CommittedOffset, State, read_state};
+use crate::state::{CommittedOffset, State, coordinator_log, read_state};
 
 const BATCHED_VERSION_MIN: i16 = 8;
 
 /// Answers OffsetFetch.
 pub async fn handle(broker: &Broker, context: &RequestContext, request: OffsetFetchRequest) -> OffsetFetchResponse {
     if context.api_version < BATCHED_VERSION_MIN {
-        let topics = read_state(&*broker.state, |state| committed(state, &request.group_id, request.topics));
+        let topics = committed(broker, &request.group_id, request.topics);
         return OffsetFetchResponse { topics, ..Default::default() };
     }
     let mut seen = HashSet::new();
     let mut groups = Vec::with_capacity(request.groups.len());
     for group in request.groups {
         let (topics, error_code) = if seen.insert(group.group_id.clone()) {
-            let topics = read_state(&*broker.state, |state| committed(state, &group.group_id, group.topics));
-            (topics, ErrorCode::NONE)
+            (committed(broker, &group.group_id, group.topics), ErrorCode::NONE)
         } else {
             (Vec::new(), ErrorCode::INVALID_REQUEST)
         };
@@ -39,14 +38,42 @@ pub async fn handle(broker: &Broker, context: &RequestContext, request: OffsetFe
     OffsetFetchResponse { groups, ..Default::default() }
 }
 
-fn committed(state: &State, group: &str, asked: Option<Vec<OffsetFetchRequestTopic>>) -> Vec<OffsetFetchResponseTopic> {
-    let Some(asked) = asked else { return all(state, group) };
-    let mut seen = HashSet::new();
-    let topic = |topic: OffsetFetchRequestTopic| {
+/// Topics are the catalogue's and offsets those of the group's shard: they are looked at one after the other.
+fn committed(
+    broker: &Broker,
+    group: &str,
+    asked: Option<Vec<OffsetFetchRequestTopic>>,
+) -> Vec<OffsetFetchResponseTopic> {
+    let log = coordinator_log(&*broker.state, group);
+    match asked {
+        None => {
+            let committed = read_state(log, |state| all(state, group));
+            read_state(&*broker.state, |state| by_topic(state, committed))
+        }
+        Some(asked) => {
+            let asked = read_state(&*broker.state, |state| with_ids(state, asked));
+            read_state(log, |state| some(state, group, asked))
+        }
+    }
+}
+
+fn with_ids(state: &State, asked: Vec<OffsetFetchRequestTopic>) -> Vec<(OffsetFetchRequestTopic, Option<TopicId>)> {
+    let find = |topic: OffsetFetchRequestTopic| {
         let known = TopicName::parse(&topic.name).ok().and_then(|name| state.topic_named(&name));
+        (topic, known.map(|known| known.id))
+    };
+    asked.into_iter().map(find).collect()
+}
+
+fn some(
+    state: &State,
+    group: &str,
+    asked: Vec<(OffsetFetchRequestTopic, Option<TopicId>)>,
+) -> Vec<OffsetFetchResponseTopic> {
+    let mut seen = HashSet::new();
+    let topic = |(topic, known): (OffsetFetchRequestTopic, Option<TopicId>)| {
         let partition = |index: i32| {
-            let at = known.zip(u32::try_from(index).ok());
-            let at = at.map(|(topic, number)| Partition { topic: topic.id, index: number });
+            let at = known.zip(u32::try_from(index).ok()).map(|(topic, index)| Partition { topic, index });
             if at.is_some_and(|at| !seen.insert(at)) {
                 return OffsetFetchResponsePartition { error_code: ErrorCode::INVALID_REQUEST, ..answer(index, None) };
             }
@@ -58,12 +85,21 @@ fn committed(state: &State, group: &str, asked: Option<Vec<OffsetFetchRequestTop
     asked.into_iter().map(topic).collect()
 }
 
-fn all(state: &State, group: &str) -> Vec<OffsetFetchResponseTopic> {
+/// All that a group committed, partitions of one topic together.
+fn all(state: &State, group: &str) -> Vec<(TopicId, OffsetFetchResponsePartition)> {
+    let committed = state.group(group).into_iter().flat_map(|group| &group.offsets);
+    let one = |(partition, committed): (&Partition, &CommittedOffset)| {
+        Some((partition.topic, answer(i32::try_from(partition.index).ok()?, Some(committed))))
+    };
+    committed.filter_map(one).collect()
+}
+
+/// Under the names of topics, as far as these are there.
+fn by_topic(state: &State, committed: Vec<(TopicId, OffsetFetchResponsePartition)>) -> Vec<OffsetFetchResponseTopic> {
     let mut topics: BTreeMap<&TopicName, Vec<OffsetFetchResponsePartition>> = BTreeMap::new();
-    for (partition, committed) in state.group(group).into_iter().flat_map(|group| &group.offsets) {
-        let index = i32::try_from(partition.index).ok();
-        if let (Some(topic), Some(index)) = (state.topic(partition.topic), index) {
-            topics.entry(&topic.name).or_default().push(answer(index, Some(committed)));
+    for (id, partition) in committed {
+        if let Some(topic) = state.topic(id) {
+            topics.entry(&topic.name).or_default().push(partition);
         }
     }
     let topic = |(name, partitions): (&TopicName, _)| OffsetFetchResponseTopic { name: name.to_string(), partitions };

@@ -159,6 +159,7 @@ impl Core {
         inner.sealed.push_back(Sealed {
             outcome: open.outcome.clone(),
             batch_bytes: open.builder.batch_bytes(),
+            committed_changes: open.committed_changes,
             producers: std::mem::take(&mut open.producers),
             stage,
         });
@@ -351,6 +352,7 @@ impl Inner {
     /// What was in flight with this block is durable now: the overlay forgets it.
     fn land(&mut self, block: &Block, sealed: &Sealed, seq: u64) {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(sealed.batch_bytes);
+        self.in_flight_changes = self.in_flight_changes.saturating_sub(sealed.committed_changes);
         let overlay = &mut self.overlay;
         for entry in block.entries() {
             if let Entry::Occupied(end) = overlay.ends.entry(entry.partition)

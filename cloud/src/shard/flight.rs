@@ -45,6 +45,8 @@ pub struct Inner {
     pub overlay: Overlay,
     /// Bytes of batches in flight.
     pub in_flight_bytes: usize,
+    /// Changes in flight that callers wait for.
+    pub in_flight_changes: usize,
     /// How much the WAL has room for, as of the last append or trim.
     pub wal_free_bytes: u64,
     /// Why nothing more is taken and nothing in flight will be durable.
@@ -70,6 +72,9 @@ pub struct Inner {
 pub struct OpenBlock {
     pub builder: BlockBuilder,
     pub outcome: Arc<Outcome>,
+    /// Changes that callers wait for, among those in the builder.
+    pub committed_changes: usize,
+    /// Streams' positions after this block.
     pub streams: Positions,
     /// Producers with batches in it.
     pub producers: Vec<(Partition, i64)>,
@@ -79,6 +84,7 @@ pub struct OpenBlock {
 pub struct Sealed {
     pub outcome: Arc<Outcome>,
     pub batch_bytes: usize,
+    pub committed_changes: usize,
     pub producers: Vec<(Partition, i64)>,
     pub stage: Stage,
 }
@@ -178,6 +184,7 @@ impl Inner {
             append_begun: None,
             overlay: Overlay::default(),
             in_flight_bytes: 0,
+            in_flight_changes: 0,
             wal_free_bytes: u64::MAX,
             stopped: None,
             closing: false,
@@ -282,6 +289,7 @@ impl Inner {
     pub fn discard(&mut self, error: &AppendError) {
         self.overlay = Overlay::default();
         self.in_flight_bytes = 0;
+        self.in_flight_changes = 0;
         for block in self.open.drain(..) {
             block.outcome.complete(Err(error.clone()));
         }
@@ -477,7 +485,15 @@ impl Core {
         if changes.is_empty() {
             return Admitted::now(Ok(()));
         }
+        let (waiting, max) = (inner.in_flight_changes, self.settings.in_flight_changes_max);
+        if waiting > 0 && waiting + changes.len() > max {
+            inner.counters.refused_full += 1;
+            let text = format!("{waiting} changes wait for durability, at most {max} may");
+            return Admitted::now(Err(AppendError::Full(text)));
+        }
+        inner.in_flight_changes += changes.len();
         let block = inner.open_block(0, self.settings.block_bytes_max);
+        block.committed_changes += changes.len();
         let after = Some(block.outcome.clone());
         let mut deleted = Vec::new();
         for change in changes {

@@ -371,6 +371,31 @@ fn too_much_in_flight_is_refused() {
     block_on(send()).unwrap();
 }
 
+#[test]
+fn too_many_changes_in_flight_are_refused() {
+    let wal = HeldWal::new();
+    let settings = ShardSettings { in_flight_changes_max: 3, ..ShardSettings::default() };
+    let shard = Shard::open(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
+    let commit = |count| shard.commit(vec![Change::ProducerIdsReserved { next: 1 }; count]);
+    let only = commit(4);
+    wal.wait_entered(1);
+    assert!(matches!(block_on(commit(1)), Err(AppendError::Full(text)) if text.contains("at most 3")));
+    wal.order(Ok(()));
+    block_on(only).unwrap();
+    let one = commit(1);
+    wal.wait_entered(2);
+    let two = [one, commit(2)];
+    assert!(matches!(block_on(commit(1)), Err(AppendError::Full(_))));
+    (0..2).for_each(|_| wal.order(Ok(())));
+    assert!(two.into_iter().all(|commit| block_on(commit).is_ok()));
+    // What failed does not wait any more.
+    let failed = commit(3);
+    wal.order(Err(WalError::Full("disk".into())));
+    assert!(matches!(block_on(failed), Err(AppendError::Full(text)) if text == "disk"));
+    wal.order(Ok(()));
+    block_on(commit(3)).unwrap();
+}
+
 // ---- topics ----
 
 #[test]

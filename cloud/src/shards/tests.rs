@@ -9,6 +9,8 @@ use crate::archive::Recovered;
 use crate::shard::ShardSettings;
 use crate::wal::memory::MemoryWal;
 
+mod groups;
+
 const WAL_BYTES: u64 = 2 << 20;
 
 /// The disks of a node: what is on them is there after a restart.

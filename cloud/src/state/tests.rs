@@ -19,6 +19,10 @@ fn stream() -> (EdgeId, StreamName) {
     (EdgeId::parse("gw-1").unwrap(), StreamName::parse("telemetry").unwrap())
 }
 
+fn slot(number: u8) -> CoordinatorSlot {
+    CoordinatorSlot::try_from(number).unwrap()
+}
+
 fn committed(offset: Offset) -> CommittedOffset {
     CommittedOffset { offset, leader_epoch: 3, metadata: "m".into(), commit_ms: 9 }
 }
@@ -51,6 +55,7 @@ fn one_of_each() -> Vec<Change> {
         Change::TopicGone { id: id(8) },
         Change::ShardAdded { shard: 4, engine: Engine::Object },
         Change::OffsetsReserved { shard: 4, epoch: 2, ceiling: 1 << 32 },
+        Change::SlotPlaced { slot: slot(63), shard: 4 },
     ]
 }
 
@@ -83,6 +88,7 @@ fn golden_bytes_of_every_change() {
         format!("0f {}", "08".repeat(16)),
         "10 04 01".into(),
         "11 04 04 8080808020".into(),
+        "12 3f 04".into(),
     ];
     for (change, expected) in one_of_each().iter().zip(golden) {
         let hex: String = encode_changes(std::slice::from_ref(change)).iter().map(|b| format!("{b:02x}")).collect();
@@ -97,15 +103,45 @@ fn changes_and_snapshots_are_read_back() {
     assert_eq!(State::decode(&state().encode()).unwrap(), state());
 }
 
-/// Version 1 is version 2 without what it ends with.
+/// What a build that wrote version 2 left of the changes up to `SlotPlaced`. Slots are not in it: all are the catalogue's.
+#[test]
+fn a_snapshot_of_version_2_is_read() {
+    let (t1, t2) = ("01".repeat(16), "02".repeat(16));
+    let golden = [
+        // Leader epoch, producer ids; topics, and their ids by name.
+        format!("02 02 d08f808020 02 {t1}{t1}0174 03 01016b0176 0a {t2}{t2}0175 03 00 0a 02 0174{t1} 0175{t2}"),
+        // Partitions: log start, end, epochs, no producers.
+        "05".into(),
+        (0..3).map(|n| format!("{t1}0{n} 00 8080808020 02 000000 02808080802000 00")).collect(),
+        [0, 2].map(|n| format!("{t2}0{n} 10 10 01 021010 00")).concat(),
+        // Groups, edges, streams' placements and positions.
+        format!("01 0167 08636f6e73756d6572 0108 01 {t1}00 0e 06 016d 12"),
+        "01 0467772d31 16 01016b0176".into(),
+        format!("01 0467772d31 0974656c656d65747279 {t1}01"),
+        format!("01 0467772d31 0974656c656d65747279 {} {t1}01 54 edfd03", "07".repeat(16)),
+        // Placed topics, none leaving, shards, offsets left out.
+        format!("01 {t2} 02 00 04 00 00 01 04 01 04 8080808020 8080808020"),
+    ];
+    let hex = golden.concat().replace(' ', "");
+    let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+    let mut bytes: Vec<u8> = (0..hex.len()).step_by(2).map(byte).collect();
+    let mut expected = State::default();
+    one_of_each()[..18].iter().for_each(|change| expected.apply(change));
+    assert_eq!(State::decode(&bytes).unwrap(), expected);
+    assert!(CoordinatorSlot::all().all(|slot| expected.slot_shard(slot) == CATALOGUE));
+    bytes.push(0);
+    assert_eq!(State::decode(&bytes), Err(StateError::Malformed("bytes after the snapshot")));
+}
+
+/// Version 1 is version 3 without what it ends with.
 #[test]
 fn a_snapshot_of_version_1_is_read() {
     let mut old = State::default();
     one_of_each()[..14].iter().for_each(|change| old.apply(change));
     old.skipped = 0;
     let mut bytes = old.encode();
-    // No hosting, nothing leaving, no shards, nothing skipped.
-    assert_eq!(bytes.split_off(bytes.len() - 4), [0; 4]);
+    // No hosting, nothing leaving, no shards, nothing skipped, no slots.
+    assert_eq!(bytes.split_off(bytes.len() - 5), [0; 5]);
     bytes[0] = 1;
     assert_eq!(State::decode(&bytes).unwrap(), old);
     bytes.push(0);
@@ -150,6 +186,19 @@ fn a_deleted_topic_takes_its_offsets_and_placements_along() {
     assert!(state.committed("g", partition(1, 0)).is_none());
     assert!(state.placement(&edge, &name).is_none());
     assert_eq!(state.streams().count(), 1, "what was stored stays stored");
+    // Of a topic that this shard hosts nothing of too.
+    let elsewhere = Change::OffsetCommitted { group: "g".into(), partition: partition(7, 0), committed: committed(1) };
+    state.apply(&elsewhere);
+    state.apply(&Change::TopicDeleted { id: id(7) });
+    assert!(state.committed("g", partition(7, 0)).is_none());
+}
+
+#[test]
+fn a_slot_is_where_it_was_placed_last() {
+    let mut state = state();
+    assert_eq!((state.slot_shard(slot(63)), state.slot_shard(slot(0))), (4, CATALOGUE));
+    state.apply(&Change::SlotPlaced { slot: slot(63), shard: 1 });
+    assert_eq!(state.slot_shard(slot(63)), 1);
 }
 
 #[test]

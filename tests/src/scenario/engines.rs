@@ -1,16 +1,19 @@
 //! Shards of several engines in one node: each keeps what its acknowledgement promised, and no client can tell them apart
 //! otherwise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use serde::Deserialize;
 
 use super::Context;
 use super::kill::drain;
 use crate::device::Link;
 use crate::lab::{Lab, PATIENCE, until};
-use crate::process::run_to_end;
+use crate::process::{open_log, run_to_end};
 use crate::{admin, kafka};
 
 /// Topics and the engine that each must be on: by default, by a rule, by a setting of the topic.
@@ -123,6 +126,102 @@ pub async fn each_engine_keeps_what_it_promised_on_kill_9(context: &Context) -> 
     let says = fewer.log_text().contains("= 1, and this system has 2 shard(s) of that kind");
     ensure!(says, "it says what there is: {}", fewer.log.display());
     Ok(format!("{LINES} records on each of {} topics, 70 of a stream", TOPICS.len()))
+}
+
+/// Groups that commit at once, more than two for each shard.
+const GROUPS: [&str; 6] = ["g-1", "g-2", "g-3", "g-4", "g-5", "g-6"];
+/// Commits that are acknowledged before the node is killed in the midst of more.
+const COMMITS: usize = 300;
+
+pub async fn groups_on_several_shards_keep_what_was_committed(context: &Context) -> Result<String> {
+    let files = commits_outlive_kill_and_disk(context, "groups-file", "file = 2").await?;
+    let objects = commits_outlive_kill_and_disk(context, "groups-object", "file = 0\nobject = 2").await?;
+    Ok(format!("{files} commits in two file shards, {objects} in two object shards"))
+}
+
+async fn commits_outlive_kill_and_disk(context: &Context, name: &str, shards: &str) -> Result<usize> {
+    // By the rule of docs/formats.md, and two shards that slots are spread over.
+    let shard_of = |group: &&str| crc32c::crc32c(group.as_bytes()) % 64 % 2;
+    let shards_used: BTreeSet<u32> = GROUPS.iter().map(shard_of).collect();
+    ensure!(shards_used.len() == 2, "the groups' slots lie on both shards");
+    let mut lab = context.lab(name)?;
+    lab.cloud.extra = format!("[shards]\n{shards}\nobject_linger = \"0s\"\n");
+    lab.cloud.archive_extra = "max_lag = \"200ms\"\n".into();
+    let mut cloud = lab.cloud()?;
+    cloud.start().await?;
+    kafka::Client::connect(lab.cloud.kafka).await?.touch("t").await?;
+    let before = admin::cloud_status(lab.cloud.admin).await?.shards;
+    let slots: Vec<usize> = before.iter().map(|shard| shard.slots.len()).collect();
+    ensure!(slots == [32, 32], "slots are spread over both shards: {slots:?}");
+
+    let acks = lab.dir.join("acks");
+    let mut commit = commits(context, &lab, "commit");
+    commit.stdout(File::create(&acks)?).stderr(open_log(&lab.dir.join("commits.log"))?);
+    let mut committing = commit.spawn()?;
+    let many = until("commits to be acknowledged", PATIENCE, async || {
+        Ok(acknowledged(&acks)?.filter(|(count, _)| *count >= COMMITS).map(drop))
+    });
+    let many = many.await;
+    cloud.kill()?;
+    committing.kill()?;
+    committing.wait()?;
+    many?;
+    let (count, last) = acknowledged(&acks)?.context("acknowledgements")?;
+
+    cloud.start().await?;
+    let found = shown(context, &lab).await?;
+    ensure!(found.listed == GROUPS, "all groups are listed: {:?}", found.listed);
+    for group in GROUPS {
+        let (acknowledged, is) = (last[group], found.committed[group]);
+        // The one under way when the node was killed may be there as well.
+        let right = is == acknowledged || is == acknowledged + 1;
+        ensure!(right, "{group}: {acknowledged} was acknowledged, {is} is there");
+    }
+    let after = admin::cloud_status(lab.cloud.admin).await?.shards;
+    ensure!(before.iter().zip(&after).all(|(was, is)| was.next_seq < is.next_seq), "both shards wrote: {after:?}");
+
+    // The disk is lost, the bucket is there: each shard brings its groups back.
+    until("everything to be in the bucket", PATIENCE, async || {
+        let status = admin::cloud_status(lab.cloud.admin).await?;
+        let is_shipped = |shard: &admin::ShardStatus| shard.engine == "object" || shard.shipped_seq == shard.next_seq;
+        Ok(status.shards.iter().all(is_shipped).then_some(()))
+    })
+    .await?;
+    cloud.kill()?;
+    std::fs::remove_dir_all(&lab.cloud.data_dir)?;
+    cloud.start().await?;
+    let restored = shown(context, &lab).await?;
+    ensure!(restored.committed == found.committed, "{found:?} became {restored:?}");
+    cloud.stop().await?;
+    Ok(count)
+}
+
+fn commits(context: &Context, lab: &Lab, what: &str) -> Command {
+    let mut command = context.tools.script("commits.py");
+    command.args([&lab.cloud.kafka.to_string(), "t", what]).args(GROUPS);
+    command
+}
+
+/// How many commits were acknowledged so far, and the last one of each group; `None` until each has one.
+fn acknowledged(acks: &Path) -> Result<Option<(usize, BTreeMap<String, i64>)>> {
+    let text = std::fs::read_to_string(acks)?;
+    // What follows the last line break may be half a line.
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let lines: Vec<(String, i64)> = whole.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let count = lines.len();
+    let last: BTreeMap<String, i64> = lines.into_iter().collect();
+    Ok((last.len() == GROUPS.len()).then_some((count, last)))
+}
+
+/// What a client sees of the groups.
+#[derive(Debug, Deserialize)]
+struct Shown {
+    committed: BTreeMap<String, i64>,
+    listed: Vec<String>,
+}
+
+async fn shown(context: &Context, lab: &Lab) -> Result<Shown> {
+    Ok(serde_json::from_slice(&run_to_end(commits(context, lab, "show")).await?)?)
 }
 
 /// What a start must keep or change.
