@@ -2,12 +2,13 @@
 //! before, one `pwrite` and one `fdatasync` per commit. They take turns, since other programs use the disk too.
 //!
 //! - `engine`: [`FileWal::append`] of a block of so many bytes, against raw commits of the same size, commit by commit;
-//! - `shard`: batches for so many partitions appended to a [`Shard`] over such a WAL, as producers with so many bytes in flight
-//!   do: whenever the oldest batch is answered the next ones are sent. [`WINDOW`] commits' worth is in flight: one that is
-//!   written, one that waits and one that gathers. How large blocks became is shown; the raw commits that
-//!   take turns with such a burst have that size.
+//! - `shard`: batches for so many partitions appended to a [`Shard`] over such a WAL, as producers with a bounded number of bytes
+//!   in flight do: whenever the oldest batch is answered the next one is sent, [`WINDOW`] commits' worth at a time. Blocks
+//!   are held at a commit's size by `block_bytes_max`, or grow as they do by default. How large they became is shown; the raw
+//!   commits that take turns with such a burst have that size.
 //!
-//! `cargo run --release -p tributary-cloud --example wal_rate -- DIR [ROUNDS [MIB_PER_BURST [COMMIT_KIB PARTITIONS]]]`
+//! `cargo run --release -p tributary-cloud --example wal_rate -- DIR [ROUNDS [MIB_PER_BURST [COMMIT_KIB PARTITIONS [WINDOW [HELD]]]]]`:
+//! 0 as COMMIT_KIB is all of them, 0 as HELD lets blocks grow.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
@@ -39,7 +40,7 @@ const FILE_BYTES: u64 = 64 << 20;
 /// Commits of the engine per round.
 const COMMITS: usize = 48;
 /// Commits' worth that producers have in flight.
-const WINDOW: usize = 3;
+const WINDOW: usize = 4;
 /// Copies of a batch, so that what is appended does not rest in the fastest cache: bytes of all of them.
 const COPIES_BYTES: usize = 4 << 20;
 
@@ -48,14 +49,18 @@ struct Load {
     rounds: usize,
     /// Bytes that a shard is given before the disk alone has its turn.
     burst_bytes: usize,
+    window: usize,
+    /// Blocks are closed when they have a commit's worth.
+    held: bool,
 }
 
 fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
     let dir = PathBuf::from(args.next().context("a directory on the disk to measure")?);
     let mut number = |default: usize| args.next().map_or(Ok(default), |text| text.parse());
-    let load = Load { rounds: number(9)?, burst_bytes: number(64)? << 20 };
+    let (rounds, burst_bytes) = (number(9)?, number(64)? << 20);
     let (only_kib, only_partitions) = (number(0)?, number(0)? as u32);
+    let load = Load { rounds, burst_bytes, window: number(WINDOW)?, held: number(1)? > 0 };
     println!(
         "| commit | partitions | raw, MB/s | engine, MB/s | ratio | KiB per block | of it batches | raw, MB/s | shard, MB/s | ratio |"
     );
@@ -118,13 +123,14 @@ impl Spent {
 fn case(dir: &Path, commit_bytes: usize, partitions: u32, load: &Load) -> anyhow::Result<String> {
     let mut raw = Raw::new(&dir.join("raw"))?;
     let mut engine = Engine::new(&dir.join("engine"), commit_bytes, partitions)?;
-    let mut shard = ShardUnderLoad::new(&dir.join("shard"), commit_bytes, partitions)?;
+    let mut shard = ShardUnderLoad::new(&dir.join("shard"), commit_bytes, partitions, load)?;
     // Until files are recycled: what is measured is overwriting.
     while engine.written < 3 * FILE_BYTES {
         engine.commit()?;
     }
     while shard.written < 3 * FILE_BYTES {
-        shard.burst(FILE_BYTES as usize)?;
+        shard.burst(load.burst_bytes)?;
+        shard.trim();
     }
     let (mut of_engine, mut of_shard) = (Sides::default(), Sides::default());
     let (mut blocks, mut parts) = (Vec::new(), Vec::new());
@@ -140,6 +146,7 @@ fn case(dir: &Path, commit_bytes: usize, partitions: u32, load: &Load) -> anyhow
         let before = shard.shard.status();
         let batch_bytes = spent.on(0, || shard.burst(load.burst_bytes))?;
         let after = shard.shard.status();
+        shard.trim();
         let (count, bytes) = ((after.blocks - before.blocks).max(1), after.block_bytes - before.block_bytes);
         spent.bytes = bytes;
         for _ in 0..count {
@@ -250,14 +257,17 @@ struct ShardUnderLoad {
     /// Batches in flight.
     window: usize,
     written: u64,
-    trimmed: u64,
-    /// Where blocks began after so many bytes.
-    kept: u64,
+    /// Where the last bursts began.
+    bursts: VecDeque<u64>,
 }
 
 impl ShardUnderLoad {
-    fn new(path: &Path, commit_bytes: usize, partitions: u32) -> anyhow::Result<Self> {
-        let settings = ShardSettings { archived: false, ..ShardSettings::default() };
+    fn new(path: &Path, commit_bytes: usize, partitions: u32, load: &Load) -> anyhow::Result<Self> {
+        let mut settings = ShardSettings { archived: false, ..ShardSettings::default() };
+        if load.held {
+            // As large as a commit of the engine here: headers are not counted.
+            settings.block_bytes_max = commit_bytes + commit_bytes / 4;
+        }
         let clock = Arc::new(|| 1_000);
         let shard = Shard::open(settings, Box::new(wal(path)?), Recovered::default(), None, clock)?;
         let (id, name) = (partition(0).topic, TopicName::parse("rate")?);
@@ -266,8 +276,8 @@ impl ShardUnderLoad {
         let (count, batch) = batches(commit_bytes, partitions);
         let copies = (0..COPIES_BYTES.div_ceil(batch.len())).map(|_| Batch::parse(batch.bytes().to_vec().into()));
         let batches = copies.collect::<Result<_, _>>()?;
-        let window = WINDOW * count as usize;
-        Ok(Self { shard, batches, partitions, next: 0, window, written: 0, trimmed: 0, kept: 0 })
+        let window = load.window * count as usize;
+        Ok(Self { shard, batches, partitions, next: 0, window, written: 0, bursts: VecDeque::new() })
     }
 
     /// Appends at least `bytes` of batches and waits for all the answers. Returns how many bytes they were.
@@ -276,12 +286,17 @@ impl ShardUnderLoad {
         let bytes = (count * self.batches[0].len()) as u64;
         block_on(self.send(count))?;
         self.written += bytes;
-        if self.written - self.trimmed > 2 * FILE_BYTES {
-            self.trimmed = self.written;
-            self.shard.published(self.kept);
-            self.kept = self.shard.durable().next_seq;
-        }
         Ok(bytes)
+    }
+
+    /// As the archive does, so often that no file is made while rates are measured.
+    fn trim(&mut self) {
+        self.bursts.push_back(self.shard.durable().next_seq);
+        if self.bursts.len() > 1
+            && let Some(below) = self.bursts.pop_front()
+        {
+            self.shard.published(below);
+        }
     }
 
     async fn send(&mut self, count: usize) -> Result<(), AppendError> {

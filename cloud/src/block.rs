@@ -262,6 +262,13 @@ impl Block {
         Ok(decode_changes(&self.changes)?)
     }
 
+    /// Its memory, if nobody else looks at it.
+    pub fn into_buffer(self) -> Option<BytesMut> {
+        let Self { changes, bytes, .. } = self;
+        drop(changes);
+        bytes.try_into_mut().ok()
+    }
+
     /// All its bytes, header to checksum.
     pub fn bytes(&self) -> &Bytes {
         &self.bytes
@@ -372,9 +379,15 @@ pub struct BlockBuilder {
     batches: Vec<Placed>,
     changes: Vec<Change>,
     batch_bytes: usize,
+    buffer: BytesMut,
 }
 
 impl BlockBuilder {
+    /// Memory to write the block to, if it is neither too small nor more than twice what is needed.
+    pub fn reuse(&mut self, buffer: BytesMut) {
+        self.buffer = buffer;
+    }
+
     /// Adds a batch. Batches of one partition come in the order of their offsets; partitions may alternate.
     pub fn push(&mut self, placed: Placed) {
         self.batch_bytes += placed.batch.len();
@@ -411,7 +424,11 @@ impl BlockBuilder {
         self.batches.sort_by_key(|placed| placed.partition); // Stable: offsets stay in order.
         let changes = encode_changes(&self.changes);
         let room = HEADER_BYTES + self.batch_bytes + changes.len() + self.batches.len() * ENTRY_BYTES + CRC_BYTES;
-        let mut out = BytesMut::with_capacity(room);
+        let mut out = std::mem::take(&mut self.buffer);
+        out.clear();
+        if !(room..=2 * room).contains(&out.capacity()) {
+            out = BytesMut::with_capacity(room);
+        }
         out.put_bytes(0, HEADER_BYTES);
         let entries = self.put_batches(&mut out);
         let data = out.len() - HEADER_BYTES;
@@ -555,6 +572,27 @@ mod tests {
             assert_eq!(checked.leader_epoch(), 5);
         }
         assert_eq!(block.changes().unwrap(), [Change::ProducerIdsReserved { next: 1000 }]);
+    }
+
+    #[test]
+    fn a_buffer_that_is_written_again_gives_the_same_block_and_is_not_larger_than_it_should_be() {
+        let check = |buffer: BytesMut, reused: bool| {
+            let (at, capacity) = (buffer.as_ptr(), buffer.capacity());
+            let mut builder = BlockBuilder::default();
+            builder.push(placed(0, 4, batch(2, 5)));
+            builder.reuse(buffer);
+            let block = builder.finish(header(9));
+            assert_eq!(block, build(9, vec![placed(0, 4, batch(2, 5))], vec![]));
+            assert_eq!(block.bytes().as_ptr() == at, reused, "{capacity}");
+            let reader = block.bytes().clone();
+            assert!(block.clone().into_buffer().is_none(), "somebody reads it");
+            drop(reader);
+            assert!(block.into_buffer().is_some());
+        };
+        let bytes = build(9, vec![placed(0, 4, batch(2, 5))], vec![]).bytes().len();
+        check(BytesMut::from(&vec![0xff; bytes][..]), true);
+        check(BytesMut::with_capacity(bytes - 1), false);
+        check(BytesMut::with_capacity(2 * bytes + 1), false);
     }
 
     #[test]

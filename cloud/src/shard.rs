@@ -42,6 +42,7 @@ mod recover;
 mod retention;
 mod source;
 mod tail;
+mod waits;
 
 use flight::Inner;
 
@@ -106,6 +107,14 @@ impl Default for ShardSettings {
             archived: true,
             drops_oldest: false,
         }
+    }
+}
+
+impl ShardSettings {
+    /// Not where appends are paced, for a block takes what comes until it may begin; nor where what goes depends on what was
+    /// written.
+    fn encodes_ahead(&self) -> bool {
+        self.linger.is_zero() && !self.drops_oldest
     }
 }
 

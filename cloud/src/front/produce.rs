@@ -13,7 +13,6 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::join_all;
 use kafka_wire::ErrorCode;
 use kafka_wire::produce::{
     PartitionProduceData, PartitionProduceResponse, ProduceRequest, ProduceResponse, TopicProduceResponse,
@@ -179,8 +178,11 @@ impl Begun {
         let mut responses = Vec::with_capacity(self.topics.len());
         let deadline = Instant::now() + self.timeout;
         for (name, partitions) in self.topics {
-            let answers = partitions.into_iter().map(|partition| partition.answer(deadline));
-            let partition_responses = join_all(answers).await;
+            let mut partition_responses = Vec::with_capacity(partitions.len());
+            // One by one: all have begun, and those that share a block share the wake-up.
+            for partition in partitions {
+                partition_responses.push(partition.answer(deadline).await);
+            }
             responses.push(TopicProduceResponse { name, partition_responses });
         }
         if self.acks != 0 {

@@ -55,9 +55,9 @@ impl Core {
         while let Some(encoded) = self.next_block().await {
             let begun = Instant::now();
             let appended = self.wal.append(encoded.block.header().seq, encoded.block.bytes()).await;
-            let micros = begun.elapsed().as_micros() as u64;
+            let took = begun.elapsed();
             match appended {
-                Ok(()) => self.written(encoded, micros),
+                Ok(()) => self.written(encoded, begun, took),
                 Err(error) => self.fail(error),
             }
         }
@@ -145,6 +145,9 @@ impl Core {
         let mut open = inner.open.pop_front()?;
         let settings = &self.settings;
         inner.append_begun = (settings.linger > Duration::ZERO).then(Instant::now);
+        if let Some(buffer) = inner.tail.take_spare() {
+            open.builder.reuse(buffer);
+        }
         if planted(Bug::MarkerAfterData) {
             std::mem::swap(&mut open.streams, &mut inner.late);
         }
@@ -176,15 +179,19 @@ impl Core {
         Encoded { block: open.builder.finish(header), batches, dropped }
     }
 
-    /// The block is durable. If another waits to be written that goes first: there is somebody else to show this one.
-    fn written(&self, encoded: Encoded, micros: u64) {
+    /// The block is durable. If another is ready or about to be, that goes first: there is somebody else to show this one.
+    fn written(&self, encoded: Encoded, begun: Instant, took: Duration) {
         let goes_on = {
             let mut inner = self.inner.lock();
+            let inner = &mut *inner;
             let mut sealed = inner.sealed.iter_mut().skip_while(|block| !matches!(block.stage, Stage::Writing));
             // Taken over meanwhile: whether the new owner saw this block is not known here, so it is not acknowledged.
             let Some(block) = sealed.next() else { return };
-            block.stage = Stage::Written(encoded, micros);
-            sealed.next().is_some_and(|next| matches!(next.stage, Stage::Ready(_)))
+            block.stage = Stage::Written(encoded, took);
+            if self.settings.encodes_ahead() && self.wal.blocks_threads() {
+                inner.waits.appended(begun, took, block.batch_bytes);
+            }
+            sealed.next().is_some()
         };
         if goes_on {
             self.ahead.notify_one();
@@ -198,7 +205,7 @@ impl Core {
     fn publish(&self) -> bool {
         let usage = self.wal.usage();
         let mut inner = self.inner.lock();
-        let Some((sealed, Encoded { block, batches, dropped }, micros)) = inner.take_written() else { return false };
+        let Some((sealed, Encoded { block, batches, dropped }, took)) = inner.take_written() else { return false };
         let (seq, bytes) = (block.header().seq, block.bytes().len() as u64);
         inner.land(&block, &sealed, seq);
         if let Err(error) = inner.absorb(block, &self.settings) {
@@ -214,7 +221,7 @@ impl Core {
         inner.counters.blocks += 1;
         inner.counters.block_bytes += bytes;
         inner.counters.batches += batches;
-        inner.counters.commit_seconds.add(micros as f64 / 1e6);
+        inner.counters.commit_seconds.add(took.as_secs_f64());
         drop(inner);
         if let Some(below) = dropped {
             self.published(below);
@@ -308,12 +315,9 @@ impl Inner {
     /// encoding to take time. With less it goes on gathering, for small blocks waste the disk.
     pub fn is_worth_encoding(&self, settings: &ShardSettings) -> bool {
         let Some(Sealed { stage: Stage::Writing, batch_bytes, .. }) = self.sealed.back() else { return false };
-        // An append that is paced takes what came until it may begin; what goes depends on what was written.
-        if settings.linger > Duration::ZERO || settings.drops_oldest {
-            return false;
-        }
         let enough = (*batch_bytes).max(settings.ahead_bytes_min);
-        self.open.len() > 1 || self.open.front().is_some_and(|open| open.builder.batch_bytes() >= enough)
+        let has_enough = |open: &OpenBlock| open.builder.batch_bytes() >= enough;
+        settings.encodes_ahead() && (self.open.len() > 1 || self.open.front().is_some_and(has_enough))
     }
 
     /// The bytes of the oldest block that is not written, which is being written from here on. `Some(None)` while they are
@@ -337,10 +341,10 @@ impl Inner {
     }
 
     /// The oldest block, if it is durable and nobody has seen it.
-    fn take_written(&mut self) -> Option<(Sealed, Encoded, u64)> {
+    fn take_written(&mut self) -> Option<(Sealed, Encoded, Duration)> {
         let mut sealed = self.sealed.pop_front()?;
         match std::mem::replace(&mut sealed.stage, Stage::Encoding) {
-            Stage::Written(encoded, micros) => Some((sealed, encoded, micros)),
+            Stage::Written(encoded, took) => Some((sealed, encoded, took)),
             stage => {
                 sealed.stage = stage;
                 self.sealed.push_front(sealed);

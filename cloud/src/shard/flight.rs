@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use shared::batch::Batch;
 use shared::log::idempotence::{Sequenced, Verdict, check_position, check_sequence, is_idempotent, last_sequence};
@@ -17,7 +18,8 @@ use tokio::sync::Notify;
 
 use super::index::WalIndex;
 use super::tail::Tail;
-use super::{Core, PartitionStatus, ShardStatus};
+use super::waits::DiskWaits;
+use super::{Core, PartitionStatus, ShardSettings, ShardStatus};
 use crate::block::{Block, BlockBuilder, Placed};
 use crate::planted::{Bug, planted};
 use crate::state::{Change, PartitionMap, State, StreamState};
@@ -39,6 +41,8 @@ pub struct Inner {
     pub sealed: VecDeque<Sealed>,
     /// Blocks that wait for the committer, oldest first; the last one is being filled.
     pub open: VecDeque<OpenBlock>,
+    /// Whether the disk waits for blocks, where appends wait for a disk.
+    pub waits: DiskWaits,
     /// When the newest append to the WAL began, where appends are paced.
     pub append_begun: Option<tokio::time::Instant>,
     /// What is in flight, sealed blocks included.
@@ -97,8 +101,8 @@ pub enum Stage {
     Ready(Encoded),
     /// It is being appended to the WAL.
     Writing,
-    /// It is durable, and not seen yet. It took so many microseconds.
-    Written(Encoded, u64),
+    /// It is durable, and not seen yet. That took so long.
+    Written(Encoded, Duration),
 }
 
 /// The bytes of a block and what is told of them when they are durable.
@@ -181,6 +185,7 @@ impl Inner {
             tail: Tail::default(),
             sealed: VecDeque::new(),
             open: VecDeque::new(),
+            waits: DiskWaits::default(),
             append_begun: None,
             overlay: Overlay::default(),
             in_flight_bytes: 0,
@@ -269,10 +274,14 @@ impl Inner {
     }
 
     /// The block to put `bytes` more into.
-    fn open_block(&mut self, bytes: usize, block_bytes_max: usize) -> &mut OpenBlock {
+    fn open_block(&mut self, bytes: usize, settings: &ShardSettings) -> &mut OpenBlock {
+        // The first of two that shall take turns; what comes after it is bounded by the largest size alone.
+        let is_first = self.sealed.is_empty() && self.open.len() == 1;
+        let cut = self.waits.cut().filter(|_| is_first).unwrap_or(usize::MAX).max(settings.ahead_bytes_min);
+        let bytes_max = settings.block_bytes_max.min(cut);
         let is_full = |block: &OpenBlock| {
             let builder = &block.builder;
-            !builder.is_empty() && (builder.batch_bytes() + bytes > block_bytes_max || builder.count() >= CHANGES_MAX)
+            !builder.is_empty() && (builder.batch_bytes() + bytes > bytes_max || builder.count() >= CHANGES_MAX)
         };
         if self.open.back().is_none_or(is_full) {
             self.open.push_back(OpenBlock::default());
@@ -342,14 +351,14 @@ impl Inner {
     }
 
     /// Takes a stream's position over from another shard, unless a later one is known.
-    fn adopt(&mut self, key: &StreamKey, stream: StreamState, block_bytes_max: usize) {
+    fn adopt(&mut self, key: &StreamKey, stream: StreamState, settings: &ShardSettings) {
         let flying = self.overlay.streams.get(key).map(|(next, _)| *next);
         let known = flying.or_else(|| self.state.stream(key).map(|stream| stream.next));
         if known.is_some_and(|known| known >= stream.next) {
             return;
         }
         let StreamState { partition, next, chain } = stream;
-        let block = self.open_block(0, block_bytes_max);
+        let block = self.open_block(0, settings);
         block.builder.change(Change::StreamPosition { key: key.clone(), partition, next, chain });
         let seq = self.open_seq();
         self.overlay.streams.insert(key.clone(), (next, seq));
@@ -361,11 +370,11 @@ impl Inner {
         log_start: Offset,
         leader_epoch: i32,
         end: Offset,
-        block_bytes_max: usize,
+        settings: &ShardSettings,
     ) -> Admitted<Appended> {
         let Append { partition, batch, source } = append;
         let bytes = batch.len();
-        let block = self.open_block(bytes, block_bytes_max);
+        let block = self.open_block(bytes, settings);
         let last_offset = end + i64::from(batch.last_offset_delta());
         let appended = Appended { base_offset: end, last_offset, log_start, duplicate: false };
         let after = Some(block.outcome.clone());
@@ -414,7 +423,7 @@ impl Core {
         let (log_start, leader_epoch) = (state.log_start, state.leader_epoch());
         let end = inner.overlay.ends.get(&partition).map_or(state.high_watermark, |(end, _)| *end);
         if let (Source::Edge(edge), Some(stream)) = (&append.source, elsewhere) {
-            inner.adopt(&edge.stream, stream, self.settings.block_bytes_max);
+            inner.adopt(&edge.stream, stream, &self.settings);
             // Whatever becomes of the batch, the position is in an open block now.
             self.wake_committer(inner);
         }
@@ -437,13 +446,13 @@ impl Core {
             inner.counters.refused_full += 1;
             if self.settings.drops_oldest {
                 // A block with nothing in it makes room for who tries again.
-                inner.open_block(0, self.settings.block_bytes_max);
+                inner.open_block(0, &self.settings);
                 self.wake_committer(inner);
             }
             return Admitted::now(Err(AppendError::Full(full)));
         }
         let is_early = planted(Bug::EarlyAnswer) && matches!(append.source, Source::Producer);
-        let mut admitted = inner.place(append, log_start, leader_epoch, end, self.settings.block_bytes_max);
+        let mut admitted = inner.place(append, log_start, leader_epoch, end, &self.settings);
         if is_early {
             admitted.after = None;
         }
@@ -451,12 +460,12 @@ impl Core {
         admitted
     }
 
-    /// Something is open: for the writer, unless it is at work and will look by itself.
+    /// Something is open: for the writer, unless it is at work or told by the encoder, and will look by itself.
     fn wake_committer(&self, inner: &Inner) {
-        if inner.sealed.back().is_none_or(|block| !matches!(block.stage, Stage::Writing)) {
-            self.work.notify_one();
-        } else if inner.is_worth_encoding(&self.settings) {
-            self.ahead.notify_one();
+        match inner.sealed.back().map(|block| &block.stage) {
+            None | Some(Stage::Written(..)) => self.work.notify_one(),
+            Some(Stage::Writing) if inner.is_worth_encoding(&self.settings) => self.ahead.notify_one(),
+            Some(Stage::Writing | Stage::Encoding | Stage::Ready(_)) => {}
         }
     }
 
@@ -492,7 +501,7 @@ impl Core {
             return Admitted::now(Err(AppendError::Full(text)));
         }
         inner.in_flight_changes += changes.len();
-        let block = inner.open_block(0, self.settings.block_bytes_max);
+        let block = inner.open_block(0, &self.settings);
         block.committed_changes += changes.len();
         let after = Some(block.outcome.clone());
         let mut deleted = Vec::new();

@@ -2,16 +2,21 @@
 
 use std::collections::VecDeque;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 
 use super::index::Run;
 use crate::block::Block;
+
+/// Buffers that are kept for blocks to come.
+const SPARE_MAX: usize = 2;
 
 /// The newest blocks, without holes.
 #[derive(Debug, Default)]
 pub struct Tail {
     blocks: VecDeque<Block>,
     bytes: usize,
+    /// Of blocks that went: fresh memory costs a page fault per 4 KiB.
+    spare: Vec<BytesMut>,
 }
 
 impl Tail {
@@ -25,7 +30,15 @@ impl Tail {
         while self.bytes > bytes_max {
             let Some(oldest) = self.blocks.pop_front() else { break };
             self.bytes -= oldest.bytes().len();
+            if self.spare.len() < SPARE_MAX {
+                self.spare.extend(oldest.into_buffer());
+            }
         }
+    }
+
+    /// The buffer of a block that went.
+    pub fn take_spare(&mut self) -> Option<BytesMut> {
+        self.spare.pop()
     }
 
     /// Forgets everything.

@@ -142,3 +142,18 @@ fn a_close_waits_for_what_was_put_together_ahead() {
         assert_eq!(poll_once(&mut call).unwrap().unwrap().base_offset, offset);
     }
 }
+
+#[test]
+fn while_the_disk_waits_two_blocks_take_turns() {
+    let mut steps = Steps::new();
+    let now = tokio::time::Instant::now();
+    for wait in [0, 1] {
+        let begun = now + Duration::from_secs(wait);
+        steps.shard.core.inner.lock().waits.appended(begun, Duration::ZERO, 4_400);
+    }
+    let mut calls: Vec<_> = (0..5).map(|_| steps.send(1_000)).collect();
+    (0..2).for_each(|_| steps.ends(Ok(())));
+    assert!(calls.iter_mut().all(|call| poll_once(call).is_some_and(|answer| answer.is_ok())));
+    let batches = |seq| Block::parse(steps.wal.inner.read(seq).unwrap()).unwrap().entries()[0].batches;
+    assert_eq!((steps.wal.bounds(), batches(1), batches(2)), (Some((0, 3)), 2, 3));
+}
