@@ -375,6 +375,8 @@ fn a_deleted_topic_is_gone_at_once_and_for_good() {
 #[derive(Default)]
 struct ColdBlocks {
     blocks: Mutex<Vec<Block>>,
+    /// What the next read waits for.
+    gate: Mutex<Option<tokio::sync::oneshot::Receiver<()>>>,
 }
 
 impl ColdBlocks {
@@ -405,11 +407,27 @@ impl ColdTier for ColdBlocks {
         };
         self.batches(partition).iter().map(run).collect()
     }
-    fn read(&self, partition: Partition, from: Offset, _: ReadLimits) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
-        let found = self.batches(partition).into_iter().find(|batch| batch.last_offset() >= from);
-        let next = found.as_ref().map_or(from, |batch| batch.last_offset() + 1);
-        let batches = found.into_iter().map(Batch::into_bytes).collect();
-        Box::pin(std::future::ready(Ok(ColdRead { batches, next })))
+    fn read(
+        &self,
+        partition: Partition,
+        from: Offset,
+        limits: ReadLimits,
+    ) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
+        let gate = self.gate.lock().take();
+        Box::pin(async move {
+            if let Some(gate) = gate {
+                let _ = gate.await;
+            }
+            let mut read = ColdRead { batches: Vec::new(), next: from };
+            for batch in self.batches(partition).into_iter().filter(|batch| batch.last_offset() >= from) {
+                if read.batches.iter().map(Bytes::len).sum::<usize>() >= limits.bytes_max {
+                    break;
+                }
+                read.next = batch.last_offset() + 1;
+                read.batches.push(batch.into_bytes());
+            }
+            Ok(read)
+        })
     }
     fn find_time(
         &self,
