@@ -17,6 +17,8 @@ pub(crate) enum Bug {
     SafeIsDurable,
     /// No offsets are left out after a loss.
     OffsetsReused,
+    /// A restore leaves out the offsets of one earlier owner alone, however many lost what they had.
+    LivesForgotten,
     /// The WAL is trimmed before the manifest that names its segments is published.
     TrimmedEarly,
     /// A memory shard begins where the one before it began.
@@ -27,7 +29,8 @@ pub(crate) enum Bug {
     OlderDiskGoesOn,
     /// A start serves what the page cache shows, durable or not.
     CacheTrusted,
-    /// An edge forgets at a restart where an incarnation began.
+    /// An edge forgets at a restart where an incarnation began: the simulated one, for the real one is another program.
+    #[cfg(test)]
     RenewalForgotten,
 }
 

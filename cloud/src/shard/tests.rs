@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::archive::{ColdBounds, ColdRead, ColdRun, Snapshot, Source, StoredBlock, Tail};
-use crate::block::Block;
+use crate::block::{Block, BlockBuilder, BlockHeader};
 use crate::state::{Topic, read_state};
 use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
@@ -621,6 +621,27 @@ fn after_a_restore_no_offset_is_used_twice() {
     wal.append(0, &blocks[0].bytes).unwrap();
     drop(wal);
     assert_eq!(file_wal(&directory).bounds(), None);
+}
+
+#[test]
+fn offsets_of_lives_that_left_no_more_than_a_fence_are_not_used_either() {
+    let (shard, _lost) = shard();
+    append(&shard, batch(10, 1)).unwrap();
+    let mut blocks = block_on(shard.blocks(0, 1 << 20)).unwrap();
+    shard.close();
+    // Each owner finds its own fence last, and of those before nothing but theirs.
+    for life in 1..4 {
+        let seq = blocks.len() as u64;
+        let header = BlockHeader { shard: 0, epoch: life, nonce: 1, seq, append_ms: 1_000 };
+        blocks.push(StoredBlock { seq, bytes: BlockBuilder::default().finish(header).bytes().clone() });
+        let recovered = Recovered { snapshot: None, tail: Tail::Bucket(blocks.clone()), epoch: life };
+        let wal = Box::new(MemoryWal::new(WAL_BYTES));
+        let again = Shard::open(ShardSettings::default(), wal, recovered, None, clock()).unwrap();
+        let bounds = again.bounds(partition(1)).unwrap();
+        let begun = 10 + (i64::from(life) << 32);
+        assert_eq!((bounds.high_watermark, bounds.leader_epoch), (begun + 1, life as i32));
+        assert_eq!(again.epoch_end(partition(1), 0).unwrap().unwrap().end, begun);
+    }
 }
 
 #[test]

@@ -80,7 +80,7 @@ pub async fn reign(world: &World) {
             let kind = kinds[draw(kinds.len() as u64) as usize];
             note(|| format!("strike: {kind:?}"));
             world.count(|tally| tally.strikes += 1);
-            strike(world, kind, &kinds).await;
+            strike(world, kind).await;
         }
         tokio::time::sleep(secs(pace)).await;
     }
@@ -123,7 +123,7 @@ fn follow(world: &World, after: Duration, strike: impl FnOnce(&World) + Send + '
     });
 }
 
-async fn strike(world: &World, kind: Kind, kinds: &[Kind]) {
+async fn strike(world: &World, kind: Kind) {
     let node = any_node(world).clone();
     let owner = node.owner;
     match kind {
@@ -192,7 +192,13 @@ async fn strike(world: &World, kind: Kind, kinds: &[Kind]) {
         Kind::EdgeImage => {
             let edge = any_edge(world).clone();
             let image = edge.image();
-            follow(world, secs(60), move |world| edge.restart(world, Some(image), false));
+            follow(world, secs(60), move |world| {
+                edge.restart(world, Some(image), false);
+                if chance(500) {
+                    // And is killed before it has settled what that means.
+                    follow(world, secs(1), move |world| edge.restart(world, None, false));
+                }
+            });
         }
         Kind::EdgeDiskFull => {
             let edge = any_edge(world).clone();
@@ -204,30 +210,39 @@ async fn strike(world: &World, kind: Kind, kinds: &[Kind]) {
             if let Some(edge) = movable.get(draw(movable.len().max(1) as u64) as usize) {
                 world.count(|tally| tally.moved += 1);
                 edge.restart(world, None, true);
-                if kinds.contains(&Kind::DiskLost) && chance(500) {
-                    // What the stream left behind may not be in the bucket yet.
-                    follow(world, secs(5), lose_disk);
+                if chance(700) {
+                    world.processes().spawn(WORLD, lose_disk_behind(world.clone(), Arc::clone(edge)));
                 }
             }
         }
-        Kind::DiskLost => lose_disk(world),
+        Kind::DiskLost => {
+            if let Some((node, _)) = any_disk(world) {
+                lose_disk(world, node);
+            }
+        }
         Kind::DiskImage => {
             let Some((node, shard)) = any_disk(world) else { return };
             let (node, image) = (node.clone(), node.state.lock().disk.survivor());
-            follow(world, secs(60), move |world| restore_image(world, &node, shard, image));
+            follow(world, secs([10, 60][draw(2) as usize]), move |world| restore_image(world, &node, shard, image));
         }
         Kind::DiskTrouble => {
             let Some((node, _)) = any_disk(world) else { return };
             let trouble = [Trouble::Full, Trouble::ReadOnly, Trouble::SyncFails][draw(3) as usize];
             note(|| format!("node {}: {trouble:?}", node.owner));
             node.state.lock().disk.wal.set_trouble(Some(trouble));
-            let (node, after) = (node.clone(), secs(30));
-            if chance(500) {
-                // Well again, and then without power: what was thought to be written shows.
-                let node = node.clone();
-                follow(world, after + secs(10), move |world| world.crash_with(&node, secs(10), true));
-            }
-            later(world, after, move |_| node.state.lock().disk.wal.set_trouble(None));
+            let (there, node, ill) = (world.clone(), node.clone(), secs(30));
+            world.processes().spawn(WORLD, async move {
+                tokio::time::sleep(ill).await;
+                node.state.lock().disk.wal.set_trouble(None);
+                while node.up().is_none() && there.writes() {
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+                tokio::time::sleep(secs(5)).await;
+                if there.writes() && chance(700) {
+                    // Well again, at work, and without power: what was thought to be written shows.
+                    there.crash_with(&node, secs(10), true);
+                }
+            });
         }
         Kind::RootLost => {
             // The manifest does not get through, and the node ends before it knows.
@@ -249,9 +264,24 @@ async fn strike(world: &World, kind: Kind, kinds: &[Kind]) {
     }
 }
 
-fn lose_disk(world: &World) {
+/// A disk is lost as soon as something of an edge's moved streams is stored elsewhere: what they left behind may not be in
+/// the bucket yet.
+async fn lose_disk_behind(world: World, edge: Arc<Edge>) {
+    let ends = edge.disk.lock().ends();
+    for _ in 0..200 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if edge.disk.lock().has_more_confirmed(&ends) {
+            break;
+        }
+    }
+    if let Some(node) = world.node_of(edge.shards[0], 0).filter(|_| world.writes()) {
+        lose_disk(&world, &node);
+    }
+}
+
+fn lose_disk(world: &World, node: &Arc<Node>) {
     // Of a shard that the bucket has nothing of, a lost disk cannot be told from a new one.
-    let Some((node, shard)) = any_disk(world).filter(|(_, shard)| is_known(world, *shard)) else { return };
+    let Some(shard) = node.on_disk().filter(|shard| is_known(world, *shard)) else { return };
     world.crash(node, secs(20));
     world.judge().disk_lost(world, shard.id);
     node.state.lock().disk = Disk::default();

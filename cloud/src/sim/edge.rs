@@ -20,7 +20,7 @@ use super::judge::mark;
 use super::node::{Node, Up, stream_topic};
 use super::scheduler::Owner;
 use super::world::{MEMORY, World};
-use super::{draw, fail, note, now_ms, planted, random};
+use super::{chance, draw, fail, note, now_ms, planted, random};
 use crate::ingest::{Grants, IngestError};
 use crate::planted::Bug;
 
@@ -32,7 +32,7 @@ pub struct Edge {
     pub owner: Owner,
     pub id: EdgeId,
     /// Shards of the node that it sends to, where its streams may go.
-    shards: Vec<u32>,
+    pub shards: Vec<u32>,
     /// What the process knows: rows are durable, and cursors may be ahead of what is.
     pub disk: Mutex<EdgeDisk>,
     /// What the last commit left.
@@ -90,14 +90,34 @@ impl EdgeDisk {
         self.0.values().any(|stream| stream.rows.len() > ROWS_MAX)
     }
 
-    /// A stream's rule names another topic from the next start on. Returns the records that only a shard which keeps
-    /// nothing may have.
-    fn move_stream(&mut self, shards: &[u32]) -> Vec<u64> {
-        let nth = draw(self.0.len() as u64) as usize;
-        let Some(stream) = self.0.values_mut().nth(nth) else { return Vec::new() };
-        let left = if stream.shard == MEMORY { marks_from(&stream.rows, 0) } else { Vec::new() };
-        stream.shard = shards[draw(shards.len() as u64) as usize];
+    fn is_crowded(&self) -> bool {
+        self.0.values().any(|stream| stream.rows.len() > ROWS_MAX / 2)
+    }
+
+    /// Streams' rules name other topics from the next start on. Returns the records that only a shard which keeps nothing
+    /// may have.
+    fn move_streams(&mut self, shards: &[u32]) -> Vec<u64> {
+        let mut left = Vec::new();
+        for stream in self.0.values_mut() {
+            if stream.shard == MEMORY {
+                left.extend(marks_from(&stream.rows, 0));
+            }
+            let keeps = chance(700);
+            let others: Vec<u32> =
+                shards.iter().copied().filter(|to| *to != stream.shard && !(keeps && *to == MEMORY)).collect();
+            stream.shard = others.get(draw(others.len().max(1) as u64) as usize).copied().unwrap_or(stream.shard);
+        }
         left
+    }
+
+    /// Where its streams end.
+    pub fn ends(&self) -> Vec<Offset> {
+        self.0.values().map(|stream| stream.next).collect()
+    }
+
+    /// Whether more of a stream is confirmed than `ends` says.
+    pub fn has_more_confirmed(&self, ends: &[Offset]) -> bool {
+        self.0.values().zip(ends).any(|(stream, end)| stream.confirmed > *end)
     }
 
     fn write(&mut self, name: &StreamName, marks: &[u64]) {
@@ -222,8 +242,8 @@ impl Edge {
             world.judge().let_go(disk.marks().into_iter().filter(|mark| !marks.contains(mark)));
         }
         if moves {
-            note(|| format!("{}: a stream goes to another topic", self.id));
-            world.judge().let_go(kept.move_stream(&self.shards));
+            note(|| format!("{}: streams go to other topics", self.id));
+            world.judge().let_go(kept.move_streams(&self.shards));
         }
         if planted(Bug::RenewalForgotten) {
             kept.0.values_mut().for_each(|stream| stream.renewed_at = 0);
@@ -314,7 +334,10 @@ impl Edge {
                 disk.write(name, &marks);
                 marks.iter().for_each(|mark| world.judge().held(*mark));
             }
-            disk.trim();
+            // What is safe is kept as long as there is room.
+            if chance(100) || disk.is_crowded() {
+                disk.trim();
+            }
             self.commit(&disk);
             drop(disk);
             let _ = tell.send(News::Written);
