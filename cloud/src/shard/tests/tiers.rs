@@ -3,8 +3,6 @@
 use std::sync::atomic::AtomicBool;
 use std::thread;
 
-use tokio::sync::Notify;
-
 use super::*;
 
 const BATCHES: i64 = 400;
@@ -43,6 +41,29 @@ fn readers_follow_while_the_archive_takes_the_wal_away() {
 }
 
 #[test]
+fn a_slow_archive_returns_nothing_above_the_bounds_it_tells() {
+    let cold = Arc::new(ColdBlocks::default());
+    let wal = Box::new(MemoryWal::new(WAL_BYTES));
+    let shard = Shard::open(ShardSettings::default(), wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    let grow = || {
+        (0..2).for_each(|_| {
+            append(&shard, batch(10, 1)).unwrap();
+        });
+        archive(&shard, &cold);
+    };
+    grow();
+    let (open, gate) = tokio::sync::oneshot::channel();
+    *cold.gate.lock() = Some(gate);
+    let mut reading = shard.read(partition(1), 0, ReadLimits { bytes_max: 1 << 20 });
+    assert!(poll_once(&mut reading).is_none());
+    grow();
+    open.send(()).unwrap();
+    let read = block_on(reading).unwrap();
+    assert_eq!((read.next, read.bounds.high_watermark), (40, 40));
+}
+
+#[test]
 fn what_is_in_no_tier_is_not_skipped() {
     let (shard, _wal) = shard();
     (0..3).for_each(|_| {
@@ -53,59 +74,6 @@ fn what_is_in_no_tier_is_not_skipped() {
     let read = |from| block_on(shard.read(partition(1), from, ReadLimits { bytes_max: 1 }));
     assert!(matches!(read(5), Err(ReadError::Corrupt(text)) if text.contains("offset 5")));
     assert_eq!(split(&read(10).unwrap())[0].base_offset(), 10);
-}
-
-/// An archive whose answers come late, with all that it has by then.
-#[derive(Default)]
-struct Slow {
-    cold: ColdBlocks,
-    go: Notify,
-}
-
-impl ColdTier for Slow {
-    fn bounds(&self, partition: Partition) -> Option<ColdBounds> {
-        self.cold.bounds(partition)
-    }
-    fn runs(&self, partition: Partition) -> Vec<ColdRun> {
-        self.cold.runs(partition)
-    }
-    fn read(&self, partition: Partition, _: Offset, _: ReadLimits) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
-        Box::pin(async move {
-            self.go.notified().await;
-            let batches = self.cold.batches(partition);
-            let next = batches.last().map_or(0, |batch| batch.last_offset() + 1);
-            Ok(ColdRead { batches: batches.into_iter().map(Batch::into_bytes).collect(), next })
-        })
-    }
-    fn find_time(
-        &self,
-        partition: Partition,
-        from: Offset,
-        at: TimestampMs,
-    ) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
-        self.cold.find_time(partition, from, at)
-    }
-    fn max_time(&self, partition: Partition, from: Offset) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>> {
-        self.cold.max_time(partition, from)
-    }
-}
-
-#[test]
-fn an_answer_does_not_go_beyond_the_high_watermark_that_it_tells() {
-    let cold = Arc::new(Slow::default());
-    let (settings, wal) = (ShardSettings::default(), Box::new(MemoryWal::new(WAL_BYTES)));
-    let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
-    append(&shard, batch(3, 1)).unwrap();
-    append(&shard, batch(3, 1)).unwrap();
-    archive(&shard, &cold.cold);
-    let mut read = shard.read(partition(1), 0, ReadLimits { bytes_max: 1 << 20 });
-    assert!(poll_once(&mut read).is_none(), "the archive is asked");
-    append(&shard, batch(3, 1)).unwrap();
-    archive(&shard, &cold.cold);
-    cold.go.notify_one();
-    let read = block_on(read).unwrap();
-    assert_eq!((read.next, read.bounds.high_watermark), (9, 9));
 }
 
 /// Takes over all durable blocks but the newest.
