@@ -9,8 +9,9 @@ use std::sync::Arc;
 use super::super::disk::{Disk, DiskFile};
 use super::{
     FRAME_BYTES, FREE_MAX, FileWalSettings, Frame, Live, Location, MAGIC, RING_FILE, Ring, SECTOR, Slot, Spare,
-    WalError, is_sound,
+    WalError,
 };
+use crate::wal::is_sound;
 
 /// One file as found.
 struct Found {
