@@ -1,11 +1,13 @@
 //! How fast a shard starts and how fast readers catch up, on the file engine with an archive in a directory:
 //!
 //! - the time to open a shard whose WAL holds so many MiB, of which no manifest knows: every block is read, checked and folded;
-//! - the rate at which one partition is read from the WAL and from segments in a `file://` archive, as a part of a plain
-//!   sequential read of a file of as many bytes, in turns. The tail cache is off, caches of blocks and ranges are as they come.
+//! - the rate at which a consumer reads from the WAL and from segments in a `file://` archive, as a part of a plain
+//!   sequential read of a file of as many bytes, and of the same read with a CRC-32C of what it brought, in turns. The tail
+//!   cache is off, caches of archived chunks are as they come.
 //!
-//! Each once from the page cache, where the bound is copying, and once from the disk: `dd iflag=nocache` drops what the
-//! system has of the files before either side reads.
+//! The consumer has one request under way at a time, for all partitions that it reads, and asks for the next bytes as soon as
+//! it has these. Each once from the page cache, where the bound is copying, and once from the disk: everything is synced
+//! and dropped from the page cache before either side reads.
 //!
 //! `cargo run --release -p tributary-cloud --example tier_rate -- DIR [MIB] [ROUNDS]`
 
@@ -14,7 +16,6 @@ use std::fs::File;
 use std::io::Read as _;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,7 +33,10 @@ use shared::name::{Partition, TopicId, TopicName};
 const BATCH_BYTES: usize = 64 << 10;
 /// Batches in flight: some 4 MiB per block.
 const WAVE: usize = 64;
+/// Of one request: as many bytes as the plain read takes at a time.
 const READ_BYTES: usize = 4 << 20;
+/// Partitions read at the same time, where there are so many.
+const READERS: usize = 4;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -85,18 +89,23 @@ async fn fill(shard: &Shard, bytes: u64, partitions: usize) -> anyhow::Result<()
     Ok(())
 }
 
-/// Everything one partition holds: bytes, and seconds taken.
-async fn read(shard: &Shard, partition: Partition) -> anyhow::Result<(u64, f64)> {
+/// Everything these partitions hold: bytes, and seconds taken.
+async fn read(shard: &Shard, partitions: Range<usize>) -> anyhow::Result<(u64, f64)> {
     let (began, mut bytes) = (Instant::now(), 0);
-    let mut at = shard.bounds(partition)?.log_start;
-    loop {
-        let read = shard.read(partition, at, ReadLimits { bytes_max: READ_BYTES }).await?;
-        if read.batches.is_empty() {
-            return Ok((bytes, began.elapsed().as_secs_f64()));
+    let limits = ReadLimits { bytes_max: READ_BYTES / partitions.len() };
+    let starts = partitions.map(|index| Ok((partition(index), shard.bounds(partition(index))?.log_start)));
+    let mut open = starts.collect::<anyhow::Result<Vec<_>>>()?;
+    while !open.is_empty() {
+        let reads = open.iter().map(|(partition, at)| shard.read(*partition, *at, limits));
+        let reads = join_all(reads).await;
+        let asked = std::mem::take(&mut open);
+        for ((partition, _), read) in asked.into_iter().zip(reads) {
+            let read = read?;
+            bytes += read.bytes() as u64;
+            open.extend((!read.batches.is_empty()).then_some((partition, read.next)));
         }
-        bytes += read.batches.iter().map(|batches| batches.len() as u64).sum::<u64>();
-        at = read.next;
     }
+    Ok((bytes, began.elapsed().as_secs_f64()))
 }
 
 async fn recovery(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -> anyhow::Result<()> {
@@ -129,10 +138,8 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     let log = wal(dir)?;
     let recovered = archive.recover(&LocalWal(&log)).await?;
     let shard = open(log, recovered, Some(archive.cold()))?;
-    let (plain, piece) = (dir.join("plain"), bytes / partitions as u64);
-    std::fs::write(&plain, vec![7; piece as usize])?;
-    File::open(&plain)?.sync_all()?;
-    let readers = partitions.min(4);
+    let (readers, piece) = (partitions.min(READERS), bytes / partitions as u64);
+    std::fs::write(dir.join("plain"), vec![7; readers * piece as usize])?;
     let mut table = Vec::new();
     let mut unread = 0..partitions;
     for cached in [true, false] {
@@ -145,7 +152,8 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     };
     let running = tokio::spawn(archive.clone().run(shard.clone(), stopped));
     let next = shard.status().next_seq;
-    while archive.status().split_seq < next {
+    // The newest block stays in the WAL.
+    while archive.status().split_seq < next || shard.status().index_entries > partitions {
         archive.roll_now();
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
@@ -161,32 +169,32 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     shard.close();
     let each = piece >> 20;
     println!(
-        "| {partitions} partition(s) of {each} MiB, {} segments | plain read, MB/s | shard, MB/s | ratio |",
+        "| {partitions} partition(s) of {each} MiB, {} segments | plain read, MB/s | and CRC | shard | to plain | to CRC |",
         after.segments
     );
-    println!("|---|---|---|---|");
+    println!("|---|---|---|---|---|---|");
     for (what, cached, rates) in table {
         println!("| {what}, from the {} | {rates} |", if cached { "page cache" } else { "disk" });
     }
     Ok(())
 }
 
-/// Makes the system forget what it has of every file below `dir`.
+/// Makes the system forget what it has of every file below `dir`. What waits to be written would stay: it is synced.
 fn forget(dir: &Path) -> anyhow::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             forget(&entry.path())?;
         } else {
-            let from = format!("if={}", entry.path().display());
-            let done = Command::new("dd").args([&from, "iflag=nocache", "count=0", "status=none"]).status()?;
-            anyhow::ensure!(done.success(), "dd {from} ended with {done}");
+            let file = File::open(entry.path())?;
+            file.sync_all()?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
         }
     }
     Ok(())
 }
 
-/// A plain sequential read and the shard's, in turns.
+/// A plain sequential read, one with a checksum, and the shard's, in turns.
 async fn rates(
     dir: &Path,
     shard: &Shard,
@@ -195,39 +203,45 @@ async fn rates(
     rounds: usize,
     cached: bool,
 ) -> anyhow::Result<String> {
-    let (mut plain_rates, mut rates, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut plain_rates, mut checked_rates, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut to_plain, mut to_checked) = (Vec::new(), Vec::new());
     for _ in 0..rounds {
         let prepare = || if cached { Ok(()) } else { forget(dir) };
         prepare()?;
-        let plain_rate = read_plain(&dir.join("plain"), if cached { readers } else { 1 })?;
+        let plain = read_plain(&dir.join("plain"), false)?;
         prepare()?;
-        let (mut bytes, mut seconds) = (0, 0.0);
-        for _ in 0..readers {
-            // Another partition each time where there are some: the caches have nothing of it. A single one is larger.
-            let (read, took) = read(shard, partition(unread.next().unwrap_or(0))).await?;
-            bytes += read;
-            seconds += took;
-        }
+        let checked = read_plain(&dir.join("plain"), true)?;
+        prepare()?;
+        // Other partitions each time where there are some: the caches have nothing of them. A single one is larger.
+        let first = if readers == 1 { 0 } else { unread.start };
+        unread.start += readers;
+        let (bytes, seconds) = read(shard, first..first + readers).await?;
         let rate = bytes as f64 / 1e6 / seconds;
-        plain_rates.push(plain_rate);
+        plain_rates.push(plain);
+        checked_rates.push(checked);
         rates.push(rate);
-        ratios.push(rate / plain_rate);
+        to_plain.push(rate / plain);
+        to_checked.push(rate / checked);
     }
-    Ok(format!("{} | {} | {}", spread(plain_rates, 0), spread(rates, 0), spread(ratios, 2)))
+    let [plain, checked, rate] = [plain_rates, checked_rates, rates].map(|rates| spread(rates, 0));
+    Ok(format!("{plain} | {checked} | {rate} | {} | {}", spread(to_plain, 2), spread(to_checked, 2)))
 }
 
-fn read_plain(path: &Path, times: usize) -> anyhow::Result<f64> {
-    let (began, mut bytes, mut buffer) = (Instant::now(), 0, vec![0; READ_BYTES]);
-    for _ in 0..times {
-        let mut file = File::open(path)?;
-        loop {
-            let read = file.read(&mut buffer)?;
-            if read == 0 {
-                break;
-            }
-            bytes += read;
+fn read_plain(path: &Path, checked: bool) -> anyhow::Result<f64> {
+    let mut buffer = vec![0; READ_BYTES];
+    let (began, mut bytes, mut crc) = (Instant::now(), 0, 0);
+    let mut file = File::open(path)?;
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            break;
+        }
+        bytes += read;
+        if checked {
+            crc = buffer.chunks(BATCH_BYTES).fold(crc, |crc, batch| crc ^ crc32c::crc32c(batch));
         }
     }
+    std::hint::black_box(crc);
     Ok(bytes as f64 / 1e6 / began.elapsed().as_secs_f64())
 }
 

@@ -71,7 +71,8 @@ pub struct ShardSettings {
     pub in_flight_changes_max: usize,
     /// Bytes of recent blocks kept in memory for readers at the end; the oldest go first.
     pub tail_bytes_max: usize,
-    /// Bytes of batches read back from the WAL that are kept for the reader that comes for the rest of them.
+    /// Bytes of batches read back from a WAL whose reads are charged by number ([`BlockLog::charges_per_read`]) that are
+    /// kept for the reader that comes for the rest of them.
     pub read_cache_bytes_max: usize,
     /// Index entries (one per block and partition, 48 bytes) for blocks in the WAL; beyond it appends are refused until the
     /// archive has taken over.
@@ -182,7 +183,7 @@ struct Core {
     committed: Arc<Notify>,
     /// What is safe moved.
     safety: Arc<Notify>,
-    read_cache: Mutex<read::ReadCache>,
+    readers: read::Readers,
 }
 
 /// Counters and gauges of a shard.

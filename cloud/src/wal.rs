@@ -9,6 +9,7 @@
 use bytes::Bytes;
 use shared::log::BoxFuture;
 
+mod buffers;
 pub mod disk;
 pub mod file;
 pub mod memory;
@@ -35,6 +36,27 @@ pub trait BlockLog: Send + Sync + 'static {
 
     /// `bytes` bytes of a block from `position` on.
     fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>>;
+
+    /// Parts of blocks, in order: all of them, or those before the first that cannot be read, but one at least.
+    fn read_parts<'a>(&'a self, parts: &'a [Part]) -> BoxFuture<'a, Result<Vec<Bytes>, WalError>> {
+        Box::pin(async move {
+            let mut read = Vec::with_capacity(parts.len());
+            for part in parts {
+                match self.read_part(part.seq, part.position, part.bytes).await {
+                    Ok(bytes) => read.push(bytes),
+                    Err(error) if read.is_empty() => return Err(error),
+                    Err(_) => break,
+                }
+            }
+            Ok(read)
+        })
+    }
+
+    /// Whether a read costs a request and a round trip however small it is: then more is read at a time than is asked for,
+    /// and kept for the reader who comes for the rest.
+    fn charges_per_read(&self) -> bool {
+        false
+    }
 
     /// Whether reads and appends wait for a disk inside the first poll: then they belong off the async threads, and what shall
     /// go on during an append needs a thread of its own.
@@ -72,6 +94,17 @@ pub trait BlockLog: Send + Sync + 'static {
 
     /// Ends background work and lets go of locks. What is called afterwards is refused.
     fn close(&self);
+}
+
+/// Bytes of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// The block.
+    pub seq: u64,
+    /// Where in it.
+    pub position: u32,
+    /// How many.
+    pub bytes: u32,
 }
 
 /// How much a block log keeps.

@@ -7,12 +7,12 @@
 mod disk;
 mod two_queue;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::future::{Shared, WeakShared};
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
@@ -110,30 +110,26 @@ impl Chunks {
         let _ = self.disk.set(disk);
     }
 
-    /// These bytes of an object.
-    pub async fn range(self: &Arc<Self>, object: Object, range: Range<u64>) -> Result<Bytes, StoreError> {
+    /// These bytes of an object, in order, cut where chunks are: nothing is copied.
+    pub async fn range(self: &Arc<Self>, object: Object, range: Range<u64>) -> Result<VecDeque<Bytes>, StoreError> {
         if range.is_empty() {
-            return Ok(Bytes::new());
+            return Ok(VecDeque::new());
         }
         if range.end > object.bytes {
             return Err(self.failed(&object.id, format!("expected {range:?} within its {} bytes", object.bytes)));
         }
         let (first, last) = (chunk_start(range.start), chunk_start(range.end - 1));
-        if first == last {
-            return cut(&self.chunk(object, first).await?, first, &range)
-                .ok_or_else(|| self.failed(&object.id, format!("chunk {first} does not hold {range:?}")));
-        }
         let starts = (first..=last).step_by(CHUNK_BYTES as usize);
         let mut chunks = futures_util::stream::iter(starts)
             .map(|start| async move { self.chunk(object, start).await.map(|bytes| (start, bytes)) })
             .buffered(CHUNKS_AT_ONCE);
-        let mut whole = BytesMut::new();
+        let mut parts = VecDeque::new();
         while let Some((start, bytes)) = chunks.try_next().await? {
             let part = cut(&bytes, start, &range)
                 .ok_or_else(|| self.failed(&object.id, format!("chunk {start} does not hold {range:?}")))?;
-            whole.extend_from_slice(&part);
+            parts.push_back(part);
         }
-        Ok(whole.freeze())
+        Ok(parts)
     }
 
     /// Fetches the chunk that holds `position` for a reader that is not there yet.

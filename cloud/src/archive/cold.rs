@@ -4,13 +4,13 @@
 //! a LIST or HEAD; [`Chunks`] says where their bytes come from. Every batch is checked before it is served, wherever it
 //! came from; what fails the check is dropped from the caches and fetched once more.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use parking_lot::{Mutex, RwLock};
-use shared::batch::Batch;
+use shared::batch::{Batch, BatchError};
 use shared::limits::BATCH_UNPACKED_BYTES_MAX;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
@@ -30,6 +30,8 @@ const READ_BYTES_MAX: u64 = 16 * 1024 * 1024;
 const READERS_MAX: u64 = 4096;
 /// Chunks fetched ahead at the same time, for all readers together.
 const AHEAD_MAX: usize = 16;
+/// Chunks fetched ahead for one read.
+const AHEAD_READ_MAX: u64 = 4;
 
 /// Archived batches, readable.
 #[derive(Debug)]
@@ -51,10 +53,10 @@ struct Runs {
     indexes: Mutex<TwoQueue<(SegmentId, u64), Arc<RunIndex>>>,
 }
 
-/// Checked batches, part of one run.
-#[derive(Debug)]
+/// Checked batches, part of one run, where their chunks have them.
+#[derive(Debug, Default)]
 struct Span {
-    bytes: Bytes,
+    slices: Vec<Bytes>,
     batches: Vec<Place>,
 }
 
@@ -62,6 +64,7 @@ struct Span {
 #[derive(Debug, Clone, Copy)]
 struct Place {
     last: Offset,
+    slice: usize,
     start: usize,
     end: usize,
 }
@@ -140,7 +143,7 @@ impl Cold {
         for stretch in index.stretches(&held.run, from) {
             let end = read_end(&held.run, &index, &stretch, bytes_max);
             if goes_on {
-                self.fetch_ahead(partition, &held, end);
+                self.fetch_ahead(partition, &held, &(stretch.start..end));
             }
             // Records in a hole before the next batch: the stretch after this one has it.
             if let Some(read) = self.runs.span(&held, stretch.start..end).await?.read(from, limits) {
@@ -152,26 +155,35 @@ impl Cold {
         Err(ReadError::Corrupt(format!("{path} has no batch at {from}, its manifest says it has")))
     }
 
-    /// Fetches what a reader that has reached `end` within `held` wants next: the chunk after that, or the next run's
-    /// index and first chunk. Skipped where enough is on its way already, and where there is no runtime.
-    fn fetch_ahead(&self, partition: Partition, held: &HeldRun, end: u64) {
+    /// Fetches what a reader that has read `read` of `held` wants next: as many chunks after that as it has just read,
+    /// [`AHEAD_READ_MAX`] at most, or the next run's index and first chunk. Skipped where enough is on its way already, and
+    /// where there is no runtime.
+    fn fetch_ahead(&self, partition: Partition, held: &HeldRun, read: &Range<u64>) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let next_chunk = chunk_start((held.run.position + end).saturating_sub(1)).saturating_add(CHUNK_BYTES);
-        let is_within = next_chunk < held.run.position + held.run.length;
-        let next = match is_within {
-            true => Some((*held, next_chunk)),
-            false => self.index.read().at_offset(partition, held.run.next).map(|next| (next, next.run.position)),
-        };
-        let Some((held, position)) = next.filter(|(held, position)| !self.runs.is_coming(held, *position)) else {
-            return;
-        };
-        let Ok(permit) = self.ahead.clone().try_acquire_owned() else { return };
-        let runs = self.runs.clone();
-        runtime.spawn(async move {
-            let _permit = permit;
-            // A failure is met again by the reader, who reports it.
-            let _ = tokio::join!(runs.index(&held), runs.chunks.fetch_ahead(object(&held), position));
-        });
+        let chunk = |position: u64| chunk_start(held.run.position + position);
+        let last = chunk(read.end.saturating_sub(1));
+        let count = ((last - chunk(read.start)) / CHUNK_BYTES + 1).min(AHEAD_READ_MAX);
+        for number in 1..=count {
+            let position = last.saturating_add(number * CHUNK_BYTES);
+            let is_within = position < held.run.position + held.run.length;
+            let next = match is_within {
+                true => Some((*held, position)),
+                false => self.index.read().at_offset(partition, held.run.next).map(|next| (next, next.run.position)),
+            };
+            let coming = |(held, position): &(HeldRun, u64)| self.runs.is_coming(held, *position);
+            if let Some((held, position)) = next.filter(|next| !coming(next)) {
+                let Ok(permit) = self.ahead.clone().try_acquire_owned() else { return };
+                let runs = self.runs.clone();
+                runtime.spawn(async move {
+                    let _permit = permit;
+                    // A failure is met again by the reader, who reports it.
+                    let _ = tokio::join!(runs.index(&held), runs.chunks.fetch_ahead(object(&held), position));
+                });
+            }
+            if !is_within {
+                return;
+            }
+        }
     }
 
     /// The partition's runs that hold records at or after `from`.
@@ -287,7 +299,7 @@ impl Runs {
         }
         let start = held.run.index_position;
         let range = start..start + u64::from(held.run.index_length);
-        let index = self.checked(held, range, |bytes| RunIndex::decode(&bytes, &held.run)).await?;
+        let index = self.checked(held, range, |parts| RunIndex::decode(&whole(parts), &held.run)).await?;
         let index = Arc::new(index);
         self.indexes.lock().insert(key, index.clone(), index.memory_bytes() as u64 + ENTRY_BYTES);
         Ok(index)
@@ -305,12 +317,12 @@ impl Runs {
         &self,
         held: &HeldRun,
         range: Range<u64>,
-        read: impl Fn(Bytes) -> Result<T, E>,
+        read: impl Fn(VecDeque<Bytes>) -> Result<T, E>,
     ) -> Result<T, ReadError> {
         let mut is_second = false;
         loop {
-            let bytes = self.chunks.range(object(held), range.clone()).await.map_err(read_error)?;
-            let error = match read(bytes) {
+            let parts = self.chunks.range(object(held), range.clone()).await.map_err(read_error)?;
+            let error = match read(parts) {
                 Ok(value) => return Ok(value),
                 Err(error) => error,
             };
@@ -344,36 +356,86 @@ fn read_end(run: &Run, index: &RunIndex, stretch: &Stretch, bytes_max: u64) -> u
     if chunk(wished) == chunk(sure) { wished } else { sure }
 }
 
+/// Parts of an index in one; it seldom lies across two chunks.
+fn whole(mut parts: VecDeque<Bytes>) -> Bytes {
+    let first = parts.pop_front().unwrap_or_default();
+    if parts.is_empty() { first } else { join(&first, usize::MAX, &mut parts) }
+}
+
 fn object(held: &HeldRun) -> Object {
     Object { id: held.object, bytes: held.object_bytes }
 }
 
 impl Span {
-    fn parse(bytes: Bytes) -> Result<Self, shared::batch::BatchError> {
-        let mut rest = bytes.clone();
-        let mut batches = Vec::new();
-        let mut start = 0;
-        while let Some(batch) = Batch::split_first(&mut rest)? {
-            let end = start + batch.len();
-            batches.push(Place { last: batch.last_offset(), start, end });
-            start = end;
+    /// Takes adjacent bytes apart. A batch that is cut between two of them is put together in a slice of its own.
+    fn parse(mut parts: VecDeque<Bytes>) -> Result<Self, BatchError> {
+        let mut span = Self::default();
+        while let Some(part) = parts.pop_front() {
+            let (slice, mut start, mut rest) = (span.slices.len(), 0, part.clone());
+            let lacking = loop {
+                match Batch::split_first(&mut rest) {
+                    Ok(None) => break None,
+                    Ok(Some(batch)) => {
+                        let end = start + batch.len();
+                        span.batches.push(Place { last: batch.last_offset(), slice, start, end });
+                        start = end;
+                    }
+                    Err(BatchError::Cut { expected, .. }) if !parts.is_empty() => break Some(expected),
+                    Err(error) => return Err(error),
+                }
+            };
+            span.slices.push(part);
+            if let Some(bytes) = lacking {
+                let whole = join(&rest, bytes, &mut parts);
+                parts.push_front(whole);
+            }
         }
-        Ok(Self { bytes, batches })
+        Ok(span)
     }
 
     /// Whole batches from the first that ends at or after `from`, within the limit but one at least.
     fn read(&self, from: Offset, limits: ReadLimits) -> Option<ColdRead> {
         let first = self.batches.partition_point(|place| place.last < from);
-        let start = self.batches.get(first)?.start;
-        let fits = |place: &&Place| place.end - start <= limits.bytes_max;
-        let last = self.batches[first..].iter().take_while(fits).last().or(self.batches.get(first))?;
-        Some(ColdRead { batches: vec![self.bytes.slice(start..last.end)], next: last.last.saturating_add(1) })
+        let (mut read, mut bytes) = (ColdRead { batches: Vec::new(), next: from }, 0);
+        // Of one slice: the batches found so far, and where they begin and end.
+        let mut adjacent: Option<Place> = None;
+        let slice = |place: Place| self.slices.get(place.slice).map(|slice| slice.slice(place.start..place.end));
+        for place in self.batches.get(first..)? {
+            bytes += place.end - place.start;
+            if adjacent.is_some() && bytes > limits.bytes_max {
+                break;
+            }
+            adjacent = match adjacent {
+                Some(before) if before.slice == place.slice => Some(Place { end: place.end, ..before }),
+                before => {
+                    read.batches.extend(before.and_then(slice));
+                    Some(*place)
+                }
+            };
+            read.next = place.last.saturating_add(1);
+        }
+        read.batches.extend(slice(adjacent?));
+        Some(read)
     }
 
     fn batches(&self) -> Result<Vec<Batch>, ReadError> {
-        let batches = self.batches.iter().map(|place| Batch::trusted(self.bytes.slice(place.start..place.end)));
+        let slices = self.batches.iter().filter_map(|place| Some((place, self.slices.get(place.slice)?)));
+        let batches = slices.map(|(place, slice)| Batch::trusted(slice.slice(place.start..place.end)));
         batches.collect::<Result<_, _>>().map_err(|error| ReadError::Corrupt(error.to_string()))
     }
+}
+
+/// `first`, and what it lacks to `bytes` bytes of the parts that follow, as far as they go.
+fn join(first: &[u8], bytes: usize, parts: &mut VecDeque<Bytes>) -> Bytes {
+    let mut whole = BytesMut::from(first);
+    while let Some(part) = parts.front_mut().filter(|_| whole.len() < bytes) {
+        let taken = part.split_to(part.len().min(bytes - whole.len()));
+        whole.extend_from_slice(&taken);
+        if part.is_empty() {
+            parts.pop_front();
+        }
+    }
+    whole.freeze()
 }
 
 /// The first record of a batch at or after offset `from` with a timestamp at or after `at`.

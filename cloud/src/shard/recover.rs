@@ -14,7 +14,7 @@ use tracing::{info, warn};
 
 use super::clock::CautiousClock;
 use super::flight::Inner;
-use super::read::ReadCache;
+use super::read::Readers;
 use super::{Clock, Core, OpenError, ShardSettings};
 use crate::archive::{ColdTier, Recovered, Snapshot, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockError, BlockHeader, Placed};
@@ -58,7 +58,7 @@ pub fn recover(
         "shard recovered"
     );
     Ok(Core {
-        read_cache: Mutex::new(ReadCache::new(settings.read_cache_bytes_max)),
+        readers: Readers::new(settings.read_cache_bytes_max),
         settings,
         wal,
         cautious: Mutex::new(CautiousClock::new(newest_ms.unwrap_or_else(|| (clock)()), Instant::now().into_std())),

@@ -35,10 +35,12 @@ use parking_lot::Mutex;
 use shared::log::BoxFuture;
 use tracing::warn;
 
+use super::buffers::Buffers;
 use super::disk::{Disk, DiskFile};
-use super::{BlockLog, Usage, WalError, is_sound};
+use super::{BlockLog, Part, Usage, WalError};
 use crate::block::SEQ_MAX;
 
+mod read;
 mod recovery;
 
 const MAGIC: [u8; 4] = *b"TRWF";
@@ -78,6 +80,8 @@ pub struct FileWal {
     /// One append at a time, all of its steps.
     appending: Mutex<()>,
     filler: Mutex<Option<JoinHandle<()>>>,
+    /// For readers of parts.
+    buffers: Buffers,
 }
 
 struct Shared {
@@ -256,7 +260,7 @@ impl FileWal {
     pub fn open(disk: Box<dyn Disk>, settings: FileWalSettings, wal_id: u64) -> Result<Self, WalError> {
         let (ring, file, slot) = recovery::recover(&*disk, &settings, wal_id)?;
         let shared = Arc::new(Shared { disk, settings, ring: Mutex::new(ring), slot: Mutex::new((file, slot)) });
-        let wal = Self { shared, appending: Mutex::new(()), filler: Mutex::new(None) };
+        let wal = Self { shared, appending: Mutex::new(()), filler: Mutex::new(None), buffers: Buffers::default() };
         wal.fill_ahead();
         Ok(wal)
     }
@@ -440,31 +444,6 @@ impl FileWal {
         self.fill_ahead();
         Ok(())
     }
-
-    /// [`BlockLog::read`], which waits for the disk in the call.
-    pub fn read(&self, seq: u64) -> Result<Bytes, WalError> {
-        let bytes = self.shared.ring.lock().locate(seq)?.0.bytes;
-        let block = self.read_part(seq, 0, bytes)?;
-        if !is_sound(&block) {
-            return Err(WalError::Corrupt(format!("block {seq} of the WAL is damaged: its checksum does not hold")));
-        }
-        Ok(block)
-    }
-
-    /// [`BlockLog::read_part`], which waits for the disk in the call.
-    pub fn read_part(&self, seq: u64, position: u32, bytes: u32) -> Result<Bytes, WalError> {
-        let (location, file) = self.shared.ring.lock().locate(seq)?;
-        if u64::from(position) + u64::from(bytes) > u64::from(location.bytes) {
-            let text = format!("block {seq} has {} bytes, {bytes} at {position} were asked for", location.bytes);
-            return Err(WalError::Corrupt(text));
-        }
-        let mut buffer = vec![0; bytes as usize];
-        let at = location.position + FRAME_BYTES as u64 + u64::from(position);
-        file.read_at(&mut buffer, at).map_err(|error| WalError::Io(format!("read: {error}")))?;
-        // A file is written again only after its blocks left the ring: still there means that the bytes are the block's.
-        self.shared.ring.lock().locate(seq)?;
-        Ok(buffer.into())
-    }
 }
 
 impl BlockLog for FileWal {
@@ -483,6 +462,10 @@ impl BlockLog for FileWal {
 
     fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>> {
         Box::pin(async move { self.read_part(seq, position, bytes) })
+    }
+
+    fn read_parts<'a>(&'a self, parts: &'a [Part]) -> BoxFuture<'a, Result<Vec<Bytes>, WalError>> {
+        Box::pin(async move { self.read_parts(parts) })
     }
 
     fn blocks_threads(&self) -> bool {

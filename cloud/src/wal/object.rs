@@ -217,6 +217,10 @@ impl BlockLog for ObjectWal {
         })
     }
 
+    fn charges_per_read(&self) -> bool {
+        true
+    }
+
     fn trim(&self, below: u64) -> Result<(), WalError> {
         let mut held = self.held.lock();
         while !held.sizes.is_empty() && held.first.is_some_and(|first| first < below) {

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use super::super::disk::{Disk, DiskFile};
 use super::{
     FRAME_BYTES, FREE_MAX, FileWalSettings, Frame, Live, Location, MAGIC, RING_FILE, Ring, SECTOR, Slot, Spare,
-    WalError, is_sound,
+    WalError,
 };
 use crate::block::SEQ_MAX;
 use crate::planted::{Bug, planted};
+use crate::wal::is_sound;
 
 /// One file as found.
 struct Found {

@@ -185,6 +185,39 @@ fn the_next_file_is_made_ahead() {
     assert_eq!(open(&directory).unwrap().bounds(), Some((196, 200)));
 }
 
+#[test]
+fn parts_are_read_in_one_and_announced_where_they_lie_apart() {
+    let directory = TempDir::new().unwrap();
+    let settings = FileWalSettings { file_bytes: 256 << 10, bytes_max: 1 << 20, ..small() };
+    let switch = Arc::new(Switch::default());
+    let disk = Failing { directory: Directory::open(directory.path()).unwrap(), switch: switch.clone() };
+    let wal = FileWal::open(Box::new(disk), settings, 7).unwrap();
+    let bytes = 40_000;
+    append(&wal, 5..10, bytes);
+    let part = |seq, position, bytes| Part { seq, position, bytes };
+    let expect = |parts: &[Part]| -> Vec<Bytes> {
+        let cut = |part: &Part| {
+            let from = part.position as usize;
+            block(part.seq, 1, bytes).slice(from..from + part.bytes as usize)
+        };
+        parts.iter().map(cut).collect()
+    };
+    // One, or the end of a block and the beginning of the next.
+    for parts in [&[part(6, 100, 300)][..], &[part(6, 30_000, 10_000), part(7, 60, 39_000), part(8, 0, 5)][..]] {
+        assert_eq!(wal.read_parts(parts).unwrap(), expect(parts));
+        assert!(switch.announced.lock().is_empty());
+    }
+    let parts = [part(5, 8, 1000), part(6, 8, 1000), part(9, 8, 1000)];
+    assert_eq!(wal.read_parts(&parts).unwrap(), expect(&parts));
+    let taken = Frame::taken(bytes as u64);
+    assert_eq!(*switch.announced.lock(), [72, 72 + taken, 72 + 4 * taken].map(|position| (position, 1000)));
+    // Those before the first that cannot be read, but one at least.
+    let missing = [parts[0], part(6, 39_000, 1001), parts[2]];
+    assert_eq!(wal.read_parts(&missing).unwrap(), expect(&parts[..1]));
+    assert!(matches!(wal.read_parts(&missing[1..]), Err(WalError::Corrupt(_))));
+    assert!(matches!(wal.read_parts(&[part(10, 0, 1)]), Err(WalError::NotThere { requested: 10, .. })));
+}
+
 /// A directory whose files fail on order.
 struct Failing {
     directory: Directory,
@@ -196,6 +229,7 @@ struct Switch {
     sync: AtomicBool,
     full: AtomicBool,
     written: AtomicUsize,
+    announced: Mutex<Vec<(u64, u64)>>,
 }
 
 struct FailingFile(Arc<dyn DiskFile>, Arc<Switch>);
@@ -233,6 +267,9 @@ impl DiskFile for FailingFile {
     }
     fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<()> {
         self.0.read_at(buffer, position)
+    }
+    fn will_read(&self, position: u64, bytes: u64) {
+        self.1.announced.lock().push((position, bytes));
     }
     fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
         if self.1.full.load(Ordering::SeqCst) {
