@@ -17,8 +17,6 @@ pub(crate) enum Bug {
     SafeIsDurable,
     /// No offsets are left out after a loss.
     OffsetsReused,
-    /// A restore leaves out the offsets of one earlier owner alone, however many lost what they had.
-    LivesForgotten,
     /// The WAL is trimmed before the manifest that names its segments is published.
     TrimmedEarly,
     /// A memory shard begins where the one before it began.
