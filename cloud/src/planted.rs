@@ -17,6 +17,19 @@ pub(crate) enum Bug {
     SafeIsDurable,
     /// No offsets are left out after a loss.
     OffsetsReused,
+    /// The WAL is trimmed before the manifest that names its segments is published.
+    TrimmedEarly,
+    /// A memory shard begins where the one before it began.
+    LifeForgotten,
+    /// A stream moves to another shard before its records are safe where they are.
+    MovedUnsafe,
+    /// An older local WAL goes on although the bucket has more.
+    OlderDiskGoesOn,
+    /// A start serves what the page cache shows, durable or not.
+    CacheTrusted,
+    /// An edge forgets at a restart where an incarnation began: the simulated one, for the real one is another program.
+    #[cfg(test)]
+    RenewalForgotten,
 }
 
 #[cfg(test)]

@@ -52,7 +52,9 @@ pub(super) enum Judgement {
 pub(super) fn judge(bucket_next: u64, local: Option<(u64, u64)>) -> Judgement {
     match local {
         None => Judgement::Restore { check: None },
-        Some((_, next)) if next < bucket_next => Judgement::Restore { check: next.checked_sub(1) },
+        Some((_, next)) if next < bucket_next && !planted(Bug::OlderDiskGoesOn) => {
+            Judgement::Restore { check: next.checked_sub(1) }
+        }
         Some(_) => Judgement::Continue { check: bucket_next.saturating_sub(1) },
     }
 }

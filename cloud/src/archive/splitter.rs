@@ -440,6 +440,9 @@ impl<'a> Splitter<'a> {
     ) -> Result<(), ArchiveError> {
         // From here on the root may be in force, whatever is heard of its PUT: what it names is not ours to delete.
         work.written.clear();
+        if planted(Bug::TrimmedEarly) {
+            self.source.published(root.trim);
+        }
         self.pending = Some(Pending { root, index, fresh });
         self.settle().await
     }

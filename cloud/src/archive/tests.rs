@@ -421,6 +421,19 @@ async fn a_store_that_overwrites_is_refused() {
 }
 
 #[tokio::test]
+async fn a_store_that_fails_at_first_is_not_taken_for_one_that_overwrites() {
+    for refused_first in 0..7 {
+        let faulty = Faulty::new();
+        faulty.plan.lock().refused_first = refused_first;
+        let store = Store::new(std::sync::Arc::new(faulty), "".into(), settings(".".into()).requests);
+        match store.probe().await {
+            Ok(()) => assert!(refused_first < 5),
+            Err(error) => assert!(matches!(error, StoreError::Failed { .. }) && refused_first >= 5, "{error}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_outcome_that_is_not_known_is_settled_by_reading_back() {
     let inner = Faulty::new();
     let requests = settings(".".into()).requests;

@@ -116,6 +116,8 @@ impl Core {
                 Plan::Cold => {
                     let found = self.cold.read(partition, from, limits).await?;
                     if !found.batches.is_empty() {
+                        // What came and was archived while this was fetched may be among it.
+                        let bounds = self.inner.lock().bounds(partition)?;
                         return Ok(Read { batches: found.batches, next: found.next, bounds });
                     }
                     cold = false;

@@ -145,16 +145,21 @@ impl Recovery<'_> {
         );
         // Until the log is settled a start finds it empty and comes here again: the raised epoch cannot be forgotten.
         wal.reset(start)?;
+        // Fences at the end, this owner's among them: each but this one is of an owner that came this far as well, and of
+        // whose blocks nothing reached the bucket. It may have acknowledged all the same, above what was left out for it.
+        let mut lives = 0;
         for stored in blocks {
             let (seq, block) = self.next(stored)?;
             block_on(wal.append(seq, block.bytes()))?;
+            lives = if block.is_fence() { lives + 1 } else { 0 };
             self.absorb(seq, block)?;
         }
+        let lives = lives.max(1);
         // All of this came from the bucket.
         self.inner.ship(self.inner.next_seq);
         let mut builder = BlockBuilder::default();
-        let epoch = self.inner.state.leader_epoch().saturating_add(1);
-        let skip = if planted(Bug::OffsetsReused) { 0 } else { OFFSETS_SKIPPED };
+        let epoch = self.inner.state.leader_epoch().saturating_add(lives);
+        let skip = if planted(Bug::OffsetsReused) { 0 } else { OFFSETS_SKIPPED.saturating_mul(i64::from(lives)) };
         builder.change(Change::EpochStarted { epoch, skip });
         let seq = self.inner.next_seq;
         let ShardSettings { shard, nonce, .. } = *self.settings;

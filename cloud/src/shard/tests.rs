@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::archive::{ColdBounds, ColdRead, ColdRun, Snapshot, Source, StoredBlock, Tail};
-use crate::block::Block;
+use crate::block::{Block, BlockBuilder, BlockHeader};
 use crate::state::{Topic, read_state};
 use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
@@ -375,6 +375,8 @@ fn a_deleted_topic_is_gone_at_once_and_for_good() {
 #[derive(Default)]
 struct ColdBlocks {
     blocks: Mutex<Vec<Block>>,
+    /// What the next read waits for.
+    gate: Mutex<Option<tokio::sync::oneshot::Receiver<()>>>,
 }
 
 impl ColdBlocks {
@@ -405,11 +407,27 @@ impl ColdTier for ColdBlocks {
         };
         self.batches(partition).iter().map(run).collect()
     }
-    fn read(&self, partition: Partition, from: Offset, _: ReadLimits) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
-        let found = self.batches(partition).into_iter().find(|batch| batch.last_offset() >= from);
-        let next = found.as_ref().map_or(from, |batch| batch.last_offset() + 1);
-        let batches = found.into_iter().map(Batch::into_bytes).collect();
-        Box::pin(std::future::ready(Ok(ColdRead { batches, next })))
+    fn read(
+        &self,
+        partition: Partition,
+        from: Offset,
+        limits: ReadLimits,
+    ) -> BoxFuture<'_, Result<ColdRead, ReadError>> {
+        let gate = self.gate.lock().take();
+        Box::pin(async move {
+            if let Some(gate) = gate {
+                let _ = gate.await;
+            }
+            let mut read = ColdRead { batches: Vec::new(), next: from };
+            for batch in self.batches(partition).into_iter().filter(|batch| batch.last_offset() >= from) {
+                if read.batches.iter().map(Bytes::len).sum::<usize>() >= limits.bytes_max {
+                    break;
+                }
+                read.next = batch.last_offset() + 1;
+                read.batches.push(batch.into_bytes());
+            }
+            Ok(read)
+        })
     }
     fn find_time(
         &self,
@@ -603,6 +621,27 @@ fn after_a_restore_no_offset_is_used_twice() {
     wal.append(0, &blocks[0].bytes).unwrap();
     drop(wal);
     assert_eq!(file_wal(&directory).bounds(), None);
+}
+
+#[test]
+fn offsets_of_lives_that_left_no_more_than_a_fence_are_not_used_either() {
+    let (shard, _lost) = shard();
+    append(&shard, batch(10, 1)).unwrap();
+    let mut blocks = block_on(shard.blocks(0, 1 << 20)).unwrap();
+    shard.close();
+    // Each owner finds its own fence last, and of those before nothing but theirs.
+    for life in 1..4 {
+        let seq = blocks.len() as u64;
+        let header = BlockHeader { shard: 0, epoch: life, nonce: 1, seq, append_ms: 1_000 };
+        blocks.push(StoredBlock { seq, bytes: BlockBuilder::default().finish(header).bytes().clone() });
+        let recovered = Recovered { snapshot: None, tail: Tail::Bucket(blocks.clone()), epoch: life };
+        let wal = Box::new(MemoryWal::new(WAL_BYTES));
+        let again = Shard::open(ShardSettings::default(), wal, recovered, None, clock()).unwrap();
+        let bounds = again.bounds(partition(1)).unwrap();
+        let begun = 10 + (i64::from(life) << 32);
+        assert_eq!((bounds.high_watermark, bounds.leader_epoch), (begun + 1, life as i32));
+        assert_eq!(again.epoch_end(partition(1), 0).unwrap().unwrap().end, begun);
+    }
 }
 
 #[test]

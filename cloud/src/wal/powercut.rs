@@ -1,7 +1,8 @@
 //! A disk in memory that loses power: only what was synced is sure to be there afterwards.
 //!
 //! Every operation is numbered, and the power can be cut in any of them. What was not synced survives by chance, each
-//! sector of 512 bytes on its own and in any of the versions it was written with; so do names that were not synced.
+//! sector of 512 bytes on its own and in any of the versions it was written with; so do names that were not synced. A
+//! process that is killed leaves everything in the page cache. The disk can also be full or read-only, or fail to sync.
 //! `TRIBUTARY_POWER_CUTS` sets how many random cuts are tried (default 1,000 together with the exhaustive ones).
 
 use std::collections::BTreeMap;
@@ -40,6 +41,46 @@ struct Content {
     now: Vec<u8>,
     /// Since the last sync, in order.
     writes: Vec<(usize, Vec<u8>)>,
+    /// What the page cache held at the last sync, where that failed: the disk may have other bytes, and nobody will write
+    /// these any more (fsyncgate).
+    cached: Option<Vec<u8>>,
+}
+
+impl Content {
+    /// Writes down what was written since the last sync, and nothing else.
+    fn sync(&mut self) {
+        if self.cached.is_none() {
+            self.synced.clone_from(&self.now);
+            self.writes.clear();
+            return;
+        }
+        for (position, bytes) in std::mem::take(&mut self.writes) {
+            for sector in position / SECTOR..(position + bytes.len()).div_ceil(SECTOR) {
+                let end = self.now.len().min((sector + 1) * SECTOR);
+                put(&mut self.synced, sector * SECTOR, &self.now[sector * SECTOR..end]);
+            }
+        }
+        self.cached = (self.synced != self.now).then(|| self.now.clone());
+    }
+
+    /// Fails to: what came through is chance, and the page cache takes all of it for written.
+    fn fail_sync(&mut self, random: &mut Random) {
+        let mood = random.below(4);
+        self.synced = survive(self, random, mood).synced;
+        self.writes.clear();
+        self.cached = Some(self.now.clone());
+    }
+}
+
+/// What is wrong with a disk that has power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trouble {
+    /// No room: nothing new is written, and what is there can be written over only now and then.
+    Full,
+    /// Everything that would change it fails.
+    ReadOnly,
+    /// Writes are taken and syncs fail.
+    SyncFails,
 }
 
 #[derive(Clone)]
@@ -75,6 +116,7 @@ struct Model {
     name_changes: Vec<NameChange>,
     operations: u64,
     cut_at: Option<u64>,
+    trouble: Option<Trouble>,
     /// A planted bug: `sync` promises and does nothing.
     lies: bool,
 }
@@ -93,6 +135,22 @@ impl Model {
             Some(cut_at) if self.operations > cut_at => Err(io::Error::other("no power")),
             Some(cut_at) => Ok(self.operations == cut_at),
             None => Ok(false),
+        }
+    }
+
+    /// What a disk in trouble answers to a change; `grows` if that takes new room.
+    fn refuse(&self, grows: bool) -> io::Result<()> {
+        match self.trouble {
+            Some(Trouble::Full) if grows || self.operations.is_multiple_of(3) => Err(io::ErrorKind::StorageFull.into()),
+            Some(Trouble::ReadOnly) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn refuse_sync(&self) -> io::Result<()> {
+        match self.trouble {
+            Some(Trouble::SyncFails | Trouble::ReadOnly) => Err(io::Error::other("the sync failed")),
+            _ => Ok(()),
         }
     }
 }
@@ -114,6 +172,23 @@ impl CutDisk {
         model.cut_at = Some(model.operations + operations);
     }
 
+    /// Whether the power has gone.
+    pub fn is_off(&self) -> bool {
+        let model = self.0.lock();
+        model.cut_at.is_some_and(|cut_at| model.operations >= cut_at)
+    }
+
+    /// Something goes wrong from here on, or no longer does.
+    pub fn set_trouble(&self, trouble: Option<Trouble>) {
+        self.0.lock().trouble = trouble;
+    }
+
+    /// What a process finds after one that was killed, wherever that stood: the disk had power all the time.
+    pub fn restarted(&self) -> Self {
+        self.0.lock().cut_at = None;
+        self.clone()
+    }
+
     pub fn lying() -> Self {
         let disk = Self::default();
         disk.0.lock().lies = true;
@@ -124,9 +199,18 @@ impl CutDisk {
         self.0.lock().operations
     }
 
+    /// Another disk with all that is to be seen on this one.
+    pub fn copy(&self) -> Self {
+        let model = self.0.lock();
+        let copied =
+            |content: &Content| Content { synced: content.now.clone(), now: content.now.clone(), ..Content::default() };
+        let (files, names) = (model.files.iter().map(copied).collect(), model.names.clone());
+        Self(Arc::new(Mutex::new(Model { files, names_synced: names.clone(), names, ..Model::default() })))
+    }
+
     /// A copy with one byte of one file changed.
     pub fn with_flipped(&self, name: &str, position: usize, mask: u8) -> Self {
-        let copy = self.survivor(&mut Random(0));
+        let copy = self.copy();
         {
             let mut model = copy.0.lock();
             let file = model.names.get(name).copied().expect("a name that was listed");
@@ -157,7 +241,7 @@ impl CutDisk {
 fn survive(content: &Content, random: &mut Random, mood: u64) -> Content {
     // A sector is written as it stands in memory: with all that was written to it so far, never with a later part alone.
     let mut versions: BTreeMap<usize, Vec<Vec<u8>>> = BTreeMap::new();
-    let mut now = content.synced.clone();
+    let mut now = content.cached.as_ref().unwrap_or(&content.synced).clone();
     for (position, bytes) in &content.writes {
         put(&mut now, *position, bytes);
         for sector in position / SECTOR..(position + bytes.len()).div_ceil(SECTOR) {
@@ -176,7 +260,7 @@ fn survive(content: &Content, random: &mut Random, mood: u64) -> Content {
             put(&mut found, sector * SECTOR, version);
         }
     }
-    Content { synced: found.clone(), now: found, writes: Vec::new() }
+    Content { synced: found.clone(), now: found, ..Content::default() }
 }
 
 fn put(bytes: &mut Vec<u8>, at: usize, some: &[u8]) {
@@ -194,6 +278,7 @@ impl Disk for CutDisk {
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         let mut model = self.0.lock();
         let cut = model.step()?;
+        model.refuse(true)?;
         if model.names.contains_key(name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -221,6 +306,7 @@ impl Disk for CutDisk {
     fn sync_dir(&self) -> io::Result<()> {
         let mut model = self.0.lock();
         cut_here(model.step()?)?;
+        model.refuse_sync()?;
         if !model.lies {
             model.names_synced = model.names.clone();
             model.name_changes.clear();
@@ -233,6 +319,7 @@ impl CutDisk {
     fn change(&self, change: NameChange) -> io::Result<()> {
         let mut model = self.0.lock();
         let cut = model.step()?;
+        model.refuse(false)?;
         change.apply(&mut model.names);
         model.name_changes.push(change);
         cut_here(cut)
@@ -255,6 +342,8 @@ impl DiskFile for CutFile {
     fn write_at(&self, bytes: &[u8], position: u64) -> io::Result<()> {
         let mut model = self.0.0.lock();
         let cut = model.step()?;
+        let grows = position as usize + bytes.len() > model.files[self.1].now.len();
+        model.refuse(grows)?;
         let content = &mut model.files[self.1];
         put(&mut content.now, position as usize, bytes);
         content.writes.push((position as usize, bytes.to_vec()));
@@ -264,15 +353,16 @@ impl DiskFile for CutFile {
     fn sync(&self) -> io::Result<()> {
         let mut model = self.0.0.lock();
         let cut = model.step()?;
-        let lies = model.lies;
+        let (lies, refused, mut random) = (model.lies, model.refuse_sync(), Random(model.operations));
         let content = &mut model.files[self.1];
         // In the cut a sync may have done some of its work: the writes stay undecided.
         cut_here(cut)?;
-        if !lies {
-            content.synced = content.now.clone();
-            content.writes.clear();
+        if refused.is_err() {
+            content.fail_sync(&mut random);
+        } else if !lies {
+            content.sync();
         }
-        Ok(())
+        refused
     }
 }
 
@@ -371,6 +461,66 @@ fn a_power_cut_loses_nothing_acknowledged() {
         cuts += 1;
     }
     println!("{cuts} power cuts, each followed by a second");
+}
+
+/// A life that ends in the midst of what the disk does, by a kill or a failed sync, then one on what the page cache has, and a
+/// power cut. What the second life served must survive that, whoever was to make it durable.
+fn kill_then_cut(seed: u64, kill_at: u64) -> Result<(), String> {
+    let mut random = Random(seed);
+    let mut promised = Promised::default();
+    let disk = CutDisk::cut_at(kill_at);
+    let mut chance = Random(seed ^ kill_at << 32);
+    if let Ok(wal) = FileWal::open(Box::new(disk.clone()), settings(), 1)
+        && work(&wal, &mut random, &mut promised, chance.below(25)).is_ok()
+    {
+        disk.set_trouble(Some(Trouble::SyncFails));
+        let _ = work(&wal, &mut random, &mut promised, 3);
+        disk.set_trouble(None);
+    }
+    let disk = disk.restarted();
+    let wal = judge(&disk, &mut promised)?;
+    work(&wal, &mut random, &mut promised, chance.below(4)).map_err(|error| error.to_string())?;
+    drop(wal);
+    judge(&disk.survivor(&mut chance), &mut promised)?;
+    Ok(())
+}
+
+#[test]
+fn what_a_start_serves_survives_the_next_power_cut() {
+    let mut random = Random(7);
+    for _ in 0..4_000 {
+        let (seed, kill_at) = (random.next(), 1 + random.below(160));
+        kill_then_cut(seed, kill_at).unwrap_or_else(|broken| panic!("seed {seed}, killed at {kill_at}: {broken}"));
+    }
+}
+
+/// A full or read-only disk refuses, and when it is well again nothing that was acknowledged is missing.
+#[test]
+fn a_disk_in_trouble_loses_nothing_acknowledged() {
+    for seed in 0..1_000 {
+        let (mut random, mut promised) = (Random(seed), Promised::default());
+        let mut disk = CutDisk::default();
+        for trouble in [Trouble::Full, Trouble::ReadOnly, Trouble::SyncFails] {
+            {
+                let wal = judge(&disk, &mut promised).unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
+                let appends = random.below(8);
+                work(&wal, &mut random, &mut promised, appends).unwrap();
+                disk.set_trouble(Some(trouble));
+                // After a refusal for want of room the next may be taken; after anything else nothing is.
+                for _ in 0..random.below(4) {
+                    if !matches!(work(&wal, &mut random, &mut promised, 2), Ok(()) | Err(WalError::Full(_))) {
+                        break;
+                    }
+                }
+            }
+            if let Err(WalError::Corrupt(text)) = FileWal::open(Box::new(disk.clone()), settings(), 2) {
+                panic!("seed {seed}: {trouble:?} is taken for damage: {text}");
+            }
+            disk.set_trouble(None);
+            disk = if random.below(2) == 0 { disk.restarted() } else { disk.survivor(&mut random) };
+        }
+        judge(&disk, &mut promised).unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
+    }
 }
 
 /// The model finds what it is there for.

@@ -23,6 +23,8 @@ pub struct Plan {
     pub down: bool,
     /// After so many writes every request fails, as if the process had been cut off.
     pub writes_left: Option<u32>,
+    /// The first writes, so many, fail with nothing done.
+    pub refused_first: u32,
     /// One in so many requests fails, in one of four ways.
     pub one_in: Option<u64>,
     /// Writes to keys that contain this are done, and answered with an error.
@@ -91,6 +93,9 @@ impl Faulty {
             if let Some(left) = &mut plan.writes_left {
                 *left -= 1;
             }
+        }
+        if write && plan.writes <= plan.refused_first {
+            return Fault::Before;
         }
         let Some(one_in) = plan.one_in else { return Fault::None };
         plan.seed = plan.seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

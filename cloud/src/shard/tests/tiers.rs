@@ -41,6 +41,29 @@ fn readers_follow_while_the_archive_takes_the_wal_away() {
 }
 
 #[test]
+fn a_slow_archive_returns_nothing_above_the_bounds_it_tells() {
+    let cold = Arc::new(ColdBlocks::default());
+    let wal = Box::new(MemoryWal::new(WAL_BYTES));
+    let shard = Shard::open(ShardSettings::default(), wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    let grow = || {
+        (0..2).for_each(|_| {
+            append(&shard, batch(10, 1)).unwrap();
+        });
+        archive(&shard, &cold);
+    };
+    grow();
+    let (open, gate) = tokio::sync::oneshot::channel();
+    *cold.gate.lock() = Some(gate);
+    let mut reading = shard.read(partition(1), 0, ReadLimits { bytes_max: 1 << 20 });
+    assert!(poll_once(&mut reading).is_none());
+    grow();
+    open.send(()).unwrap();
+    let read = block_on(reading).unwrap();
+    assert_eq!((read.next, read.bounds.high_watermark), (40, 40));
+}
+
+#[test]
 fn what_is_in_no_tier_is_not_skipped() {
     let (shard, _wal) = shard();
     (0..3).for_each(|_| {

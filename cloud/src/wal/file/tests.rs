@@ -284,7 +284,7 @@ fn a_start_writes_the_newest_block_again() {
     let disk = Failing { directory: Directory::open(directory.path()).unwrap(), switch: switch.clone() };
     let wal = FileWal::open(Box::new(disk), small(), 7).unwrap();
     assert_eq!(wal.bounds(), Some((0, 4)));
-    assert_eq!(switch.written.load(Ordering::SeqCst) - before, 64 + 100);
+    assert_eq!(switch.written.load(Ordering::SeqCst) - before, 64 + (64 + 100), "the slot in force and the block");
 }
 
 #[test]
