@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::log::conformance::{from_producer, produced as stamped};
-use shared::log::{AppendError, Appended, Log, ReadLimits};
+use shared::log::{AppendError, Appended, ReadError, ReadLimits};
 
-use super::node::{Engine, Up, produced, streamed};
+use super::node::{Up, produced, streamed};
 use super::scheduler::Owner;
-use super::world::World;
+use super::world::{MEMORY, World};
 use super::{chance, draw, fail, note};
 
 /// Most batches without an answer, as in Kafka.
@@ -23,7 +23,7 @@ struct Unanswered {
 }
 
 /// Sends numbered batches until each is acknowledged.
-pub async fn produce(world: World, owner: Owner, shard: u32, engine: Engine) {
+pub async fn produce(world: World, owner: Owner, shard: u32) {
     let producer_id = i64::from(owner);
     let (mut epoch, mut sequence) = (0i16, 0i32);
     let mut waiting: VecDeque<Unanswered> = VecDeque::new();
@@ -48,7 +48,7 @@ pub async fn produce(world: World, owner: Owner, shard: u32, engine: Engine) {
         let work = move |up: Up| -> shared::log::BoxFuture<'static, Vec<Result<Appended, AppendError>>> {
             // In order, as they lie in one connection.
             let appends: Vec<_> =
-                sent.iter().map(|batch| up.shard.append(from_producer(produced(shard), batch.clone()))).collect();
+                sent.iter().map(|batch| up.log.append(from_producer(produced(shard), batch.clone()))).collect();
             Box::pin(async move { futures_util::future::join_all(appends).await })
         };
         let patience = Duration::from_millis(500 + draw(10_000));
@@ -64,9 +64,7 @@ pub async fn produce(world: World, owner: Owner, shard: u32, engine: Engine) {
                     world.judge().acknowledged(produced(shard), &first.marks, appended.base_offset);
                     world.count(|tally| tally.acknowledged += first.marks.len() as u64);
                 }
-                Err(AppendError::OutOfOrderSequence { .. })
-                    if engine == Engine::File && world.judge().was_restored(shard) =>
-                {
+                Err(AppendError::OutOfOrderSequence { .. }) if shard == MEMORY || world.judge().was_restored(shard) => {
                     // What was acknowledged before is gone there: a new epoch, and what is unanswered again.
                     note(|| format!("producer {owner}: begins a new epoch"));
                     epoch += 1;
@@ -112,13 +110,19 @@ pub async fn consume(world: World, owner: Owner, shard: u32) {
         let Some(node) = world.node_of(shard, draw(2) as usize) else { return };
         let (at, bytes_max) = (from[which], 1 + draw(5000) as usize);
         let work = move |up: Up| -> shared::log::BoxFuture<'static, _> {
-            Box::pin(async move { up.shard.read(partition, at, ReadLimits { bytes_max }).await })
+            Box::pin(async move { up.log.read(partition, at, ReadLimits { bytes_max }).await })
         };
         match world.ask(owner, node, Duration::from_secs(20), Arc::new(work)).await {
             Some(Ok(read)) => {
                 let found = world.judge().read(shard, partition, at, &read);
                 world.count(|tally| tally.read += found.len() as u64);
                 from[which] = read.next;
+            }
+            Some(Err(ReadError::OffsetOutOfRange { bounds, .. })) if at < bounds.log_start => {
+                if shard != MEMORY {
+                    fail(format!("{partition}: begins at {}, nothing was to be deleted", bounds.log_start));
+                }
+                from[which] = bounds.log_start;
             }
             // A deposed owner's end lies before where others have read.
             Some(Err(error)) => note(|| format!("reader {owner}: {error}")),

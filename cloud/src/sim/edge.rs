@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,11 +17,12 @@ use shared::name::{EdgeId, Incarnation, Offset, StreamName};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::judge::mark;
-use super::node::{Up, stream_topic};
+use super::node::{Node, Up, stream_topic};
 use super::scheduler::Owner;
-use super::world::World;
-use super::{draw, fail, note, now_ms, random};
+use super::world::{MEMORY, World};
+use super::{chance, draw, fail, note, now_ms, planted, random};
 use crate::ingest::{Grants, IngestError};
+use crate::planted::Bug;
 
 /// Rows of a stream that wait, at most.
 const ROWS_MAX: usize = 200;
@@ -29,11 +31,17 @@ const ROWS_MAX: usize = 200;
 pub struct Edge {
     pub owner: Owner,
     pub id: EdgeId,
-    pub shard: u32,
+    /// Shards of the node that it sends to, where its streams may go.
+    pub shards: Vec<u32>,
+    /// What the process knows: rows are durable, and cursors may be ahead of what is.
     pub disk: Mutex<EdgeDisk>,
+    /// What the last commit left.
+    durable: Mutex<EdgeDisk>,
+    /// Commits fail: the disk is full or read-only.
+    trouble: AtomicBool,
 }
 
-/// Everything that survives a power cut.
+/// A database of streams.
 #[derive(Clone, Default)]
 pub struct EdgeDisk(BTreeMap<StreamName, Stream>);
 
@@ -51,9 +59,9 @@ struct Stream {
 }
 
 impl EdgeDisk {
-    fn new(shard: u32, streams: u64) -> Self {
+    fn new(shards: &[u32], streams: u64) -> Self {
         let stream = || Stream {
-            shard,
+            shard: shards[draw(shards.len() as u64) as usize],
             incarnation: incarnation(),
             rows: Vec::new(),
             first: 0,
@@ -80,6 +88,36 @@ impl EdgeDisk {
     /// No more is written: a long outage need not be filled with records.
     fn is_full(&self) -> bool {
         self.0.values().any(|stream| stream.rows.len() > ROWS_MAX)
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.0.values().any(|stream| stream.rows.len() > ROWS_MAX / 2)
+    }
+
+    /// Streams' rules name other topics from the next start on. Returns the records that only a shard which keeps nothing
+    /// may have.
+    fn move_streams(&mut self, shards: &[u32]) -> Vec<u64> {
+        let mut left = Vec::new();
+        for stream in self.0.values_mut() {
+            if stream.shard == MEMORY {
+                left.extend(marks_from(&stream.rows, 0));
+            }
+            let keeps = chance(700);
+            let others: Vec<u32> =
+                shards.iter().copied().filter(|to| *to != stream.shard && !(keeps && *to == MEMORY)).collect();
+            stream.shard = others.get(draw(others.len().max(1) as u64) as usize).copied().unwrap_or(stream.shard);
+        }
+        left
+    }
+
+    /// Where its streams end.
+    pub fn ends(&self) -> Vec<Offset> {
+        self.0.values().map(|stream| stream.next).collect()
+    }
+
+    /// Whether more of a stream is confirmed than `ends` says.
+    pub fn has_more_confirmed(&self, ends: &[Offset]) -> bool {
+        self.0.values().zip(ends).any(|(stream, end)| stream.confirmed > *end)
     }
 
     fn write(&mut self, name: &StreamName, marks: &[u64]) {
@@ -165,9 +203,60 @@ enum News {
 }
 
 impl Edge {
-    pub fn new(owner: Owner, shard: u32) -> Self {
+    pub fn new(owner: Owner, node: &Node) -> Self {
         let id = EdgeId::parse(&format!("gateway-{owner}")).expect("a name");
-        Self { owner, id, shard, disk: Mutex::new(EdgeDisk::new(shard, 1 + draw(2))) }
+        let shards: Vec<u32> = node.shards.iter().map(|shard| shard.id).collect();
+        let disk = EdgeDisk::new(&shards, 1 + draw(2));
+        let durable = Mutex::new(disk.clone());
+        Self { owner, id, shards, disk: Mutex::new(disk), durable, trouble: AtomicBool::new(false) }
+    }
+
+    /// Its disk is full or read-only from here on, or no longer.
+    pub fn set_trouble(&self, trouble: bool) {
+        self.trouble.store(trouble, Ordering::Relaxed);
+    }
+
+    /// Makes durable what the process knows. False: the disk does not take it.
+    fn commit(&self, disk: &EdgeDisk) -> bool {
+        let well = !self.trouble.load(Ordering::Relaxed);
+        if well {
+            *self.durable.lock() = disk.clone();
+        }
+        well
+    }
+
+    /// A copy of what is durable.
+    pub fn image(&self) -> EdgeDisk {
+        self.durable.lock().clone()
+    }
+
+    /// Kills the process and starts it again: on this disk, or on an older copy.
+    pub fn restart(self: &Arc<Self>, world: &World, image: Option<EdgeDisk>, moves: bool) {
+        world.processes().kill(self.owner);
+        let mut disk = self.disk.lock();
+        let found = image.is_some();
+        let mut kept = image.unwrap_or_else(|| self.image());
+        if found {
+            note(|| format!("{}: goes on with an older copy of its disk", self.id));
+            let marks = kept.marks();
+            world.judge().let_go(disk.marks().into_iter().filter(|mark| !marks.contains(mark)));
+        }
+        if moves {
+            note(|| format!("{}: streams go to other topics", self.id));
+            world.judge().let_go(kept.move_streams(&self.shards));
+        }
+        if planted(Bug::RenewalForgotten) {
+            kept.0.values_mut().for_each(|stream| stream.renewed_at = 0);
+        }
+        *disk = kept.clone();
+        *self.durable.lock() = kept;
+        drop(disk);
+        world.processes().spawn(self.owner, self.clone().run(world.clone()));
+    }
+
+    /// Whether its streams can move to another shard.
+    pub fn may_move(&self) -> bool {
+        self.shards.len() > 1
     }
 
     /// One life of the process: sends until it is killed.
@@ -221,7 +310,8 @@ impl Edge {
                     let from = stream.safe.max(stream.first);
                     (stream.incarnation, stream.confirmed, stream.renewed_at) = (incarnation(), from, from);
                 }
-                sender.renewed(now, &name, Ok(()));
+                let done = if self.commit(&disk) { Ok(()) } else { Err("the disk is full".to_owned()) };
+                sender.renewed(now, &name, done);
             }
             News::Written => {}
         }
@@ -233,6 +323,10 @@ impl Edge {
         loop {
             tokio::time::sleep(Duration::from_millis(draw(pace))).await;
             let mut disk = self.disk.lock();
+            if self.trouble.load(Ordering::Relaxed) {
+                // Devices are not answered, and nothing is deleted: that is a commit too.
+                continue;
+            }
             if world.writes() && !disk.is_full() {
                 let names: Vec<StreamName> = disk.0.keys().cloned().collect();
                 let name = &names[draw(names.len() as u64) as usize];
@@ -240,7 +334,11 @@ impl Edge {
                 disk.write(name, &marks);
                 marks.iter().for_each(|mark| world.judge().held(*mark));
             }
-            disk.trim();
+            // What is safe is kept as long as there is room.
+            if chance(100) || disk.is_crowded() {
+                disk.trim();
+            }
+            self.commit(&disk);
             drop(disk);
             let _ = tell.send(News::Written);
         }
@@ -264,6 +362,11 @@ impl Edge {
                         fail(format!("{}: {next} is safe, {} were written", self.id, stream.next));
                     }
                     stream.safe = stream.safe.max(next);
+                    if stream.shard == MEMORY {
+                        // Safe as far as that goes: it may be lost from here on.
+                        let gone = stream.rows.iter().take_while(|row| row.batch.last_offset() < next);
+                        world.judge().let_go(marks_from(&gone.cloned().collect::<Vec<_>>(), 0));
+                    }
                 }
                 Output::Renew { stream } => {
                     let tell = tell.clone();
@@ -298,7 +401,7 @@ impl Edge {
         work: impl Fn(Up) -> BoxFuture<'static, Result<T, IngestError>> + Send + Sync + 'static,
         done: impl FnOnce(Result<T, Failure>) + Send + 'static,
     ) {
-        let Some(node) = world.node_of(self.shard, guess) else { return };
+        let Some(node) = world.node_of(self.shards[0], guess) else { return };
         let (world, owner) = (world.clone(), self.owner);
         world.clone().processes().spawn(owner, async move {
             let answer = world.ask(owner, node, patience, Arc::new(work)).await;

@@ -6,14 +6,20 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use shared::batch::Batch;
 use shared::log::Read;
-use shared::name::{Offset, Partition};
+use shared::name::{Offset, Partition, TopicId};
 
-use super::node::{Up, produced, streamed};
-use super::world::World;
+use super::node::{MANY, Up, produced, streamed};
+use super::world::{MEMORY, World};
 use super::{fail, note};
 
 /// Offsets left out when a shard was restored.
 const SKIPPED: i64 = 1 << 32;
+
+/// How often in a row that may be.
+const SKIPS_MAX: i64 = 64;
+
+/// Where gaps are listed that edges declare.
+pub const GAPS: Partition = Partition { topic: TopicId([250; 16]), index: 0 };
 
 /// Everything that was promised.
 #[derive(Clone, Default)]
@@ -40,6 +46,10 @@ struct Book {
     excused: BTreeSet<u64>,
     /// Where the bucket ended when a disk was lost: of what follows, answers may still be under way.
     ends: Vec<Offset>,
+    /// Lives of a memory shard below this are over, and what they acknowledged with them.
+    begins: Offset,
+    /// Offsets that were used after a copy of the disk was made that nobody could tell from the newest when it was put back.
+    blind: Option<(Offset, Offset)>,
 }
 
 /// The number that a record's value begins with: unique in its world. Control records have none.
@@ -88,6 +98,46 @@ impl Judge {
         }
     }
 
+    /// A file shard goes on with an older copy of its disk, which ends at `held`, and its bucket has nothing that the copy
+    /// has not: what came after the copy is lost, and nobody can know.
+    pub fn set_back(&self, shard: u32, held: &BTreeMap<Partition, Offset>) {
+        let mut books = self.0.lock();
+        for partition in [produced(shard), streamed(shard)] {
+            let book = books.partitions.entry(partition).or_default();
+            let from = held.get(&partition).copied().unwrap_or(0);
+            // What was on its way then may still be heard of.
+            let to = book.seen.last_key_value().map_or(from, |(last, _)| last + 1).max(from) + 1000;
+            let gone: Vec<u64> = book.seen.range(from..).map(|(_, mark)| *mark).collect();
+            book.excused.extend(gone);
+            let (from, to) = book.blind.map_or((from, to), |blind| (blind.0.min(from), blind.1.max(to)));
+            book.blind = Some((from, to));
+        }
+        if shard == MANY {
+            // The catalogue, which has forgotten what it reserved for the memory shard.
+            for partition in [produced(MEMORY), streamed(MEMORY)] {
+                let book = books.partitions.entry(partition).or_default();
+                let end = book.seen.last_key_value().map_or(0, |(last, _)| last + 1).max(book.begins);
+                book.blind = Some((0, end + 1000));
+                book.begins = 0;
+                let gone: Vec<u64> = book.seen.values().copied().collect();
+                book.excused.extend(gone);
+            }
+        }
+        *books.restored.entry(shard).or_default() += 1;
+    }
+
+    /// A memory shard begins a new life at this offset.
+    pub fn begins_anew(&self, shard: u32, at: Offset) {
+        let mut books = self.0.lock();
+        for partition in [produced(shard), streamed(shard)] {
+            let book = books.partitions.entry(partition).or_default();
+            if at < book.begins {
+                fail(format!("{partition}: a new life begins at {at}, the one before at {}", book.begins));
+            }
+            book.begins = at;
+        }
+    }
+
     /// A shard has begun a new epoch with what its bucket had.
     pub fn restored(&self, shard: u32) {
         *self.0.lock().restored.entry(shard).or_default() += 1;
@@ -123,7 +173,7 @@ impl Judge {
         let (mut expected, mut found) = (from, Vec::new());
         for batch in batches(read) {
             let (base, next) = (batch.base_offset(), batch.last_offset() + 1);
-            if base > expected && !(may_skip && base - expected <= 4 * SKIPPED) {
+            if base > expected && !(may_skip && base - expected <= SKIPS_MAX * SKIPPED) {
                 fail(format!("{partition}: offsets {expected} .. {base} are missing, read from {from}"));
             }
             if next <= expected {
@@ -171,13 +221,15 @@ impl Judge {
         let mut times: BTreeMap<u64, u32> = BTreeMap::new();
         found.iter().for_each(|(_, mark)| *times.entry(*mark).or_default() += 1);
         let mut problems = Vec::new();
+        let begins = if shard == MEMORY { up.log.bounds(partition).map_or(0, |bounds| bounds.log_start) } else { 0 };
+        let is_excused = |offset: &Offset, mark: &u64| *offset < begins.max(book.begins) || book.excused.contains(mark);
         for (offset, mark) in &book.seen {
-            if at.get(offset) != Some(mark) && !book.excused.contains(mark) {
+            if at.get(offset) != Some(mark) && !is_excused(offset, mark) {
                 problems.push(format!("record {mark}, seen at {offset}, is not there: lost"));
             }
         }
         for (mark, offset) in &book.acknowledged {
-            if at.get(offset) != Some(mark) && !book.excused.contains(mark) {
+            if at.get(offset) != Some(mark) && !is_excused(offset, mark) {
                 problems.push(format!("record {mark}, acknowledged at {offset}, is not there: lost"));
             }
         }
@@ -193,15 +245,17 @@ impl Judge {
     }
 
     async fn read_all(&self, world: &World, shard: u32, up: &Up, partition: Partition) -> Option<Vec<(Offset, u64)>> {
-        use shared::log::{Log, ReadLimits};
-        let (mut from, mut found) = (0, Vec::new());
+        use shared::log::ReadLimits;
+        let begins = || up.log.bounds(partition).map_or(0, |bounds| bounds.log_start);
+        let mut from = if shard == MEMORY { begins() } else { 0 };
+        let mut found = Vec::new();
         loop {
-            match up.shard.read(partition, from, ReadLimits { bytes_max: 20_000 }).await {
+            match up.log.read(partition, from, ReadLimits { bytes_max: 20_000 }).await {
                 Ok(read) => {
                     found.extend(self.read(shard, partition, from, &read));
                     if read.next == from {
                         let end = read.bounds.high_watermark;
-                        if end != from && !(self.was_restored(shard) && end - from <= 4 * SKIPPED) {
+                        if end != from && !(self.was_restored(shard) && end - from <= SKIPS_MAX * SKIPPED) {
                             fail(format!("{partition}: nothing is read at {from}, the end is {end}"));
                         }
                         return Some(found);
@@ -220,7 +274,7 @@ impl Judge {
         }
     }
 
-    /// Every record that edges were to deliver is in one of the logs.
+    /// Every record that edges were to deliver is in one of the logs, and in one alone unless they said so.
     pub async fn edges(&self, world: &World, services: &[(u32, Up)]) {
         let mut there: BTreeMap<u64, u32> = BTreeMap::new();
         for (shard, up) in services {
@@ -228,10 +282,15 @@ impl Judge {
             found.iter().for_each(|(_, mark)| *there.entry(*mark).or_default() += 1);
         }
         let books = self.0.lock();
+        let twice = there.iter().find(|(mark, times)| **times > 1 && !books.twice.contains(mark));
+        let twice = twice.map(|(mark, times)| (*mark, *times));
         let missing: Vec<u64> = books.held.iter().filter(|mark| !there.contains_key(mark)).copied().collect();
         drop(books);
         if let Some(first) = missing.first() {
             fail(format!("record {first} was durable at an edge and is in no log ({} of them)", missing.len()));
+        }
+        if let Some((mark, times)) = twice {
+            fail(format!("record {mark} is there {times} times, in several topics"));
         }
     }
 }
@@ -240,6 +299,11 @@ impl Book {
     fn see(&mut self, partition: Partition, offset: Offset, mark: u64) {
         if self.ends.iter().any(|end| (*end..*end + SKIPPED / 2).contains(&offset)) {
             self.excused.insert(mark);
+        }
+        if self.blind.is_some_and(|(from, to)| (from..to).contains(&offset)) {
+            self.excused.insert(mark);
+            self.seen.insert(offset, mark);
+            return;
         }
         let known = *self.seen.entry(offset).or_insert(mark);
         if known != mark {

@@ -1,31 +1,46 @@
 //! A node: what `open` puts together, on a disk that loses power and a network of its own.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::memory::InMemory;
 use object_store::path::Path;
 use parking_lot::Mutex;
-use shared::log::BoxFuture;
-use shared::name::{Partition, TopicId, TopicName};
+use shared::link::GAPS_TOPIC;
+use shared::log::{BoxFuture, Log};
+use shared::name::{Offset, Partition, TopicId, TopicName};
 
+use super::judge::GAPS;
 use super::scheduler::Owner;
 use super::world::World;
 use super::{chance, draw, note, random, wall_ms};
-use crate::archive::{Archive, ArchiveSettings, RequestSettings, Store};
-use crate::ingest::{Ingest, IngestSettings, TopicError, Topics};
+use crate::archive::{Archive, ArchiveSettings, Recovered, RequestSettings, Store, Tail};
+use crate::block::Block;
+use crate::ingest::{Ingest, IngestSettings, Safety, TopicError, Topics};
 use crate::shard::{LocalWal, Shard, ShardSettings};
-use crate::state::{Change, StateLog, Topic, read_state};
+use crate::shards::{Member, Shards, reserve_offsets};
+use crate::state::{CATALOGUE, Change, Engine, StateLog, Topic, read_state};
+use crate::wal::BlockLog;
 use crate::wal::file::{FileWal, FileWalSettings};
+use crate::wal::memory::MemoryWal;
 use crate::wal::object::ObjectWalSettings;
-use crate::wal::powercut::CutDisk;
+use crate::wal::powercut::{CutDisk, Random};
 
-/// What a shard stores its blocks with.
+/// A shard as a node opens it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Engine {
-    Object,
-    File,
+pub struct Hosted {
+    /// What the simulation calls it: there are two systems in the bucket, and each has a shard 0.
+    pub id: u32,
+    /// Its number in its system.
+    pub number: u32,
+    pub engine: Engine,
 }
+
+/// Below this prefix lies the second system.
+pub const PREFIX: &str = "many";
+/// What is added to the numbers of its shards.
+pub const MANY: u32 = 10;
 
 /// What is the same for all nodes of a shard in one run.
 #[derive(Debug, Clone)]
@@ -37,6 +52,7 @@ pub struct Tuning {
     pub ship_bytes: usize,
     pub block_bytes: usize,
     pub tail_bytes: usize,
+    pub memory_bytes: u64,
     pub linger: Duration,
 }
 
@@ -50,6 +66,8 @@ impl Tuning {
             ship_bytes: [1, 2 << 10, 1 << 20][draw(3) as usize],
             block_bytes: [500, 4 << 10, 1 << 20][draw(3) as usize],
             tail_bytes: [0, 2 << 10, 1 << 20][draw(3) as usize],
+            // Four times the largest batch, as the settings want it, or a lot.
+            memory_bytes: [320 << 10, 4 << 20][draw(2) as usize],
             linger: Duration::from_millis(draw(2) * 50),
         }
     }
@@ -58,9 +76,17 @@ impl Tuning {
 /// A running node.
 #[derive(Clone)]
 pub struct Up {
-    pub shard: Arc<Shard>,
+    pub log: Arc<dyn Log>,
+    pub shards: Vec<Arc<Shard>>,
     pub ingest: Arc<Ingest>,
-    pub archive: Arc<Archive>,
+    pub archives: Vec<Arc<Archive>>,
+}
+
+impl Up {
+    /// Whether one of its shards takes nothing more.
+    pub fn has_stopped(&self) -> bool {
+        self.shards.iter().any(|shard| shard.status().stopped.is_some())
+    }
 }
 
 /// What a node keeps when it is off.
@@ -73,16 +99,36 @@ pub struct Disk {
 impl Disk {
     /// What is found when the power is back.
     pub fn survivor(&self) -> Self {
-        let mut chance = crate::wal::powercut::Random(random().unwrap_or(0));
+        let mut chance = Random(random().unwrap_or(0));
         Self { wal: self.wal.survivor(&mut chance), mirror: Arc::new(self.mirror.fork()) }
     }
+
+    /// What is found after a process that was killed.
+    pub fn restarted(&self) -> Self {
+        Self { wal: self.wal.restarted(), mirror: self.mirror.clone() }
+    }
+
+    /// What the WAL on it holds: the number after its newest block, and where partitions end.
+    pub fn holds(&self) -> (u64, BTreeMap<Partition, Offset>) {
+        let Ok(wal) = FileWal::open(Box::new(self.wal.copy()), file_settings(), 0) else { return Default::default() };
+        let Some((first, next)) = wal.bounds() else { return Default::default() };
+        let mut ends = BTreeMap::new();
+        for block in (first..next).filter_map(|seq| Block::parse(wal.read(seq).ok()?).ok()) {
+            ends.extend(block.entries().iter().map(|entry| (entry.partition, entry.last + 1)));
+        }
+        (next, ends)
+    }
+}
+
+fn file_settings() -> FileWalSettings {
+    FileWalSettings { file_bytes: 32 << 10, hasty_file_bytes: 32 << 10, bytes_max: 2 << 20, background: false }
 }
 
 /// A machine that may run a node.
 pub struct Node {
     pub owner: Owner,
-    pub engine: Engine,
-    pub shard: u32,
+    /// The catalogue's shard first, where there is one.
+    pub shards: Vec<Hosted>,
     pub state: Mutex<NodeState>,
 }
 
@@ -101,12 +147,12 @@ pub struct NodeState {
 
 /// The partition of a shard that the producer writes.
 pub fn produced(shard: u32) -> Partition {
-    Partition { topic: TopicId([10 + shard as u8; 16]), index: 0 }
+    Partition { topic: TopicId([100 + shard as u8; 16]), index: 0 }
 }
 
 /// The partition of a shard that edges' streams go to.
 pub fn streamed(shard: u32) -> Partition {
-    Partition { topic: TopicId([20 + shard as u8; 16]), index: 0 }
+    Partition { topic: TopicId([200 + shard as u8; 16]), index: 0 }
 }
 
 pub fn stream_topic(shard: u32) -> TopicName {
@@ -114,22 +160,34 @@ pub fn stream_topic(shard: u32) -> TopicName {
 }
 
 /// Topics of the link: they are all there already.
-struct Fixed(u32);
+struct Fixed(Vec<Hosted>);
 
 impl Topics for Fixed {
     fn ensure_topic(&self, name: &TopicName, _: u32) -> BoxFuture<'_, Result<(TopicId, u32), TopicError>> {
-        let found = if *name == stream_topic(self.0) {
-            Ok((streamed(self.0).topic, 1))
-        } else {
-            Err(TopicError::Refused(format!("no topic {name}")))
-        };
+        let found = self.0.iter().find(|shard| *name == stream_topic(shard.id)).map(|shard| streamed(shard.id).topic);
+        let found = found.or_else(|| (name.as_str() == GAPS_TOPIC).then_some(GAPS.topic));
+        let found = found.map(|topic| (topic, 1)).ok_or_else(|| TopicError::Refused(format!("no topic {name}")));
         Box::pin(std::future::ready(found))
     }
 }
 
 impl Node {
-    pub fn new(owner: Owner, engine: Engine, shard: u32) -> Self {
-        Self { owner, engine, shard, state: Mutex::default() }
+    pub fn new(owner: Owner, shards: impl IntoIterator<Item = Hosted>) -> Self {
+        Self { owner, shards: shards.into_iter().collect(), state: Mutex::default() }
+    }
+
+    pub fn hosts(&self, id: u32) -> bool {
+        self.shards.iter().any(|shard| shard.id == id)
+    }
+
+    /// Its shard on a disk of its own, if it has one.
+    pub fn on_disk(&self) -> Option<Hosted> {
+        self.shards.iter().find(|shard| shard.engine == Engine::File).copied()
+    }
+
+    /// Whether another node may fight with it for its shard.
+    pub fn fights(&self) -> bool {
+        self.owner < 3
     }
 
     /// What runs here, if it takes requests.
@@ -138,13 +196,18 @@ impl Node {
         state.up.clone().filter(|_| !state.cut_off)
     }
 
-    fn archive_settings(&self, world: &World) -> ArchiveSettings {
+    /// Whether anything runs here, reached or not.
+    pub fn up_at_all(&self) -> bool {
+        self.state.lock().up.is_some()
+    }
+
+    fn archive_settings(world: &World, shard: Hosted) -> ArchiveSettings {
         let tuning = world.tuning();
         ArchiveSettings {
             url: None,
             data_dir: world.home().to_owned(),
-            shard: self.shard,
-            owns_wal: self.engine == Engine::Object,
+            shard: shard.number,
+            owns_wal: shard.engine == Engine::Object,
             max_lag: tuning.max_lag,
             ship_bytes: tuning.ship_bytes,
             segment_bytes: tuning.segment_bytes,
@@ -158,16 +221,17 @@ impl Node {
         }
     }
 
-    fn shard_settings(&self, world: &World) -> ShardSettings {
+    fn shard_settings(world: &World, shard: Hosted) -> ShardSettings {
         let tuning = world.tuning();
         ShardSettings {
-            shard: self.shard,
+            shard: shard.number,
             nonce: random().unwrap_or(0),
             block_bytes_max: tuning.block_bytes,
             tail_bytes_max: tuning.tail_bytes,
-            linger: if self.engine == Engine::Object { tuning.linger } else { Duration::ZERO },
+            linger: if shard.engine == Engine::Object { tuning.linger } else { Duration::ZERO },
             retention_ms: -1,
-            archived: self.engine == Engine::File,
+            archived: shard.engine == Engine::File,
+            drops_oldest: shard.engine == Engine::Memory,
             ..ShardSettings::default()
         }
     }
@@ -177,7 +241,7 @@ impl Node {
         loop {
             match self.start(&world).await {
                 Ok(up) => {
-                    note(|| format!("node {}: up with epoch {}", self.owner, up.shard.status().epoch));
+                    note(|| format!("node {}: up with epoch {}", self.owner, up.shards[0].status().epoch));
                     self.state.lock().up = Some(up);
                     return;
                 }
@@ -185,13 +249,12 @@ impl Node {
                     note(|| format!("node {}: {error}", self.owner));
                     if error.contains("another node went on") {
                         // Its disk is of no use any more: a person would move it away.
-                        world.judge().disk_lost(&world, self.shard);
+                        self.on_disk().inspect(|shard| world.judge().disk_lost(&world, shard.id));
                         self.state.lock().disk = Disk::default();
                     }
                     if error.contains("no power") {
-                        // The power went in the middle of the start, and comes back.
-                        let mut state = self.state.lock();
-                        state.disk = state.disk.survivor();
+                        // The power went in the middle of the start, or the process did.
+                        self.state.lock().end(chance(500));
                     }
                     tokio::time::sleep(Duration::from_millis(500 + draw(5000))).await;
                 }
@@ -200,60 +263,109 @@ impl Node {
     }
 
     async fn start(&self, world: &World) -> Result<Up, String> {
-        let (settings, shard_settings) = (self.archive_settings(world), self.shard_settings(world));
-        let store = Store::new(Arc::new(world.bucket().seen_by(self.owner)), Path::default(), requests());
-        let clock = Arc::new(wall_ms);
-        let disk = self.state.lock().disk.clone();
-        let (archive, shard) = match self.engine {
-            Engine::Object => {
-                let archive = Archive::with_stores(settings, store, None).await.map_err(|error| error.to_string())?;
-                let recovered = archive.take_over().await.map_err(|error| error.to_string())?;
-                world.bucket().taken_over(self.shard, recovered.epoch);
-                let wal_settings = ObjectWalSettings { bytes_max: 4 << 20, ..ObjectWalSettings::default() };
-                let wal = archive.object_wal(&recovered, wal_settings);
-                let opened = Shard::open_driven(shard_settings, Box::new(wal), recovered, Some(archive.cold()), clock);
-                let (shard, commit) = opened.map_err(|error| error.to_string())?;
-                world.processes().spawn(self.owner, commit);
-                (archive, shard)
-            }
-            Engine::File => {
-                let wal_settings = FileWalSettings {
-                    file_bytes: 32 << 10,
-                    hasty_file_bytes: 32 << 10,
-                    bytes_max: 2 << 20,
-                    background: false,
-                };
-                let wal = FileWal::open(Box::new(disk.wal.clone()), wal_settings, random().unwrap_or(0));
-                let wal = wal.map_err(|error| error.to_string())?;
-                let mirror = Store::new(disk.mirror.clone(), Path::default(), requests());
-                let archive = Archive::with_stores(settings, store, Some(mirror)).await;
-                let archive = archive.map_err(|error| error.to_string())?;
-                let recovered = archive.recover(&LocalWal(&wal)).await.map_err(|error| error.to_string())?;
-                if matches!(recovered.tail, crate::archive::Tail::Bucket(_)) {
-                    note(|| format!("node {}: restored from the bucket", self.owner));
-                    world.judge().restored(self.shard);
+        let (mut members, mut archives, mut ceilings) = (Vec::<Member>::new(), Vec::new(), BTreeMap::new());
+        for hosted in self.shards.iter().copied() {
+            let (recovered, wal, archive): (_, Box<dyn BlockLog>, _) = match hosted.engine {
+                Engine::Object => self.object(world, hosted).await?,
+                Engine::File => self.file(world, hosted).await?,
+                Engine::Memory => {
+                    let wal = MemoryWal::new(world.tuning().memory_bytes);
+                    (Recovered::default(), Box::new(wal), None)
                 }
-                let opened = Shard::open_driven(shard_settings, Box::new(wal), recovered, Some(archive.cold()), clock);
-                let (shard, commit) = opened.map_err(|error| error.to_string())?;
-                world.processes().spawn(self.owner, commit);
-                (archive, shard)
+            };
+            let cold = archive.as_ref().map(|archive| archive.cold());
+            let settings = Self::shard_settings(world, hosted);
+            let opened = Shard::open_driven(settings, wal, recovered, cold, Arc::new(wall_ms));
+            let (shard, commit) = opened.map_err(|error| error.to_string())?;
+            world.processes().spawn(self.owner, commit);
+            if hosted.engine == Engine::Memory {
+                let catalogue = &members.first().ok_or("no catalogue")?.shard;
+                let reserved = reserve_offsets(catalogue, hosted.number).await;
+                let (begins, ceiling) = reserved.map_err(|error| error.to_string())?;
+                if let Change::EpochStarted { skip, .. } = begins {
+                    world.judge().begins_anew(hosted.id, skip);
+                }
+                ceilings.insert(hosted.number, ceiling);
+                shard.commit(vec![begins]).await.map_err(|error| error.to_string())?;
+            } else if hosted.number == CATALOGUE && self.shards.len() > 1 {
+                let known = read_state(&*shard, |state| state.shards().count());
+                let added = |one: &Hosted| Change::ShardAdded { shard: one.number, engine: one.engine };
+                let added = self.shards.iter().skip(known).map(added).collect();
+                shard.commit(added).await.map_err(|error| error.to_string())?;
+            }
+            archives.extend(archive.map(|archive| (archive, shard.clone())));
+            members.push(Member { number: hosted.number, engine: hosted.engine, shard });
+        }
+        let shards: Vec<Arc<Shard>> = members.iter().map(|member| member.shard.clone()).collect();
+        let (log, state, safety): (Arc<dyn Log>, Arc<dyn StateLog>, Arc<dyn Safety>) = match &shards[..] {
+            [shard] => (shard.clone(), shard.clone(), shard.clone()),
+            _ => {
+                let shards = Arc::new(Shards::new(members, ceilings));
+                shards.reconcile().await.map_err(|error| error.to_string())?;
+                (shards.clone(), shards.clone(), shards)
             }
         };
-        let run = archive.clone().run(shard.clone(), std::future::pending());
-        world.processes().spawn(self.owner, run);
-        self.make_topics(&shard).await?;
-        let (log, state, safety) = (shard.clone(), shard.clone(), shard.clone());
+        for (archive, shard) in &archives {
+            let run = archive.clone().run(shard.clone(), std::future::pending());
+            world.processes().spawn(self.owner, run);
+        }
+        self.make_topics(&*state).await?;
         let settings = IngestSettings { poll_secs_max: 10, stream_partitions: 1, ..IngestSettings::default() };
-        let ingest = Ingest::new(settings, log, state, Arc::new(Fixed(self.shard)), safety, wall_ms);
-        Ok(Up { shard, ingest, archive })
+        let topics = Arc::new(Fixed(self.shards.clone()));
+        let ingest = Ingest::new(settings, log.clone(), state, topics, safety, wall_ms);
+        let archives = archives.into_iter().map(|(archive, _)| archive).collect();
+        Ok(Up { log, shards, ingest, archives })
     }
 
-    async fn make_topics(&self, shard: &Arc<Shard>) -> Result<(), String> {
-        for (partition, name) in [
-            (produced(self.shard), format!("produced-{}", self.shard)),
-            (streamed(self.shard), stream_topic(self.shard).to_string()),
-        ] {
-            if read_state(&**shard, |state| state.topic(partition.topic).is_some()) {
+    /// What the archive lies in, as this node sees it.
+    fn store(&self, world: &World, shard: Hosted) -> Store {
+        let prefix = if shard.id < MANY { Path::default() } else { Path::from(PREFIX) };
+        Store::new(Arc::new(world.bucket().seen_by(self.owner)), prefix, requests())
+    }
+
+    async fn object(&self, world: &World, shard: Hosted) -> Result<Opened, String> {
+        let settings = Self::archive_settings(world, shard);
+        let archive = Archive::with_stores(settings, self.store(world, shard), None).await;
+        let archive = archive.map_err(|error| error.to_string())?;
+        let recovered = archive.take_over().await.map_err(|error| error.to_string())?;
+        world.bucket().taken_over(shard.id, recovered.epoch);
+        let wal_settings = ObjectWalSettings { bytes_max: 4 << 20, ..ObjectWalSettings::default() };
+        let wal = archive.object_wal(&recovered, wal_settings);
+        Ok((recovered, Box::new(wal), Some(archive)))
+    }
+
+    async fn file(&self, world: &World, shard: Hosted) -> Result<Opened, String> {
+        let disk = self.state.lock().disk.clone();
+        let wal = FileWal::open(Box::new(disk.wal.clone()), file_settings(), random().unwrap_or(0));
+        let wal = wal.map_err(|error| error.to_string())?;
+        let mirror = Store::new(disk.mirror.clone(), Path::default(), requests());
+        let settings = Self::archive_settings(world, shard);
+        let archive = Archive::with_stores(settings, self.store(world, shard), Some(mirror)).await;
+        let archive = archive.map_err(|error| error.to_string())?;
+        let recovered = archive.recover(&LocalWal(&wal)).await.map_err(|error| error.to_string())?;
+        if matches!(recovered.tail, Tail::Bucket(_)) {
+            note(|| format!("node {}: restored from the bucket", self.owner));
+            world.judge().restored(shard.id);
+        } else if archive.status().state == "waiting" {
+            // The bucket is away, so that an older copy of the disk cannot be told from the newest.
+            let (next, held) = disk.holds();
+            if next < world.bucket().shipped_blocks(shard.id) {
+                note(|| format!("node {}: goes on from {next} without asking the bucket, which has more", self.owner));
+                world.judge().set_back(shard.id, &held);
+            }
+        }
+        Ok((recovered, Box::new(wal), Some(archive)))
+    }
+
+    async fn make_topics(&self, state: &dyn StateLog) -> Result<(), String> {
+        let own = self.shards.iter().flat_map(|shard| {
+            let produced = (*shard, produced(shard.id), format!("produced-{}", shard.id));
+            [produced, (*shard, streamed(shard.id), stream_topic(shard.id).to_string())]
+        });
+        let gaps = self.shards.first().map(|shard| (*shard, GAPS, GAPS_TOPIC.to_owned()));
+        let mut changes = Vec::new();
+        for (shard, partition, name) in own.chain(gaps) {
+            if read_state(state, |state| state.topic(partition.topic).is_some()) {
                 continue;
             }
             let topic = Topic {
@@ -263,18 +375,22 @@ impl Node {
                 configs: Default::default(),
                 created_ms: 0,
             };
-            shard.commit(vec![Change::TopicCreated(topic)]).await.map_err(|error| error.to_string())?;
+            let alone = self.shards.len() == 1 || shard.number == CATALOGUE;
+            changes.push(match alone {
+                true => Change::TopicCreated(topic),
+                false => Change::TopicPlaced { topic, shards: vec![shard.number], own: CATALOGUE, from: 0 },
+            });
         }
-        Ok(())
+        state.commit(changes).await.map_err(|error| error.to_string())
     }
 
-    /// Takes the power away. Returns whether there was any.
-    pub fn crash(&self, world: &World) {
+    /// Ends the process, and takes the power away or leaves it on.
+    pub fn crash(&self, world: &World, power: bool) {
         world.processes().kill(self.owner);
         let mut state = self.state.lock();
         let up = state.up.take();
         (state.started, state.paused) = (false, false);
-        state.disk = state.disk.survivor();
+        state.end(power);
         drop(state);
         drop(up);
     }
@@ -286,6 +402,15 @@ impl Node {
         }
     }
 }
+
+impl NodeState {
+    fn end(&mut self, power: bool) {
+        self.disk = if power { self.disk.survivor() } else { self.disk.restarted() };
+    }
+}
+
+/// What a shard begins with, where its blocks go, and its archive.
+type Opened = (Recovered, Box<dyn BlockLog>, Option<Arc<Archive>>);
 
 fn requests() -> RequestSettings {
     RequestSettings { timeout: Duration::from_secs(2), attempts: 3, ..RequestSettings::default() }

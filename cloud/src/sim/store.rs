@@ -21,6 +21,7 @@ use parking_lot::Mutex;
 use shared::name::{Offset, Partition};
 use tokio::sync::oneshot;
 
+use super::node::{MANY, PREFIX};
 use super::scheduler::{Owner, Processes, WORLD};
 use super::{chance, draw, fail, note};
 use crate::block::Block;
@@ -37,6 +38,8 @@ pub struct Weather {
     pub per_mille: u64,
     /// Usual milliseconds of a request.
     pub latency_ms: u64,
+    /// Roots do not arrive.
+    pub no_roots: bool,
 }
 
 /// The bucket, and the weather around it.
@@ -63,6 +66,8 @@ struct Wal {
     owner: u32,
     /// Where the records that are in the bucket end.
     ends: BTreeMap<Partition, Offset>,
+    /// The number after the newest block in the bucket.
+    next: u64,
 }
 
 /// The bucket as one node sees it.
@@ -134,12 +139,22 @@ impl Bucket {
         state.wals.get(&shard).and_then(|wal| wal.ends.get(&partition).copied()).unwrap_or(0)
     }
 
+    /// The number after the newest block in a shard's WAL objects.
+    pub fn shipped_blocks(&self, shard: u32) -> u64 {
+        self.state.lock().wals.get(&shard).map_or(0, |wal| wal.next)
+    }
+
     /// An object was made. WAL objects are looked into: never two contents of one number, never a deposed owner's.
     fn made(&self, key: &Path, payload: &PutPayload) {
         let text = key.as_ref();
+        let (text, first) = match text.strip_prefix(PREFIX) {
+            Some(rest) => (rest.trim_start_matches('/'), MANY),
+            None => (text, 0),
+        };
         let Some(rest) = text.strip_prefix("shards/") else { return };
         let Some((shard, rest)) = rest.split_once('/') else { return };
         let (Ok(shard), true) = (shard.parse::<u32>(), rest.starts_with("wal/")) else { return };
+        let shard = first + shard;
         let Some(seq) = sequence_of(key) else { return };
         let bytes: Bytes = payload.iter().flat_map(|chunk| chunk.iter().copied()).collect::<Vec<u8>>().into();
         let crc = crc32c::crc32c(&bytes);
@@ -154,6 +169,7 @@ impl Bucket {
         let (mut rest, mut epochs) = (bytes, Vec::new());
         while let Ok(Some(block)) = Block::split_first(&mut rest) {
             epochs.push(block.header().epoch);
+            wal.next = wal.next.max(block.header().seq + 1);
             for entry in block.entries() {
                 let end = wal.ends.entry(entry.partition).or_default();
                 *end = (*end).max(entry.last + 1);
@@ -173,14 +189,16 @@ impl Bucket {
 }
 
 impl View {
-    fn fate(&self) -> (Fate, Duration) {
+    fn fate(&self, root: bool) -> (Fate, Duration) {
         let (weather, own) = {
             let state = self.bucket.state.lock();
             (state.weather.clone(), state.nodes.get(&self.owner).cloned().unwrap_or_default())
         };
         let latency = weather.latency_ms + own.latency_ms;
         let delay = Duration::from_millis(1 + draw(latency.max(1) * 2));
-        let fate = if weather.down || own.down {
+        let fate = if root && own.no_roots {
+            Fate::Lost
+        } else if weather.down || own.down {
             if chance(500) { Fate::Lost } else { Fate::Refused }
         } else if weather.refused || own.refused {
             Fate::Refused
@@ -206,7 +224,17 @@ impl View {
         write: bool,
         request: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<(T, bool)> {
-        let (fate, delay) = self.fate();
+        self.ask_for(false, write, request).await
+    }
+
+    /// The same, where it matters whether the request makes a root.
+    async fn ask_for<T: Send + 'static>(
+        &self,
+        root: bool,
+        write: bool,
+        request: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<(T, bool)> {
+        let (fate, delay) = self.fate(root);
         let late = if matches!(fate, Fate::Late) { Duration::from_millis(draw(60_000)) } else { Duration::ZERO };
         match fate {
             Fate::Lost => return std::future::pending().await,
@@ -255,13 +283,14 @@ impl fmt::Display for View {
 #[async_trait]
 impl ObjectStore for View {
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
+        let is_root = location.as_ref().contains("/manifest/");
         let (bucket, location) = (self.bucket.clone(), location.clone());
         let put = async move {
             let made = bucket.content.put_opts(&location, payload.clone(), opts).await?;
             bucket.made(&location, &payload);
             Ok(made)
         };
-        Ok(self.ask(true, put).await?.0)
+        Ok(self.ask_for(is_root, true, put).await?.0)
     }
 
     async fn put_multipart_opts(&self, _: &Path, _: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {

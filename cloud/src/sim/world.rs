@@ -15,15 +15,18 @@ use tokio::sync::mpsc;
 
 use super::edge::Edge;
 use super::judge::Judge;
-use super::node::{Engine, Node, Tuning, Up, produced, streamed};
+use super::node::{Hosted, MANY, Node, PREFIX, Tuning, Up, produced, streamed};
 use super::scheduler::{Owner, Processes, WORLD};
 use super::store::Bucket;
 use super::{chance, chaos, client, draw, fail, note, now_ms};
+use crate::state::Engine;
 
 /// The shard of blocks in the bucket, which two nodes fight for.
-pub const OBJECT: u32 = 0;
+const OBJECT: Hosted = Hosted { id: 0, number: 0, engine: Engine::Object };
 /// The shard of blocks on a node's own disk.
-pub const FILE: u32 = 1;
+const FILE: Hosted = Hosted { id: 1, number: 1, engine: Engine::File };
+/// The shard of a node with several that keeps nothing.
+pub const MEMORY: u32 = MANY + 2;
 
 /// What happened how often.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -36,12 +39,26 @@ pub struct Tally {
     pub crashes: u64,
     pub strikes: u64,
     pub disks_lost: u64,
+    pub images: u64,
+    pub moved: u64,
     pub seconds: u64,
 }
 
 impl Tally {
     pub fn add(&mut self, other: &Self) {
-        let Self { acknowledged, confirmed, read, renewed, starts, crashes, strikes, disks_lost, seconds } = other;
+        let Self {
+            acknowledged,
+            confirmed,
+            read,
+            renewed,
+            starts,
+            crashes,
+            strikes,
+            disks_lost,
+            images,
+            moved,
+            seconds,
+        } = other;
         self.acknowledged += acknowledged;
         self.confirmed += confirmed;
         self.read += read;
@@ -50,6 +67,8 @@ impl Tally {
         self.crashes += crashes;
         self.strikes += strikes;
         self.disks_lost += disks_lost;
+        self.images += images;
+        self.moved += moved;
         self.seconds += seconds;
     }
 }
@@ -86,22 +105,43 @@ impl World {
         let home = if base.is_dir() { TempDir::new_in(base) } else { TempDir::new() }.expect("a directory");
         std::fs::write(home.path().join("cluster-id"), "simulated\n").expect("a file");
         let bucket = Bucket::new(processes.clone());
-        let id = bucket.content.put(&Path::from("cluster-id"), "simulated\n".into()).now_or_never();
-        assert!(id.is_some_and(|put| put.is_ok()), "memory answers at once");
-        let nodes = [(1, Engine::Object, OBJECT), (2, Engine::Object, OBJECT), (3, Engine::File, FILE)];
-        let nodes = nodes.map(|(owner, engine, shard)| Arc::new(Node::new(owner, engine, shard)));
-        nodes[1].state.lock().held_back = true;
-        let edges = (0..1 + draw(3)).map(|n| Arc::new(Edge::new(10 + n as Owner, draw(2) as u32)));
+        for id in [Path::from("cluster-id"), Path::from(PREFIX).join("cluster-id")] {
+            let id = bucket.content.put(&id, "simulated\n".into()).now_or_never();
+            assert!(id.is_some_and(|put| put.is_ok()), "memory answers at once");
+        }
+        let nodes = Self::nodes_drawn();
+        let edges = (0..1 + draw(3)).map(|n| {
+            let node = &nodes[draw(nodes.len() as u64) as usize];
+            Arc::new(Edge::new(10 + n as Owner, node))
+        });
+        let edges = edges.collect();
         Self(Arc::new(Inner {
             bucket,
             judge: Judge::default(),
             tuning: Tuning::drawn(),
             home,
-            nodes: nodes.into(),
-            edges: edges.collect(),
+            nodes,
+            edges,
             state: Mutex::new(State { writes: true, ..State::default() }),
             processes,
         }))
+    }
+
+    /// Nodes with a shard each, two of them with the same, or one with several of all engines; now and then both systems.
+    fn nodes_drawn() -> Vec<Arc<Node>> {
+        let (alone, many) = [(true, false), (false, true), (true, true)][draw(3) as usize];
+        let mut nodes = Vec::new();
+        if alone {
+            nodes.extend([(1, OBJECT), (2, OBJECT), (3, FILE)].map(|(owner, shard)| Node::new(owner, [shard])));
+            nodes[1].state.lock().held_back = true;
+        }
+        if many {
+            let engines = [[Engine::File, Engine::Object], [Engine::Object, Engine::File]][draw(2) as usize];
+            let engines = engines.into_iter().chain([Engine::Memory]);
+            let shards = (0..).zip(engines).map(|(number, engine)| Hosted { id: MANY + number, number, engine });
+            nodes.push(Node::new(4, shards));
+        }
+        nodes.into_iter().map(Arc::new).collect()
     }
 
     /// Starts everything.
@@ -111,9 +151,10 @@ impl World {
         for edge in self.edges() {
             self.processes().spawn(edge.owner, edge.clone().run(self.clone()));
         }
-        for (shard, engine) in [(OBJECT, Engine::Object), (FILE, Engine::File)] {
-            self.processes().spawn(WORLD, client::produce(self.clone(), 30 + shard, shard, engine));
-            self.processes().spawn(WORLD, client::consume(self.clone(), 40 + shard, shard));
+        let shards: BTreeSet<u32> = self.nodes().iter().flat_map(|node| &node.shards).map(|shard| shard.id).collect();
+        for shard in shards {
+            self.processes().spawn(WORLD, client::produce(self.clone(), 30 + shard, shard));
+            self.processes().spawn(WORLD, client::consume(self.clone(), 50 + shard, shard));
         }
         self.processes().spawn(WORLD, run(self.clone()));
     }
@@ -185,7 +226,7 @@ impl World {
 
     /// One of the machines that may serve a shard.
     pub fn node_of(&self, shard: u32, guess: usize) -> Option<Arc<Node>> {
-        let mut serving = self.nodes().iter().filter(|node| node.shard == shard);
+        let mut serving = self.nodes().iter().filter(|node| node.hosts(shard));
         let count = serving.clone().count().max(1);
         serving.nth(guess % count).cloned()
     }
@@ -245,11 +286,15 @@ impl World {
         self.processes().spawn(node.owner, node.clone().boot(self.clone()));
     }
 
-    /// Takes a node's power away for a while.
+    /// Ends a node's process for a while, by a kill or by taking its power away.
     pub fn crash(&self, node: &Arc<Node>, off: Duration) {
-        note(|| format!("node {}: crashes for {off:?}", node.owner));
+        self.crash_with(node, off, chance(500));
+    }
+
+    pub fn crash_with(&self, node: &Arc<Node>, off: Duration, power: bool) {
+        note(|| format!("node {}: {} for {off:?}", node.owner, if power { "has no power" } else { "is killed" }));
         self.count(|tally| tally.crashes += 1);
-        node.crash(self);
+        node.crash(self, power);
         let (world, node) = (self.clone(), node.clone());
         self.processes().spawn(WORLD, async move {
             tokio::time::sleep(off).await;
@@ -279,30 +324,34 @@ impl World {
     fn calm(&self) {
         self.bucket().clear_up();
         self.set_loss(0);
-        for (index, node) in self.nodes().iter().enumerate() {
+        for node in self.nodes() {
             self.processes().resume(node.owner);
+            let second = node.owner == 2;
             let mut state = node.state.lock();
-            (state.cut_off, state.paused, state.held_back) = (false, false, index == 1);
+            (state.cut_off, state.paused, state.held_back) = (false, false, second);
+            state.disk.wal.set_trouble(None);
             drop(state);
-            if index == 1 {
-                node.crash(self);
+            if second {
+                node.crash(self, true);
             } else {
                 self.start(node);
             }
         }
-        self.edges().iter().for_each(|edge| self.processes().resume(edge.owner));
+        for edge in self.edges() {
+            self.processes().resume(edge.owner);
+            edge.set_trouble(false);
+        }
     }
 
     async fn last_judgement(&self, delivered: bool) {
         note(|| "fresh nodes".to_owned());
-        let [first, second, file] = self.nodes() else { return };
         for node in self.nodes() {
-            node.crash(self);
+            node.crash(self, true);
+            // The other one of the two that fight.
+            node.state.lock().held_back = node.owner == 1;
         }
-        first.state.lock().held_back = true;
-        second.state.lock().held_back = false;
         let mut services = Vec::new();
-        for node in [second, file] {
+        for node in self.nodes().iter().filter(|node| node.owner != 1) {
             self.start(node);
             let mut up = None;
             for _ in 0..100 {
@@ -313,7 +362,7 @@ impl World {
                 }
             }
             match up {
-                Some(up) => services.push((node.shard, up)),
+                Some(up) => services.extend(node.shards.iter().map(|shard| (shard.id, up.clone()))),
                 None => return fail(format!("node {} does not start any more", node.owner)),
             }
         }
@@ -340,8 +389,12 @@ async fn run(world: World) {
 async fn supervise(world: World) {
     loop {
         for node in world.nodes() {
-            let stopped = node.state.lock().up.as_ref().is_some_and(|up| up.shard.status().stopped.is_some());
-            if stopped {
+            let (off, stopped) = {
+                let state = node.state.lock();
+                (state.disk.wal.is_off(), state.up.as_ref().is_some_and(Up::has_stopped))
+            };
+            // A machine without power does not wait for its disk to take a block.
+            if stopped || off && node.up_at_all() {
                 world.crash(node, Duration::from_millis(500 + draw(30_000)));
             } else if world.is_first_second() {
                 world.start(node);
