@@ -90,7 +90,7 @@ pub enum CatalogueError {
     #[error("{0}")]
     Bound(String),
     /// REQUEST_TIMED_OUT (7): who asked does not wait any longer.
-    #[error("the change is not durable everywhere yet, and goes on: ask for it again")]
+    #[error("the change is not durable everywhere yet; if it has begun it goes on: look, or ask for it again")]
     TimedOut,
     /// KAFKA_STORAGE_ERROR (56): the log did not take it; retry.
     #[error("the change could not be stored: {0}")]
@@ -120,7 +120,7 @@ impl From<AppendError> for CatalogueError {
     }
 }
 
-/// Waits for a change until `deadline`. It goes on after that.
+/// Waits for a change until `deadline`. One that has begun goes on after that.
 pub async fn within<T>(
     deadline: Instant,
     change: impl Future<Output = Result<T, CatalogueError>>,
@@ -389,9 +389,10 @@ impl Catalogue {
         let claim = self.claims.claim(&name).await;
         let topic = find()?;
         let configs = altered(&topic.configs, &self.settings).map_err(CatalogueError::InvalidConfig)?;
-        if validate_only || configs == topic.configs {
+        if validate_only {
             return Ok(());
         }
+        // What is so already is told again: a shard may have refused it.
         info!(topic = %topic.name, ?configs, "topic settings changed");
         self.commit(vec![claim], vec![Change::TopicConfigured { id: topic.id, configs }]).await
     }

@@ -98,7 +98,7 @@ impl Default for ShardSettings {
             ahead_bytes_min: 32 << 10,
             linger: Duration::ZERO,
             in_flight_bytes_max: 128 << 20,
-            in_flight_changes_max: 100_000,
+            in_flight_changes_max: 25_000,
             tail_bytes_max: 64 << 20,
             read_cache_bytes_max: 32 << 20,
             index_entries_max: 1 << 20,

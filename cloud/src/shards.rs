@@ -470,6 +470,7 @@ impl StateLog for Shards {
         if before.is_empty() && after.is_empty() && beside.is_empty() && deleted.is_empty() {
             return self.catalogue().commit(catalogue);
         }
+        let is_setting = catalogue.iter().any(|change| matches!(change, Change::TopicConfigured { .. }));
         let begun = commit_in(&self.members, before);
         let routes = self.routes.clone();
         let (members, catalogue_shard) = (self.members.clone(), self.catalogue().clone());
@@ -486,6 +487,10 @@ impl StateLog for Shards {
             };
             if let Some(error) = told.err().or(refused) {
                 warn!(%error, "a change did not reach every shard; the next start makes up for it");
+                // Retention is by what the shard knows, which is not what was asked for.
+                if is_setting {
+                    return Err(error);
+                }
             }
             Ok(())
         })

@@ -16,9 +16,9 @@ use crate::catalogue::{CatalogueSettings, configs, within};
 const TOPIC: i8 = 2;
 const BROKER: i8 = 4;
 
-/// How long an answer waits for what must be durable first: these requests have no time-out of their own. After it the
-/// answer is REQUEST_TIMED_OUT, and the change goes on.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer waits for what must be durable first: these requests have no time-out of their own, and clients give
+/// up after 30 s. After it the answer is REQUEST_TIMED_OUT, and a change that has begun goes on.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Answers AlterConfigs.
 pub async fn handle(broker: &Broker, _: &RequestContext, request: AlterConfigsRequest) -> AlterConfigsResponse {

@@ -1,6 +1,7 @@
 //! CreatePartitions: `count` is the new total. A topic named twice is refused both times.
 //!
-//! What is not durable when the request's time-out is over is answered REQUEST_TIMED_OUT and goes on.
+//! What is not durable when the request's time-out is over is answered REQUEST_TIMED_OUT; what
+//! has begun goes on.
 
 use std::collections::HashMap;
 

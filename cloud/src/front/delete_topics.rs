@@ -1,6 +1,7 @@
 //! DeleteTopics: by name, from v6 on by id as well (KIP-516). A topic asked for twice is refused the second time.
 //!
-//! What is not deleted in all its shards when the request's time-out is over is answered REQUEST_TIMED_OUT and goes on.
+//! What is not deleted in all its shards when the request's time-out is over is answered REQUEST_TIMED_OUT; what
+//! has begun goes on.
 
 use std::collections::HashSet;
 

@@ -4,6 +4,9 @@ use kafka_wire::ErrorCode;
 use kafka_wire::create_partitions::{CreatePartitionsRequest, CreatePartitionsTopic};
 use kafka_wire::create_topics::{CreatableTopic, CreateTopicsRequest};
 use kafka_wire::delete_topics::DeleteTopicsRequest;
+use kafka_wire::incremental_alter_configs::{
+    IncrementalAlterConfigsRequest, IncrementalAlterConfigsResource, IncrementalAlterableConfig,
+};
 use kafka_wire::metadata::{MetadataRequest, MetadataRequestTopic};
 use tokio::time::Instant;
 
@@ -91,4 +94,27 @@ async fn a_hung_shard_holds_up_its_own_topics_only_and_no_longer_than_the_reques
     assert_eq!(broker.catalogue.topic("slow-grown").unwrap().partitions, 3);
     assert_eq!(delete(&broker, &["slow-old"], 9_000).await, [ErrorCode::UNKNOWN_TOPIC_OR_PARTITION]);
     assert_eq!(create(&broker, &["slow-old"], 9_000).await, [OK]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_setting_is_waited_for_in_its_own_shard_only_and_goes_on() {
+    let (broker, slow) = broker();
+    assert_eq!(create(&broker, &["quick", "slow"], 1_000).await, [OK, OK]);
+    let alter = async |topic: &str| {
+        let (name, value) = ("retention.ms".to_owned(), Some("5".to_owned()));
+        let configs = vec![IncrementalAlterableConfig { name, config_operation: 0, value }];
+        let resource_name = topic.to_owned();
+        let resources = vec![IncrementalAlterConfigsResource { resource_type: 2, resource_name, configs }];
+        let request = IncrementalAlterConfigsRequest { resources, validate_only: false };
+        let begun = Instant::now();
+        let answer = incremental_alter_configs::handle(&broker, &context(), request).await.responses.remove(0);
+        (answer.error_code, begun.elapsed().as_secs())
+    };
+    slow.hang();
+    assert_eq!(alter("slow").await, (TIMED_OUT, 20));
+    assert_eq!(alter("quick").await, (OK, 0));
+    slow.release();
+    assert_eq!(alter("slow").await, (OK, 0));
+    let topic = broker.catalogue.topic("slow").unwrap();
+    assert_eq!(broker.catalogue.config(&topic).retention_ms, 5);
 }

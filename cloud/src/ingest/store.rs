@@ -20,6 +20,8 @@ pub(super) struct Taken {
     bytes: u64,
     rejected: bool,
     gap: bool,
+    /// It is a line of `tributary.gaps`, and none of the stream's own batches.
+    is_listing: bool,
     stored: Pending,
 }
 
@@ -31,8 +33,13 @@ impl Taken {
             bytes: plan.batch.len() as u64,
             rejected,
             gap: plan.source.gap.is_some(),
+            is_listing: false,
             stored,
         }
+    }
+
+    fn listing(plan: &StorePlan, stored: Pending) -> Self {
+        Self { is_listing: true, ..Self::new(plan, false, stored) }
     }
 }
 
@@ -101,18 +108,28 @@ impl Ingest {
             if turns && !self.is_durable(&mut run, deadline).await {
                 break;
             }
-            match timeout_at(deadline, self.begin(edge, &plan, rejected)).await {
-                Ok(Ok(stored)) => run.taken.push_back(Taken::new(&plan, rejected, stored)),
-                Ok(Err(outcome)) => {
+            let places = match timeout_at(deadline, self.places(edge, &plan, rejected)).await {
+                Ok(places) => places,
+                Err(_) => Err(Outcome::Parked { reason: NOT_MADE.to_owned() }),
+            };
+            let (partition, gaps) = match places {
+                Ok(places) => places,
+                Err(outcome) => {
                     run.then = outcome;
                     break;
                 }
-                // A topic of our own is not made yet, or a gap not listed.
-                Err(_) => {
-                    run.then = self.too_slow(edge, &run.stream);
+            };
+            // Before the data: a gap may be listed twice when something fails, but never be missing.
+            if let Some(gaps) = gaps {
+                let listed = self.log.append(self.listing(edge, &plan, gaps));
+                run.taken.push_back(Taken::listing(&plan, listed));
+                if !self.is_durable(&mut run, deadline).await {
                     break;
                 }
             }
+            let source = Source::Edge(plan.source.clone());
+            let stored = self.log.append(log::Append { partition, batch: plan.batch.clone(), source });
+            run.taken.push_back(Taken::new(&plan, rejected, stored));
             // The log would take the second batch of a stream it does not know as its first, if this one fails.
             if plan.begins && !self.is_durable(&mut run, deadline).await {
                 break;
@@ -179,6 +196,7 @@ impl Ingest {
 
     fn finish(&self, taken: &Taken, stored: Result<Appended, AppendError>) -> Outcome {
         match stored {
+            Ok(_) if taken.is_listing => Outcome::Stored,
             Ok(_) => {
                 count(&self.counters.batches, 1);
                 count(&self.counters.records, taken.records);
@@ -197,21 +215,29 @@ impl Ingest {
         }
     }
 
-    /// Takes a batch's place in the log.
-    async fn begin(&self, edge: &EdgeId, plan: &StorePlan, rejected: bool) -> Result<Pending, Outcome> {
+    /// Where a batch goes, and where the gap before it is listed if there is one.
+    async fn places(
+        &self,
+        edge: &EdgeId,
+        plan: &StorePlan,
+        rejected: bool,
+    ) -> Result<(Partition, Option<Partition>), Outcome> {
         let mut partition = plan.partition;
         if rejected {
             let topic = rejected_topic(&plan.topic);
             warn!(%edge, stream = %plan.stream, offset = plan.source.first, %topic, "record is set aside");
             partition = self.single(&topic).await?;
         }
-        if let Some((from, to)) = plan.source.gap {
-            // Before the data: a gap may be listed twice after a crash, but never be missing.
-            warn!(%edge, stream = %plan.stream, from, to, "edge dropped records");
-            self.list_gap(edge, plan, from, to).await?;
-        }
-        let source = Source::Edge(plan.source.clone());
-        Ok(self.log.append(log::Append { partition, batch: plan.batch.clone(), source }))
+        let gaps = match plan.source.gap {
+            Some((from, to)) => {
+                warn!(%edge, stream = %plan.stream, from, to, "edge dropped records");
+                let topic = TopicName::parse(GAPS_TOPIC);
+                let topic = topic.map_err(|error| Outcome::Parked { reason: error.to_string() })?;
+                Some(self.single(&topic).await?)
+            }
+            None => None,
+        };
+        Ok((partition, gaps))
     }
 
     /// The only partition of a topic of our own, which is made if need be.
@@ -223,29 +249,28 @@ impl Ingest {
         }
     }
 
-    async fn list_gap(&self, edge: &EdgeId, plan: &StorePlan, from: Offset, to: Offset) -> Result<(), Outcome> {
-        let partition = match TopicName::parse(GAPS_TOPIC) {
-            Ok(topic) => self.single(&topic).await?,
-            Err(error) => return Err(Outcome::Parked { reason: error.to_string() }),
-        };
+    /// The line of `tributary.gaps` about the gap before a batch.
+    fn listing(&self, edge: &EdgeId, plan: &StorePlan, partition: Partition) -> log::Append {
         let now_ms = (self.clock)();
         let value = serde_json::json!({
             "edge": edge,
             "stream": plan.stream,
             "incarnation": plan.source.stream.incarnation.to_string(),
             "topic": plan.topic,
-            "first": from,
-            "last": to - 1,
+            "first": plan.source.gap.map(|(from, _)| from),
+            "last": plan.source.gap.map(|(_, to)| to - 1),
             "listed_ms": now_ms,
         });
         let mut builder = BatchBuilder::default();
         let key = format!("{edge}/{}", plan.stream);
         builder.push(now_ms, Some(key.as_bytes()), Some(value.to_string().as_bytes()), &[]);
         let batch = builder.finish(0, Compression::None);
-        let append = log::Append { partition, batch, source: Source::Producer };
-        self.log.append(append).await.map(drop).map_err(outcome_of)
+        log::Append { partition, batch, source: Source::Producer }
     }
 }
+
+const NOT_MADE: &str =
+    "a topic that its records go to could not be made in time: the disk or store of that shard does not answer";
 
 /// Why nothing can be taken of a stream that has late batches; `None` for one that has none.
 pub(super) fn waits(late: &[Taken], key: &StreamKey) -> Option<String> {

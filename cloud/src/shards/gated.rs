@@ -6,8 +6,8 @@ use crate::catalogue::{CatalogueSettings, EngineRule, Placement};
 use crate::shard::ShardSettings;
 use crate::wal::gated::GatedWal;
 
-/// The catalogue's shard, and shard 1 on the WAL returned, where topics go whose names begin with `slow`, and what is set
-/// aside of the others. For a runtime of one thread, whose clock may be paused.
+/// The catalogue's shard, and shard 1 on the WAL returned, where topics go whose names begin with `slow`, what is set
+/// aside of the others, and the list of gaps. For a runtime of one thread, whose clock may be paused.
 pub fn quick_and_slow() -> (Arc<Shards>, CatalogueSettings, GatedWal) {
     let open = |number, engine| {
         let wal = GatedWal::new(64 << 20);
@@ -19,7 +19,8 @@ pub fn quick_and_slow() -> (Arc<Shards>, CatalogueSettings, GatedWal) {
     };
     let ((quick, _), (hanging, slow)) = (open(0, Engine::File), open(1, Engine::Object));
     let shards = Arc::new(Shards::new(vec![quick, hanging], BTreeMap::new()));
-    let rules = ["slow*", "*.rejected"].map(|pattern| EngineRule { pattern: pattern.into(), engine: Engine::Object });
+    let rules = ["slow*", "*.rejected", shared::link::GAPS_TOPIC]
+        .map(|pattern| EngineRule { pattern: pattern.into(), engine: Engine::Object });
     let placement = Placement::new([(0, Engine::File), (1, Engine::Object)], rules.into());
     (shards, CatalogueSettings { placement, ..CatalogueSettings::default() }, slow)
 }

@@ -192,6 +192,18 @@ fn a_stop_between_two_shards_leaves_nothing_wrong() {
 }
 
 #[test]
+fn a_setting_that_a_shard_did_not_take_is_not_answered_as_done() {
+    let disks = Disks::new();
+    let shards = disks.start();
+    shards.place(1, 1, &[1]);
+    let configs = BTreeMap::from([("retention.ms".to_owned(), "5".to_owned())]);
+    let configured = || vec![Change::TopicConfigured { id: at(1, 0).topic, configs: configs.clone() }];
+    block_on(shards.commit(configured())).unwrap();
+    shards.member(1).close();
+    assert!(block_on(shards.commit(configured())).is_err());
+}
+
+#[test]
 fn a_shard_that_lost_a_topic_does_not_use_its_offsets_again() {
     let disks = Disks::new();
     let shards = disks.start();

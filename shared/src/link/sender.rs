@@ -61,6 +61,9 @@ struct Stream {
     care: Option<Care>,
     /// Not sent until the next hello.
     blocked: bool,
+    /// Answers "later" since the last other one, and until when nothing more is sent for it.
+    later: u32,
+    held_until: Millis,
     /// What the store was told.
     parked: Option<String>,
 }
@@ -202,6 +205,8 @@ impl Sender {
                 safe: stream.safe,
                 care: None,
                 blocked: true,
+                later: 0,
+                held_until: 0,
                 parked,
             };
             self.streams.insert(stream.name, fresh);
@@ -249,7 +254,10 @@ impl Sender {
         let mut streams: Vec<StreamOrder> = infos
             .iter()
             .filter_map(|info| {
-                let stream = self.streams.get(&info.name).filter(|stream| !stream.blocked)?;
+                let stream = self.streams.get(&info.name)?;
+                if stream.blocked || now < stream.held_until {
+                    return None;
+                }
                 (info.next > stream.from.max(info.first)).then(|| StreamOrder {
                     name: info.name.clone(),
                     after: stream.after,
@@ -309,7 +317,8 @@ impl Sender {
         let credit = (self.ready.is_some() && self.flight.is_none()).then_some(self.credit_at);
         let poll = self.poll.in_flight.is_none().then_some(self.poll.at);
         let retry = self.retry_at.filter(|_| self.flight.is_none());
-        [linger, credit, poll, retry].into_iter().flatten().filter(|at| *at > now).min()
+        let held = self.streams.values().map(|stream| stream.held_until);
+        [linger, credit, poll, retry].into_iter().flatten().chain(held).filter(|at| *at > now).min()
     }
 
     /// The body that was ordered.
@@ -402,25 +411,33 @@ impl Sender {
         self.measure(now, &flight);
         let infos: BTreeMap<StreamName, StreamInfo> =
             rows.streams().into_iter().map(|info| (info.name.clone(), info)).collect();
-        let mut later = None;
         for answer in reply.streams {
             let Some(info) = infos.get(&answer.name) else { continue };
-            if let Outcome::Later { reason } = &answer.outcome {
-                later = Some(reason.clone());
+            match &answer.outcome {
+                Outcome::Later { reason } => self.hold(now, &answer.name, reason.clone()),
+                _ => self.failures = 0,
             }
             self.stream_answer(now, answer, info, &flight, rows);
         }
-        if let Some(reason) = later {
-            let wait_ms = self.backoff();
-            self.busy(now, reason, wait_ms);
-        } else {
-            self.failures = 0;
+    }
+
+    /// The place that a stream's records go to takes none just now. The others, which may go elsewhere, do not wait for it.
+    fn hold(&mut self, now: Millis, name: &StreamName, reason: String) {
+        let Some(later) = self.streams.get(name).map(|stream| stream.later) else { return };
+        let retry_ms = self.backoff(later);
+        if let Some(stream) = self.streams.get_mut(name) {
+            stream.later = later.saturating_add(1);
+            stream.held_until = now.saturating_add(retry_ms);
         }
+        self.report(Report::Held { reason, retry_ms });
     }
 
     fn stream_answer(&mut self, now: Millis, answer: StreamReply, info: &StreamInfo, flight: &Flight, rows: &dyn Rows) {
         let name = &answer.name;
         let Some(stream) = self.streams.get_mut(name) else { return };
+        if !matches!(answer.outcome, Outcome::Later { .. }) {
+            stream.later = 0;
+        }
         let mut sent = flight.entries.iter().filter(|entry| entry.stream == *name);
         let end = sent.clone().next_back().map(|entry| entry.end);
         // Of a declared gap the cloud has heard once its position lies beyond.
@@ -514,7 +531,7 @@ impl Sender {
             Err(error) => self.down(now, format!("no new incarnation for stream {stream}: {error}"), 0),
             Ok(()) if done => {
                 // At once, unless the cloud has not stored anything since the last time: each one costs a commit.
-                let wait = if self.failures == 0 { 0 } else { self.backoff() };
+                let wait = if self.failures == 0 { 0 } else { self.backoff(self.failures) };
                 self.failures = self.failures.saturating_add(1);
                 self.phase = Phase::Down { hello_at: now.saturating_add(wait) };
             }
@@ -644,7 +661,7 @@ impl Sender {
             return self.down(now, "another gateway has said hello with this edge id".to_owned(), SUPERSEDED_WAIT_MS);
         }
         // The cloud was started again: no reason to wait, unless it happens all the time.
-        let wait = if self.failures == 0 { 0 } else { self.backoff() };
+        let wait = if self.failures == 0 { 0 } else { self.backoff(self.failures) };
         self.failures = self.failures.saturating_add(1);
         self.discard_sealed();
         self.phase = Phase::Down { hello_at: now.saturating_add(wait) };
@@ -659,7 +676,7 @@ impl Sender {
     }
 
     fn down(&mut self, now: Millis, error: String, wait_ms: u64) {
-        let retry_ms = self.backoff().max(wait_ms);
+        let retry_ms = self.backoff(self.failures).max(wait_ms);
         self.failures = self.failures.saturating_add(1);
         self.discard_sealed();
         self.phase = Phase::Down { hello_at: now.saturating_add(retry_ms) };
@@ -668,12 +685,12 @@ impl Sender {
 
     /// The wait after so many failures: doubling, and between half and all of that, so that a thousand gateways do not
     /// come back in step.
-    fn backoff(&mut self) -> u64 {
+    fn backoff(&mut self, failures: u32) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         let (min, max) = (self.settings.backoff_min_ms.max(2), self.settings.backoff_max_ms.max(2));
-        let whole = min.saturating_mul(1 << self.failures.min(16)).min(max);
+        let whole = min.saturating_mul(1 << failures.min(16)).min(max);
         whole / 2 + self.random % (whole / 2 + 1)
     }
 

@@ -171,3 +171,33 @@ fn a_small_batch_does_not_keep_its_body() {
     let within = |batch: &Bytes| body.as_ptr_range().contains(&batch.as_ptr());
     assert_eq!(batches.iter().map(within).collect::<Vec<_>>(), [true, false, false]);
 }
+
+/// A line that is on its way is enough: an hour of trying again would leave hundreds.
+#[tokio::test(start_paused = true)]
+async fn a_gap_whose_list_hangs_parks_its_stream_and_is_listed_no_more_than_again() {
+    let node = Node::new(IngestSettings::default());
+    node.hello(hello(session(1, 1), &["quick"])).await;
+    let gap = |after: Offset, first: Offset| {
+        let (mut entry, bytes) = entry("quick", Some(after), first, first + 1);
+        entry.gap = Some((after, first));
+        (entry, bytes)
+    };
+    let reply = node.append(vec![entry("quick", None, 0, 2), gap(2, 4)], session(1, 1)).await;
+    assert_eq!((outcomes(&reply), node.records(GAPS_TOPIC)), (vec![("quick", &Outcome::Stored)], 1));
+    node.slow.hang();
+    let reply = node.append(vec![gap(5, 9)], session(1, 1)).await;
+    assert!(matches!(outcomes(&reply)[..], [("quick", Outcome::Later { .. })]), "{reply:?}");
+    for _ in 0..10 {
+        let begun = tokio::time::Instant::now();
+        let reply = node.append(vec![gap(5, 9)], session(1, 1)).await;
+        assert!(matches!(outcomes(&reply)[..], [("quick", Outcome::Parked { .. })]), "{reply:?}");
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+    node.slow.release();
+    while node.records(GAPS_TOPIC) < 2 {
+        tokio::task::yield_now().await;
+    }
+    let reply = node.append(vec![gap(5, 9)], session(1, 1)).await;
+    assert_eq!((outcomes(&reply), node.records(GAPS_TOPIC)), (vec![("quick", &Outcome::Stored)], 3));
+    assert_eq!((node.records("quick-topic"), node.ingest.status().records), (4, 4));
+}

@@ -235,7 +235,7 @@ pub enum Report {
         /// Why.
         reason: String,
     },
-    /// The cloud cannot take more just now.
+    /// The cloud cannot take more just now, or not of one of the streams.
     Held {
         /// Why.
         reason: String,

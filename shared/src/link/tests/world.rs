@@ -188,6 +188,8 @@ pub struct Cloud {
     pub sessions: BTreeMap<EdgeId, EdgeSession>,
     pub forbidden: BTreeSet<TopicName>,
     pub alarms: u32,
+    /// There is no room where these go.
+    pub full_streams: BTreeSet<StreamName>,
     /// Claims to hold other records, whatever it is asked.
     pub disagrees: bool,
 }
@@ -589,9 +591,11 @@ impl World {
                     continue;
                 }
             };
-            if is_full {
-                results.push((plan.stream, Outcome::Later { reason: "full".into() }));
-                break;
+            if is_full || cloud.full_streams.contains(&plan.stream) {
+                if results.iter().all(|(stream, _)| *stream != plan.stream) {
+                    results.push((plan.stream, Outcome::Later { reason: "full".into() }));
+                }
+                continue;
             }
             let key = plan.source.stream.clone();
             let at = cloud.durable.positions.get(&key).map(|p| p.next);
