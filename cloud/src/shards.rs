@@ -410,9 +410,7 @@ fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
 impl Log for Shards {
     fn append(&self, append: Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
         let Member { number, shard, .. } = self.member_of(append.partition);
-        if let Source::Edge(edge) = &append.source
-            && self.members.len() > 1
-        {
+        if let Source::Edge(edge) = &append.source {
             let newest = self.newest(&edge.stream);
             self.note_stream(&edge.stream, *number);
             if let Some((there, newest)) = newest.filter(|(there, _)| there.number != *number) {

@@ -192,6 +192,22 @@ fn a_stop_between_two_shards_leaves_nothing_wrong() {
 }
 
 #[test]
+fn a_node_of_one_shard_knows_its_streams_as_well() {
+    let disks = Disks::new();
+    let start = || Shards::new(vec![disks.open(0)], BTreeMap::new());
+    let shards = start();
+    block_on(shards.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    let key = stream(1, 1);
+    block_on(Log::append(&shards, from_edge(at(1, 0), &key, 0, 9))).unwrap();
+    let next = |shards: &Shards| StateLog::stream(shards, &key).map(|stream| stream.next);
+    assert_eq!(next(&shards), Some(10));
+    crate::archive::Source::shipped(&**shards.catalogue(), shards.catalogue().status().next_seq);
+    assert_eq!(shards.safe(&key), Some(10));
+    shards.close();
+    assert_eq!(next(&start()), Some(10));
+}
+
+#[test]
 fn a_setting_that_a_shard_did_not_take_is_not_answered_as_done() {
     let disks = Disks::new();
     let shards = disks.start();
