@@ -134,14 +134,7 @@ pub async fn damaged_database_is_set_aside_and_the_edge_goes_on(context: &Contex
 /// One damaged page costs its records and no others: what was set aside is sent, once, however often it is tried.
 pub async fn salvage_sends_what_a_damaged_database_still_holds(context: &Context) -> Result<String> {
     let lab = context.lab("salvage")?;
-    let (mut cloud, mut edge) = (lab.cloud()?, lab.edge()?);
-    cloud.start().await?;
-    edge.start().await?;
-    publish_numbers(&lab, 0..20).await?;
-    drain(&lab, "telemetry").await?;
-    cloud.stop().await?;
-    publish_numbers(&lab, 20..120).await?;
-    edge.stop().await?;
+    let (mut cloud, mut edge) = left_behind(&lab, 120).await?;
     // The last message that the cloud does not have and that has others behind it.
     damage(&largest_file(&lab.edge.data_dir)?, &payload(70))?;
     edge.start().await?;
@@ -185,6 +178,19 @@ pub async fn salvage_sends_what_a_damaged_database_still_holds(context: &Context
     edge.stop().await?;
     cloud.stop().await?;
     Ok(format!("{read} of 120 records read, {lost} lost"))
+}
+
+/// Cloud and edge, both stopped: the cloud has messages 0 to 19, the edge those up to `end` as well.
+async fn left_behind(lab: &Lab, end: u64) -> Result<(Broker, Broker)> {
+    let (mut cloud, mut edge) = (lab.cloud()?, lab.edge()?);
+    cloud.start().await?;
+    edge.start().await?;
+    publish_numbers(lab, 0..20).await?;
+    drain(lab, "telemetry").await?;
+    cloud.stop().await?;
+    publish_numbers(lab, 20..end).await?;
+    edge.stop().await?;
+    Ok((cloud, edge))
 }
 
 async fn publish_numbers(lab: &Lab, numbers: std::ops::Range<u64>) -> Result<()> {
@@ -429,14 +435,7 @@ pub async fn read_only_disk_is_named_and_harms_nothing(context: &Context) -> Res
         };
         disks.push(disk);
     }
-    let (mut cloud, mut edge) = (lab.cloud()?, lab.edge()?);
-    cloud.start().await?;
-    edge.start().await?;
-    publish_numbers(&lab, 0..20).await?;
-    drain(&lab, "telemetry").await?;
-    cloud.stop().await?;
-    publish_numbers(&lab, 20..40).await?;
-    edge.stop().await?;
+    let (mut cloud, mut edge) = left_behind(&lab, 40).await?;
     for disk in &disks {
         disk.remount("ro")?;
     }
