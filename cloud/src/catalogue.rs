@@ -393,8 +393,9 @@ impl Catalogue {
             return Ok(());
         }
         // What is so already is told again: a shard may have refused it.
+        self.commit(vec![claim], vec![Change::TopicConfigured { id: topic.id, configs: configs.clone() }]).await?;
         info!(topic = %topic.name, ?configs, "topic settings changed");
-        self.commit(vec![claim], vec![Change::TopicConfigured { id: topic.id, configs }]).await
+        Ok(())
     }
 
     /// Begins a commit of what is claimed, which stays claimed to the end of it whatever becomes of the caller.

@@ -57,7 +57,7 @@ pub struct Shards {
     members: Arc<[Member]>,
     /// Where topics' partitions lie, as far as it was asked. What a topic's entry says never changes.
     routes: Arc<RwLock<HashMap<TopicId, Arc<[u32]>>>>,
-    /// The shards that may know a stream: those that have had records of it.
+    /// The shards that may know a stream, where there are several: those that have had records of it.
     streams: RwLock<HashMap<StreamKey, Vec<u32>>>,
     /// Up to where shards that keep nothing may use offsets.
     ceilings: RwLock<BTreeMap<u32, Offset>>,
@@ -286,7 +286,10 @@ impl Shards {
 
     /// The shards that may know a stream: mostly one, so that nobody asks them all.
     fn knowing(&self, key: &StreamKey) -> impl Iterator<Item = &Member> {
-        let numbers = self.streams.read().get(key).cloned().unwrap_or_default();
+        let numbers = match self.members.len() {
+            1 => vec![CATALOGUE],
+            _ => self.streams.read().get(key).cloned().unwrap_or_default(),
+        };
         numbers.into_iter().filter_map(|number| member(&self.members, number))
     }
 
@@ -410,7 +413,9 @@ fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
 impl Log for Shards {
     fn append(&self, append: Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
         let Member { number, shard, .. } = self.member_of(append.partition);
-        if let Source::Edge(edge) = &append.source {
+        if let Source::Edge(edge) = &append.source
+            && self.members.len() > 1
+        {
             let newest = self.newest(&edge.stream);
             self.note_stream(&edge.stream, *number);
             if let Some((there, newest)) = newest.filter(|(there, _)| there.number != *number) {

@@ -10,11 +10,9 @@ use kafka_wire::alter_configs::{
 };
 use tokio::time::Instant;
 
+use super::describe_configs::{BROKER, TOPIC};
 use super::{Broker, RequestContext};
 use crate::catalogue::{CatalogueSettings, configs, within};
-
-const TOPIC: i8 = 2;
-const BROKER: i8 = 4;
 
 /// How long an answer waits for what must be durable first: these requests have no time-out of their own, and clients give
 /// up after 30 s. After it the answer is REQUEST_TIMED_OUT, and a change that has begun goes on.

@@ -18,8 +18,9 @@ use crate::catalogue::CatalogueSettings;
 use crate::catalogue::configs::{self, ConfigEntry, ConfigSource, ConfigType};
 use crate::groups::GroupSettings;
 
-const TOPIC: i8 = 2;
-const BROKER: i8 = 4;
+/// Resource types, as requests about settings number them.
+pub(super) const TOPIC: i8 = 2;
+pub(super) const BROKER: i8 = 4;
 
 /// Answers DescribeConfigs.
 pub async fn handle(
