@@ -1,7 +1,7 @@
 //! A recorder on the wire between devices and the edge: it passes every byte on unchanged and notes each PUBLISH and
 //! each acknowledgement with its time, before it passes it on. What it noted is the truth the log is judged by.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,6 +25,9 @@ pub struct Fate {
     pub acked_ms: Option<i64>,
     /// An acknowledgement with an error passed.
     pub refused: bool,
+    /// PUBLISHes of it after its PUBREL: to the standard (4.3.3) new messages with the same payload, for the receiver may have
+    /// forgotten the packet identifier by then. paho-mqtt 2.1 sends them if it has to connect twice after its PUBREL.
+    pub begun_anew: usize,
 }
 
 /// What the wire saw of one client.
@@ -46,6 +49,8 @@ pub struct Seen {
     pub order: BTreeMap<u32, Vec<u32>>,
     /// Message of each packet identifier in use, by client.
     outstanding: HashMap<(String, u16), Id>,
+    /// Messages whose PUBREL passed since their last PUBLISH.
+    released: HashSet<Id>,
     acked: u64,
     published: u64,
     log: Vec<String>,
@@ -178,7 +183,9 @@ impl Seen {
                 let Some(publish) = packet::read_publish(frame, talk.v5) else { return };
                 let Some(id) = id_of(&publish.payload) else { return };
                 self.published += 1;
-                self.fates.entry(id).or_default().sent_ms.push(now);
+                let fate = self.fates.entry(id).or_default();
+                fate.sent_ms.push(now);
+                fate.begun_anew += usize::from(self.released.remove(&id));
                 self.order.entry(id.0).or_default().push(id.1);
                 if let Some(packet_id) = publish.packet_id {
                     self.outstanding.insert((talk.client.clone(), packet_id), id);
@@ -186,7 +193,11 @@ impl Seen {
                 let SeenPublish { qos, duplicate, packet_id, .. } = publish;
                 self.log.push(format!("{now} {} PUBLISH {id:?} q{qos} dup={duplicate} pid={packet_id:?}", talk.client));
             }
-            packet::PUBREL => self.log.push(format!("{now} {} PUBREL {:?}", talk.client, frame.packet_id())),
+            packet::PUBREL => {
+                let Some(packet_id) = frame.packet_id() else { return };
+                self.released.extend(self.outstanding.get(&(talk.client.clone(), packet_id)));
+                self.log.push(format!("{now} {} PUBREL pid={packet_id}", talk.client));
+            }
             packet::DISCONNECT => self.log.push(format!("{now} {} DISCONNECT", talk.client)),
             _ => {}
         }
@@ -228,5 +239,38 @@ impl Seen {
     /// PUBLISH packets that passed, repetitions included.
     pub fn published(&self) -> u64 {
         self.published
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::PublishParts;
+
+    #[test]
+    fn a_publish_after_its_pubrel_is_a_new_message_and_one_before_it_is_not() {
+        let (mut seen, mut talk) = (Seen::default(), Talk { client: "dev".into(), v5: false });
+        let mut pass = |write: &dyn Fn(&mut BytesMut)| {
+            let mut bytes = BytesMut::new();
+            write(&mut bytes);
+            seen.note_device(&packet::take_frame(&mut bytes).unwrap(), &mut talk);
+            seen.fates[&(1, 5)].begun_anew
+        };
+        let publish = |out: &mut BytesMut| {
+            let parts = PublishParts {
+                topic: "t",
+                payload: b"trib/1/5/",
+                qos: 2,
+                retain: false,
+                duplicate: false,
+                packet_id: 9,
+                user: None,
+            };
+            packet::publish(out, &parts);
+        };
+        let release = |out: &mut BytesMut| packet::pubrel(out, 9);
+        assert_eq!((pass(&publish), pass(&publish), pass(&release), pass(&release)), (0, 0, 0, 0));
+        assert_eq!((pass(&publish), pass(&publish)), (1, 1));
+        assert_eq!((pass(&release), pass(&publish)), (1, 2));
     }
 }
