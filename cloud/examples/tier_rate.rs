@@ -2,8 +2,9 @@
 //!
 //! - the time to open a shard whose WAL holds so many MiB, of which no manifest knows: every block is read, checked and folded;
 //! - the rate at which a consumer reads from the WAL and from segments in a `file://` archive, as a part of a plain
-//!   sequential read of a file of as many bytes, and of the same read with a CRC-32C of what it brought, in turns. The tail
-//!   cache is off, caches of archived chunks are as they come.
+//!   sequential read of a file of as many bytes, of the same read with a CRC-32C of what it brought, and of a plain read of
+//!   the very files that the shard reads, each from end to end, in turns. The tail cache is off, caches of archived chunks
+//!   are as they come.
 //!
 //! The consumer has one request under way at a time, for all partitions that it reads, and asks for the next bytes as soon as
 //! it has these. Each once from the page cache, where the bound is copying, and once from the disk: everything is synced
@@ -143,7 +144,7 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     let mut table = Vec::new();
     let mut unread = 0..partitions;
     for cached in [true, false] {
-        table.push(("the WAL", cached, rates(dir, &shard, &mut unread, readers, rounds, cached).await?));
+        table.push(("the WAL", cached, rates(dir, "wal", &shard, &mut unread, readers, rounds, cached).await?));
     }
 
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
@@ -161,7 +162,7 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     running.await?;
     let before = archive.status();
     for cached in [true, false] {
-        table.push(("the archive", cached, rates(dir, &shard, &mut unread, readers, rounds, cached).await?));
+        table.push(("the archive", cached, rates(dir, "archive", &shard, &mut unread, readers, rounds, cached).await?));
     }
     let after = archive.status();
     anyhow::ensure!(after.get_bytes > before.get_bytes, "the archive was read");
@@ -169,10 +170,10 @@ async fn catching_up(dir: &Path, bytes: u64, partitions: usize, rounds: usize) -
     shard.close();
     let each = piece >> 20;
     println!(
-        "| {partitions} partition(s) of {each} MiB, {} segments | plain read, MB/s | and CRC | shard | to plain | to CRC |",
+        "| {partitions} partition(s) of {each} MiB, {} segments | plain read, MB/s | and CRC | its own files | shard | to plain | to CRC | to its own files |",
         after.segments
     );
-    println!("|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|");
     for (what, cached, rates) in table {
         println!("| {what}, from the {} | {rates} |", if cached { "page cache" } else { "disk" });
     }
@@ -194,51 +195,69 @@ fn forget(dir: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A plain sequential read, one with a checksum, and the shard's, in turns.
+/// Files of data below `dir`: those of the WAL, or segment objects.
+fn data_files(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.append(&mut data_files(&path)?);
+        } else if path.metadata()?.len() >= READ_BYTES as u64 {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// A plain sequential read, one with a checksum, one of the shard's own files, and the shard's, in turns.
 async fn rates(
     dir: &Path,
+    own: &str,
     shard: &Shard,
     unread: &mut Range<usize>,
     readers: usize,
     rounds: usize,
     cached: bool,
 ) -> anyhow::Result<String> {
-    let (mut plain_rates, mut checked_rates, mut rates) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut to_plain, mut to_checked) = (Vec::new(), Vec::new());
+    let mut columns: [Vec<f64>; 7] = Default::default();
+    let (plain, own) = ([dir.join("plain")], data_files(&dir.join(own))?);
     for _ in 0..rounds {
         let prepare = || if cached { Ok(()) } else { forget(dir) };
         prepare()?;
-        let plain = read_plain(&dir.join("plain"), false)?;
+        let alone = read_plain(&plain, false)?;
         prepare()?;
-        let checked = read_plain(&dir.join("plain"), true)?;
+        let checked = read_plain(&plain, true)?;
+        prepare()?;
+        let of_own = read_plain(&own, false)?;
         prepare()?;
         // Other partitions each time where there are some: the caches have nothing of them. A single one is larger.
         let first = if readers == 1 { 0 } else { unread.start };
         unread.start += readers;
         let (bytes, seconds) = read(shard, first..first + readers).await?;
         let rate = bytes as f64 / 1e6 / seconds;
-        plain_rates.push(plain);
-        checked_rates.push(checked);
-        rates.push(rate);
-        to_plain.push(rate / plain);
-        to_checked.push(rate / checked);
+        let round = [alone, checked, of_own, rate, rate / alone, rate / checked, rate / of_own];
+        columns.iter_mut().zip(round).for_each(|(column, value)| column.push(value));
     }
-    let [plain, checked, rate] = [plain_rates, checked_rates, rates].map(|rates| spread(rates, 0));
-    Ok(format!("{plain} | {checked} | {rate} | {} | {}", spread(to_plain, 2), spread(to_checked, 2)))
+    let digits = [0, 0, 0, 0, 2, 2, 2];
+    let columns = columns.into_iter().zip(digits).map(|(values, digits)| spread(values, digits));
+    Ok(columns.collect::<Vec<_>>().join(" | "))
 }
 
-fn read_plain(path: &Path, checked: bool) -> anyhow::Result<f64> {
+fn read_plain(paths: &[PathBuf], checked: bool) -> anyhow::Result<f64> {
     let mut buffer = vec![0; READ_BYTES];
     let (began, mut bytes, mut crc) = (Instant::now(), 0, 0);
-    let mut file = File::open(path)?;
-    loop {
-        let read = file.read(&mut buffer)?;
-        if read == 0 {
-            break;
-        }
-        bytes += read;
-        if checked {
-            crc = buffer.chunks(BATCH_BYTES).fold(crc, |crc, batch| crc ^ crc32c::crc32c(batch));
+    for path in paths {
+        let mut file = File::open(path)?;
+        loop {
+            let read = file.read(&mut buffer)?;
+            if read == 0 {
+                break;
+            }
+            bytes += read;
+            if checked {
+                crc = buffer.chunks(BATCH_BYTES).fold(crc, |crc, batch| crc ^ crc32c::crc32c(batch));
+            }
         }
     }
     std::hint::black_box(crc);

@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod archive;
 pub mod block;
+mod buffers;
 pub mod catalogue;
 pub mod config;
 pub mod front;

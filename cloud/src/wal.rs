@@ -9,7 +9,6 @@
 use bytes::Bytes;
 use shared::log::BoxFuture;
 
-mod buffers;
 pub mod disk;
 pub mod file;
 pub mod memory;

@@ -7,13 +7,13 @@
 mod disk;
 mod two_queue;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use futures_util::future::{Shared, WeakShared};
+use futures_util::future::{Either, Ready, Shared, WeakShared, ready};
 use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use parking_lot::Mutex;
 use serde::Serialize;
@@ -29,7 +29,7 @@ use crate::manifest::{Keys, SegmentId};
 /// What is fetched at a time, at a multiple of it: at a common round trip of 30 ms and 100 MB/s a request for it takes
 /// hardly longer than one for a byte, and a terabyte costs a million requests.
 pub(super) const CHUNK_BYTES: u64 = 1024 * 1024;
-/// Chunks that one read waits for at the same time.
+/// Chunks that one read waits for at the same time, and that one request brings at most.
 const CHUNKS_AT_ONCE: usize = 8;
 /// What an entry takes in memory besides its bytes.
 pub(crate) const ENTRY_BYTES: u64 = 256;
@@ -45,6 +45,8 @@ pub(super) struct Object {
 
 type Key = (SegmentId, u64);
 type Flight = BoxFuture<'static, Result<Bytes, StoreError>>;
+/// A chunk at hand or on its way.
+type Wanted = Either<Ready<Result<Bytes, StoreError>>, Shared<Flight>>;
 
 /// The chunks of one shard's objects.
 #[derive(Debug)]
@@ -68,7 +70,11 @@ struct Counters {
 }
 
 fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
+    count_by(counter, 1);
+}
+
+fn count_by(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
 }
 
 /// What the caches of archived records did since the start. All are counts of chunks but for bytes.
@@ -118,13 +124,10 @@ impl Chunks {
         if range.end > object.bytes {
             return Err(self.failed(&object.id, format!("expected {range:?} within its {} bytes", object.bytes)));
         }
-        let (first, last) = (chunk_start(range.start), chunk_start(range.end - 1));
-        let starts = (first..=last).step_by(CHUNK_BYTES as usize);
-        let mut chunks = futures_util::stream::iter(starts)
-            .map(|start| async move { self.chunk(object, start).await.map(|bytes| (start, bytes)) })
-            .buffered(CHUNKS_AT_ONCE);
-        let mut parts = VecDeque::new();
-        while let Some((start, bytes)) = chunks.try_next().await? {
+        let chunks = self.wanted(object, &range);
+        let mut chunks = futures_util::stream::iter(chunks).buffered(CHUNKS_AT_ONCE);
+        let (mut starts, mut parts) = (starts(&range), VecDeque::new());
+        while let (Some(bytes), Some(start)) = (chunks.try_next().await?, starts.next()) {
             let part = cut(&bytes, start, &range)
                 .ok_or_else(|| self.failed(&object.id, format!("chunk {start} does not hold {range:?}")))?;
             parts.push_back(part);
@@ -132,15 +135,12 @@ impl Chunks {
         Ok(parts)
     }
 
-    /// Fetches the chunk that holds `position` for a reader that is not there yet.
-    pub async fn fetch_ahead(self: &Arc<Self>, object: Object, position: u64) {
-        let key = (object.id, chunk_start(position));
-        if position >= object.bytes || self.is_coming(object.id, position) {
-            return;
-        }
-        count(&self.counters.ahead);
+    /// Fetches the chunks of `range` for a reader that is not there yet.
+    pub async fn fetch_ahead(self: &Arc<Self>, object: Object, range: Range<u64>) {
+        let coming = starts(&range).filter(|start| self.is_coming(object.id, *start)).count();
+        count_by(&self.counters.ahead, (starts(&range).count() - coming) as u64);
         // The reader that comes for it asks again and meets the failure.
-        let _ = self.flight(object, key).await;
+        let _ = self.range(object, range).await;
     }
 
     /// Whether the chunk that holds `position` is in memory or on its way there.
@@ -153,10 +153,7 @@ impl Chunks {
 
     /// Drops the chunks that these bytes came from: they are damaged.
     pub fn forget(&self, object: SegmentId, range: Range<u64>) {
-        if range.is_empty() {
-            return;
-        }
-        for start in (chunk_start(range.start)..=chunk_start(range.end - 1)).step_by(CHUNK_BYTES as usize) {
+        for start in starts(&range) {
             self.memory.lock().remove(&(object, start));
             if let Some(disk) = self.disk.get() {
                 disk.forget(ChunkId { shard: self.shard, object, start });
@@ -187,60 +184,84 @@ impl Chunks {
         }
     }
 
-    /// The chunk that begins at `start`.
-    async fn chunk(self: &Arc<Self>, object: Object, start: u64) -> Result<Bytes, StoreError> {
-        let key = (object.id, start);
-        if let Some(bytes) = self.memory.lock().get(&key).cloned() {
-            count(&self.counters.memory_hits);
-            return Ok(bytes);
-        }
-        count(&self.counters.memory_misses);
-        self.flight(object, key).await
-    }
-
-    /// The request for a chunk that is under way, or a new one. It ends when all who wait for it have gone.
-    fn flight(self: &Arc<Self>, object: Object, key: Key) -> Shared<Flight> {
+    /// The chunks of a range in order, each from memory, by the request for it that is under way, or by a new one. Such a
+    /// request ends when all who wait for it have gone.
+    fn wanted(self: &Arc<Self>, object: Object, range: &Range<u64>) -> Vec<Wanted> {
+        // Who brings a chunk puts it into memory before the flight goes: looked at in this order, none is missed.
         let mut flights = self.flights.lock();
-        if let Some(flight) = flights.get(&key).and_then(WeakShared::upgrade) {
-            return flight;
-        }
         if flights.len() >= FLIGHTS_TIDY {
             flights.retain(|_, flight| flight.upgrade().is_some());
         }
-        let chunks = self.clone();
-        let flight: Flight = Box::pin(async move {
-            // It may have arrived between the look that missed it and this.
-            let known = chunks.memory.lock().get(&key).cloned();
-            let loaded = match known {
-                Some(bytes) => Ok(bytes),
-                None => chunks.load(object, key).await,
-            };
-            if let Ok(bytes) = &loaded {
-                chunks.memory.lock().insert(key, bytes.clone(), bytes.len() as u64 + ENTRY_BYTES);
+        let (mut wanted, mut lacking) = (BTreeMap::new(), Vec::new());
+        for start in starts(range) {
+            let key = (object.id, start);
+            if let Some(flight) = flights.get(&key).and_then(WeakShared::upgrade) {
+                count(&self.counters.memory_misses);
+                wanted.insert(start, Either::Right(flight));
+            } else if let Some(bytes) = self.memory.lock().get(&key) {
+                count(&self.counters.memory_hits);
+                wanted.insert(start, Either::Left(ready(Ok(bytes.clone()))));
+            } else {
+                count(&self.counters.memory_misses);
+                lacking.push(start);
             }
-            chunks.flights.lock().remove(&key);
-            loaded
-        });
-        let flight = flight.shared();
-        flights.extend(flight.downgrade().map(|weak| (key, weak)));
-        flight
+        }
+        for starts in lacking.chunk_by(|before, start| before + CHUNK_BYTES == *start) {
+            for starts in starts.chunks(self.chunks_per_request()) {
+                wanted.extend(self.begin(object, starts, &mut flights));
+            }
+        }
+        wanted.into_values().collect()
     }
 
-    async fn load(&self, object: Object, (id, start): Key) -> Result<Bytes, StoreError> {
-        let end = start.saturating_add(CHUNK_BYTES).min(object.bytes);
-        let name = ChunkId { shard: self.shard, object: id, start };
-        if let Some(disk) = self.disk.get() {
-            if let Some(bytes) = disk.get(name, (end - start) as usize).await {
-                count(&self.counters.disk_hits);
-                return Ok(bytes);
-            }
-            count(&self.counters.disk_misses);
+    /// Requests to a bucket are small, and several at a time; files are read in order.
+    fn chunks_per_request(&self) -> usize {
+        if self.store.is_local() && self.disk.get().is_none() { CHUNKS_AT_ONCE } else { 1 }
+    }
+
+    /// A new request for adjacent chunks, as a flight for each of them.
+    fn begin(
+        self: &Arc<Self>,
+        object: Object,
+        starts: &[u64],
+        flights: &mut HashMap<Key, WeakShared<Flight>>,
+    ) -> Vec<(u64, Wanted)> {
+        let request = self.clone().load(object, starts.to_vec()).boxed().shared();
+        let flight = |(index, start): (usize, &u64)| {
+            let (chunks, request, key) = (self.clone(), request.clone(), (object.id, *start));
+            let flight: Flight = Box::pin(async move {
+                let missing = || chunks.failed(&object.id, format!("chunk {} did not come", key.1));
+                let loaded = request.await.and_then(|all| all.get(index).cloned().ok_or_else(missing));
+                if let Ok(bytes) = &loaded {
+                    chunks.memory.lock().insert(key, bytes.clone(), bytes.len() as u64 + ENTRY_BYTES);
+                }
+                chunks.flights.lock().remove(&key);
+                loaded
+            });
+            let flight = flight.shared();
+            flights.extend(flight.downgrade().map(|weak| (key, weak)));
+            (*start, Either::Right(flight))
+        };
+        starts.iter().enumerate().map(flight).collect()
+    }
+
+    /// Adjacent chunks from where they are.
+    async fn load(self: Arc<Self>, object: Object, starts: Vec<u64>) -> Result<Arc<[Bytes]>, StoreError> {
+        let (Some(start), Some(last)) = (starts.first().copied(), starts.last()) else { return Ok(Arc::default()) };
+        let end = last.saturating_add(CHUNK_BYTES).min(object.bytes);
+        let key = self.keys.segment(&object.id);
+        let Some(disk) = self.disk.get() else {
+            return Ok(self.store.get_pieces(&key, start..end, CHUNK_BYTES).await?.into());
+        };
+        let name = ChunkId { shard: self.shard, object: object.id, start };
+        if let Some(bytes) = disk.get(name, (end - start) as usize).await {
+            count(&self.counters.disk_hits);
+            return Ok([bytes].into());
         }
-        let bytes = self.store.get_range(&self.keys.segment(&id), start..end).await?;
-        if let Some(disk) = self.disk.get() {
-            disk.keep(name, bytes.clone());
-        }
-        Ok(bytes)
+        count(&self.counters.disk_misses);
+        let bytes = self.store.get_range(&key, start..end).await?;
+        disk.keep(name, bytes.clone());
+        Ok([bytes].into())
     }
 
     fn failed(&self, object: &SegmentId, reason: String) -> StoreError {
@@ -251,6 +272,11 @@ impl Chunks {
 /// Where the chunk that holds `position` begins.
 pub(super) fn chunk_start(position: u64) -> u64 {
     position - position % CHUNK_BYTES
+}
+
+/// Where the chunks of a range begin.
+fn starts(range: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
+    (chunk_start(range.start)..range.end).step_by(CHUNK_BYTES as usize)
 }
 
 /// The part of `range` that lies in the chunk at `start`.

@@ -28,19 +28,20 @@ const RUNS_MAX: usize = 64;
 const READ_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Readers whose position is remembered, so that they are known when they go on.
 const READERS_MAX: u64 = 4096;
-/// Chunks fetched ahead at the same time, for all readers together.
+/// Chunks fetched ahead at the same time, for all readers together; where there is less memory, as many as half of it holds.
 const AHEAD_MAX: usize = 16;
-/// Chunks fetched ahead for one read.
-const AHEAD_READ_MAX: u64 = 4;
+/// Chunks fetched ahead for one read; half of what all may have, where that is less.
+const AHEAD_READ_MAX: usize = 4;
 
 /// Archived batches, readable.
 #[derive(Debug)]
 pub struct Cold {
     index: RwLock<Index>,
     runs: Arc<Runs>,
-    /// Where reads ended.
-    readers: Mutex<TwoQueue<(Partition, Offset), ()>>,
+    /// Where reads ended, and how many there were in a row.
+    readers: Mutex<TwoQueue<(Partition, Offset), u32>>,
     ahead: Arc<Semaphore>,
+    ahead_read_max: u64,
     /// Whether what takes long may go to threads of its own.
     threads: bool,
 }
@@ -74,11 +75,13 @@ impl Cold {
     pub fn new(store: Arc<Store>, keys: Keys, index: Index, cache_bytes: usize, threads: bool) -> Self {
         let (all, indexes) = (cache_bytes as u64, cache_bytes as u64 / 4);
         let chunks = Arc::new(Chunks::new(store, keys.clone(), all - indexes));
+        let ahead_max = (((all - indexes) / 2 / CHUNK_BYTES) as usize).min(AHEAD_MAX);
         Self {
             index: RwLock::new(index),
             runs: Arc::new(Runs { keys, chunks, indexes: Mutex::new(TwoQueue::new(indexes)) }),
             readers: Mutex::new(TwoQueue::new(READERS_MAX)),
-            ahead: Arc::new(Semaphore::new(AHEAD_MAX)),
+            ahead: Arc::new(Semaphore::new(ahead_max)),
+            ahead_read_max: (ahead_max / 2).min(AHEAD_READ_MAX) as u64,
             threads,
         }
     }
@@ -112,42 +115,63 @@ impl Cold {
 
     /// Reads on from run to run until the limit: a quiet partition has many small ones.
     async fn read_now(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
-        let mut read = self.read_run(partition, from, limits).await?;
-        let mut bytes: usize = read.batches.iter().map(Bytes::len).sum();
-        for _ in 1..RUNS_MAX {
-            let bytes_max = limits.bytes_max.saturating_sub(bytes);
-            if read.batches.is_empty() || bytes_max == 0 {
-                break;
-            }
-            // What fails here fails again for the reader who comes for it, and is reported then.
-            let Ok(more) = self.read_run(partition, read.next, ReadLimits { bytes_max }).await else { break };
+        let before = self.readers.lock().remove(&(partition, from)).unwrap_or(0);
+        let (mut read, mut bytes) = (ColdRead { batches: Vec::new(), next: from }, 0);
+        for number in 0..RUNS_MAX as u32 {
+            let (is_first, bytes_max) = (number == 0, limits.bytes_max.saturating_sub(bytes));
+            let held = self.index.read().at_offset(partition, read.next).filter(|_| is_first || bytes_max > 0);
+            let Some(held) = held else { break };
+            let more = match self
+                .read_run(partition, &held, read.next, ReadLimits { bytes_max }, before.saturating_add(number))
+                .await
+            {
+                Ok(more) => more,
+                Err(error) if is_first => return Err(error),
+                // What fails here fails again for the reader who comes for it, and is reported then.
+                Err(_) => break,
+            };
             let more_bytes: usize = more.batches.iter().map(Bytes::len).sum();
-            if more.batches.is_empty() || more_bytes > bytes_max {
+            if !is_first && more_bytes > bytes_max {
                 break;
             }
             bytes += more_bytes;
             read.batches.extend(more.batches);
             read.next = more.next;
+            // Short of the run's end: the limit allows no more, or it is in a chunk that is not worth waiting for.
+            if read.next < held.run.next {
+                break;
+            }
+        }
+        if !read.batches.is_empty() {
+            self.readers.lock().insert((partition, read.next), before.saturating_add(1), 1);
         }
         Ok(read)
     }
 
-    /// Reads from one run.
-    async fn read_run(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
-        let Some(held) = self.index.read().at_offset(partition, from) else {
-            return Ok(ColdRead { batches: Vec::new(), next: from });
+    /// Reads from one run, which has records at or after `from`, for a reader who has read so many times before.
+    async fn read_run(
+        &self,
+        partition: Partition,
+        held: &HeldRun,
+        from: Offset,
+        limits: ReadLimits,
+        before: u32,
+    ) -> Result<ColdRead, ReadError> {
+        let index = if before == 0 && from == held.run.base {
+            // What it begins with is known without the index. A failure is met again below.
+            let first = self.runs.chunks.range(object(held), held.run.position..held.run.position + 1);
+            tokio::join!(self.runs.index(held), first).0?
+        } else {
+            self.runs.index(held).await?
         };
-        let goes_on = self.readers.lock().remove(&(partition, from)).is_some();
-        let index = self.runs.index(&held).await?;
         let bytes_max = (limits.bytes_max as u64).min(READ_BYTES_MAX);
         for stretch in index.stretches(&held.run, from) {
             let end = read_end(&held.run, &index, &stretch, bytes_max);
-            if goes_on {
-                self.fetch_ahead(partition, &held, &(stretch.start..end));
+            if before > 0 {
+                self.fetch_ahead(partition, held, &(stretch.start..end), before);
             }
             // Records in a hole before the next batch: the stretch after this one has it.
-            if let Some(read) = self.runs.span(&held, stretch.start..end).await?.read(from, limits) {
-                self.readers.lock().insert((partition, read.next), (), 1);
+            if let Some(read) = self.runs.span(held, stretch.start..end).await?.read(from, limits) {
                 return Ok(read);
             }
         }
@@ -155,35 +179,42 @@ impl Cold {
         Err(ReadError::Corrupt(format!("{path} has no batch at {from}, its manifest says it has")))
     }
 
-    /// Fetches what a reader that has read `read` of `held` wants next: as many chunks after that as it has just read,
-    /// [`AHEAD_READ_MAX`] at most, or the next run's index and first chunk. Skipped where enough is on its way already, and
-    /// where there is no runtime.
-    fn fetch_ahead(&self, partition: Partition, held: &HeldRun, read: &Range<u64>) {
+    /// Fetches what a reader that has read `read` of `held`, after so many reads before, wants next: as many chunks after
+    /// that as it has just read, twice as many each time it goes on, within bounds; or the next run's index and
+    /// first chunk. Skipped where enough is on its way already, and where there is no runtime.
+    fn fetch_ahead(&self, partition: Partition, held: &HeldRun, read: &Range<u64>, before: u32) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let chunk = |position: u64| chunk_start(held.run.position + position);
         let last = chunk(read.end.saturating_sub(1));
-        let count = ((last - chunk(read.start)) / CHUNK_BYTES + 1).min(AHEAD_READ_MAX);
-        for number in 1..=count {
-            let position = last.saturating_add(number * CHUNK_BYTES);
-            let is_within = position < held.run.position + held.run.length;
-            let next = match is_within {
-                true => Some((*held, position)),
-                false => self.index.read().at_offset(partition, held.run.next).map(|next| (next, next.run.position)),
-            };
-            let coming = |(held, position): &(HeldRun, u64)| self.runs.is_coming(held, *position);
-            if let Some((held, position)) = next.filter(|next| !coming(next)) {
-                let Ok(permit) = self.ahead.clone().try_acquire_owned() else { return };
-                let runs = self.runs.clone();
-                runtime.spawn(async move {
-                    let _permit = permit;
-                    // A failure is met again by the reader, who reports it.
-                    let _ = tokio::join!(runs.index(&held), runs.chunks.fetch_ahead(object(&held), position));
-                });
-            }
-            if !is_within {
-                return;
-            }
+        let read = (last - chunk(read.start)) / CHUNK_BYTES + 1;
+        let count = read.saturating_mul(1 << (before - 1).min(8)).min(self.ahead_read_max);
+        let (from, to) = (last + CHUNK_BYTES, last.saturating_add((count + 1) * CHUNK_BYTES));
+        let end = held.run.position + held.run.length;
+        self.fetch(&runtime, *held, from..to.min(end));
+        if to > end
+            && let Some(next) = self.index.read().at_offset(partition, held.run.next)
+        {
+            self.fetch(&runtime, next, next.run.position..next.run.position + 1);
         }
+    }
+
+    /// Fetches a run's index and the chunks of this range of its object, from the first that is not on its way and as far
+    /// as others leave room.
+    fn fetch(&self, runtime: &tokio::runtime::Handle, held: HeldRun, range: Range<u64>) {
+        let lacking = |start: &u64| *start < range.end && !self.runs.is_coming(&held, *start);
+        let starts = (chunk_start(range.start)..range.end).step_by(CHUNK_BYTES as usize);
+        let Some(start) = starts.into_iter().find(lacking) else { return };
+        let count = (range.end - start).div_ceil(CHUNK_BYTES).min(self.ahead.available_permits() as u64);
+        let Ok(permits) = self.ahead.clone().try_acquire_many_owned(count as u32) else { return };
+        if count == 0 {
+            return;
+        }
+        let (runs, range) = (self.runs.clone(), start..range.end.min(start.saturating_add(count * CHUNK_BYTES)));
+        runtime.spawn(async move {
+            let _permits = permits;
+            // A failure is met again by the reader, who reports it.
+            let _ = tokio::join!(runs.index(&held), runs.chunks.fetch_ahead(object(&held), range));
+        });
     }
 
     /// The partition's runs that hold records at or after `from`.

@@ -4,6 +4,7 @@
 //! Every write is a `PutMode::Create`. When its outcome is not known (a time-out, a 5xx after the store had done it), it
 //! is made again with the same bytes; `AlreadyExists` is settled by reading back and comparing.
 
+use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,13 +17,15 @@ use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    BackoffConfig, ClientOptions, Error, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode,
-    PutOptions, PutPayload, RetryConfig,
+    BackoffConfig, ClientOptions, Error, GetOptions, GetRange, GetResult, GetResultPayload, ObjectMeta, ObjectStore,
+    ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig,
 };
 
 use super::pace::{Pacer, RetryBudget};
+use crate::buffers::Buffers;
 use crate::manifest::is_segment;
 use crate::planted::{Bug, planted};
+use crate::wal::disk::DiskFile;
 
 /// Why a store could not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -131,6 +134,9 @@ pub struct Store {
     retries: RetryBudget,
     pacer: Option<Pacer>,
     requests: Requests,
+    is_local: bool,
+    /// What files are read to.
+    buffers: Buffers,
 }
 
 impl Store {
@@ -138,7 +144,8 @@ impl Store {
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: Path, settings: RequestSettings) -> Self {
         let retries = RetryBudget::new(settings.retry_budget);
         let pacer = settings.bandwidth_max.map(Pacer::new);
-        Self { inner, prefix, settings, storage_class: None, retries, pacer, requests: Requests::default() }
+        let (requests, buffers) = (Requests::default(), Buffers::default());
+        Self { inner, prefix, settings, storage_class: None, retries, pacer, requests, is_local: false, buffers }
     }
 
     /// Opens `file:///directory` or `s3://bucket/prefix`. `options` are the `AWS_*` variables, as main read them, and
@@ -207,7 +214,13 @@ impl Store {
         let refused = |reason: String| StoreError::Url { url: format!("file://{}", directory.display()), reason };
         std::fs::create_dir_all(directory).map_err(|e| refused(e.to_string()))?;
         let inner = LocalFileSystem::new_with_prefix(directory).map_err(|e| refused(e.to_string()))?;
-        Ok(Self::new(Arc::new(inner.with_fsync(true)), Path::default(), settings))
+        Ok(Self { is_local: true, ..Self::new(Arc::new(inner.with_fsync(true)), Path::default(), settings) })
+    }
+
+    /// Whether this is a directory. Then the kernel reads ahead, if what adjoins is read in order, and many requests at a
+    /// time only disturb it.
+    pub fn is_local(&self) -> bool {
+        self.is_local
     }
 
     /// Everything of ours is below this.
@@ -300,33 +313,88 @@ impl Store {
         self.get_range(key, range).await
     }
 
+    /// As [`Store::get_range`], in pieces of `piece` bytes, each with memory of its own where the store is a directory.
+    pub async fn get_pieces(
+        &self,
+        key: &Path,
+        range: std::ops::Range<u64>,
+        piece: u64,
+    ) -> Result<Vec<Bytes>, StoreError> {
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        let length = range.end - range.start;
+        self.repeated(|| self.get_pieces_once(key, Some(GetRange::Bounded(range.clone())), length, piece)).await
+    }
+
     async fn get_once(&self, key: &Path, range: Option<GetRange>, bytes_max: u64) -> Result<Bytes, StoreError> {
+        let mut pieces = self.get_pieces_once(key, range, bytes_max, bytes_max).await?;
+        Ok(pieces.pop().unwrap_or_default())
+    }
+
+    async fn get_pieces_once(
+        &self,
+        key: &Path,
+        range: Option<GetRange>,
+        bytes_max: u64,
+        piece: u64,
+    ) -> Result<Vec<Bytes>, StoreError> {
         let failed = |reason: &str| StoreError::Failed { operation: "GET", key: key.clone(), reason: reason.into() };
         let exact = range.is_some();
         let get = async {
             let result = self.inner.get_opts(key, GetOptions::new().with_range(range)).await?;
             let expected = result.range.end - result.range.start;
             if expected > bytes_max {
-                return Ok((expected, Bytes::new()));
+                return Ok((expected, Vec::new()));
             }
-            Ok((expected, result.bytes().await?))
+            Ok((expected, self.body(result, piece.max(1)).await?))
         };
         let patience = if exact { self.patience(bytes_max) } else { self.patience(UNKNOWN_BYTES) };
-        let (expected, bytes) = match self.timed_for(patience, "GET", key, get).await {
+        let (expected, pieces) = match self.timed_for(patience, "GET", key, get).await {
             Ok(result) => result,
             Err(Attempt::Failed(error)) => return Err(error),
             Err(Attempt::Exists(reason)) => return Err(failed(&reason)),
         };
+        let bytes: u64 = pieces.iter().map(|piece| piece.len() as u64).sum();
         count(&self.requests.gets, 1);
-        count(&self.requests.get_bytes, bytes.len() as u64);
+        count(&self.requests.get_bytes, bytes);
         if expected > bytes_max {
             return Err(failed(TOO_LARGE));
         }
-        if bytes.len() as u64 != expected || (exact && expected != bytes_max) {
+        if bytes != expected || (exact && expected != bytes_max) {
             count(&self.requests.errors, 1);
             return Err(failed("the body was cut short"));
         }
-        Ok(bytes)
+        Ok(pieces)
+    }
+
+    /// What an answer brings, in pieces of `piece` bytes. A file is read in one go, to memory that is used again.
+    async fn body(&self, answer: GetResult, piece: u64) -> object_store::Result<Vec<Bytes>> {
+        match answer {
+            GetResult { payload: GetResultPayload::File(file, _), range, .. } => {
+                let buffers = self.buffers.clone();
+                let read = move || {
+                    let starts = range.clone().step_by(usize::try_from(piece).unwrap_or(usize::MAX));
+                    let pieces = starts.map(|start| {
+                        let bytes = piece.min(range.end - start) as usize;
+                        let mut buffer = buffers.take_exactly(bytes);
+                        file.read_at(buffer.bytes_mut(), start).map(|()| buffer.freeze(bytes))
+                    });
+                    pieces.collect::<io::Result<Vec<Bytes>>>()
+                };
+                let read =
+                    off_async(read).await.unwrap_or_else(|| Err(io::Error::other("the thread that read it died")));
+                read.map_err(|error| Error::Generic { store: "file", source: error.into() })
+            }
+            answer => {
+                let mut rest = answer.bytes().await?;
+                let pieces = std::iter::from_fn(|| {
+                    let length = rest.len().min(usize::try_from(piece).unwrap_or(usize::MAX));
+                    (length > 0).then(|| rest.split_to(length))
+                });
+                Ok(pieces.collect())
+            }
+        }
     }
 
     /// Removes an object; one that is gone already counts as removed.
@@ -544,6 +612,14 @@ fn same(there: &Bytes, chunks: &[Bytes]) -> bool {
         }
     }
     rest.is_empty()
+}
+
+/// Does what may wait for the disk on a thread that may; in place where there is no runtime.
+pub(super) async fn off_async<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    match tokio::runtime::Handle::try_current() {
+        Ok(runtime) => runtime.spawn_blocking(work).await.ok(),
+        Err(_) => Some(work()),
+    }
 }
 
 /// The pause before attempt number `attempt` (from 1): doubling, at most 64-fold, between half and all of it.

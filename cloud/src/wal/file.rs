@@ -35,10 +35,10 @@ use parking_lot::Mutex;
 use shared::log::BoxFuture;
 use tracing::warn;
 
-use super::buffers::Buffers;
 use super::disk::{Disk, DiskFile};
 use super::{BlockLog, Part, Usage, WalError};
 use crate::block::SEQ_MAX;
+use crate::buffers::Buffers;
 
 mod read;
 mod recovery;

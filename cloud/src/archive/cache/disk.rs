@@ -27,7 +27,9 @@ use bytes::{Buf, BufMut, Bytes};
 use parking_lot::Mutex;
 use tracing::{info, warn};
 
+use super::super::store::off_async;
 use super::{CHUNK_BYTES, TwoQueue};
+use crate::buffers::{Buffer, Buffers};
 use crate::manifest::SegmentId;
 
 const MAGIC: [u8; 4] = *b"TRBC";
@@ -76,6 +78,8 @@ pub struct DiskCache {
     kept: Mutex<TwoQueue<ChunkId, ()>>,
     jobs: Mutex<Jobs>,
     is_off: AtomicBool,
+    /// What files are read to.
+    buffers: Buffers,
 }
 
 /// What one thread at a time does to the directory, in this order.
@@ -112,6 +116,7 @@ impl DiskCache {
             kept: Mutex::new(TwoQueue::new(bytes_max.saturating_sub(disk_bytes(CHUNK_BYTES)))),
             jobs: Mutex::default(),
             is_off: AtomicBool::new(bytes_max == 0),
+            buffers: Buffers::default(),
         };
         for (_, length, id) in &found {
             let gone = cache.kept.lock().insert(*id, (), disk_bytes(length.saturating_sub(HEADER_BYTES as u64)));
@@ -142,7 +147,7 @@ impl DiskCache {
     pub(super) async fn get(self: &Arc<Self>, id: ChunkId, length: usize) -> Option<Bytes> {
         self.kept.lock().get(&id)?;
         let cache = self.clone();
-        let read = off_async(move || read_file(&cache.path(&id), &id, length)).await?;
+        let read = off_async(move || read_file(&cache.path(&id), &id, cache.buffers.take_exactly(length))).await?;
         match read {
             Ok(bytes) => Some(bytes),
             Err(error) => {
@@ -296,29 +301,23 @@ fn write_file(path: &Path, id: &ChunkId, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)
 }
 
-fn read_file(path: &Path, id: &ChunkId, length: usize) -> io::Result<Bytes> {
-    let mut content = Vec::with_capacity(HEADER_BYTES + length + 1);
-    // One byte more than it can rightly have is enough to know.
-    File::open(path)?.take((HEADER_BYTES + length + 1) as u64).read_to_end(&mut content)?;
-    let mut bytes = Bytes::from(content);
-    if bytes.len() != HEADER_BYTES + length {
-        return Err(io::Error::other(format!("expected {} bytes, found {}", HEADER_BYTES + length, bytes.len())));
+/// Fills `buffer` with all that an entry has.
+fn read_file(path: &Path, id: &ChunkId, mut buffer: Buffer) -> io::Result<Bytes> {
+    let mut file = File::open(path)?;
+    let (length, found) = (buffer.as_ref().len(), file.metadata()?.len());
+    if found != (HEADER_BYTES + length) as u64 {
+        return Err(io::Error::other(format!("expected {} bytes, found {found}", HEADER_BYTES + length)));
     }
-    let mut header = bytes.split_to(HEADER_BYTES);
+    let mut header = [0; HEADER_BYTES];
+    file.read_exact(&mut header)?;
+    file.read_exact(buffer.bytes_mut())?;
+    let (bytes, mut header) = (buffer.freeze(length), &header[..]);
     let sound = header.copy_to_bytes(4) == MAGIC[..]
         && header.get_u16() == VERSION
         && header.get_u16() == 0
         && header.get_u32() as usize == length
         && header.get_u32() == checksum(id, &bytes);
     if sound { Ok(bytes) } else { Err(io::Error::other("header or checksum is wrong")) }
-}
-
-/// Does what may wait for the disk on a thread that may; in place where there is no runtime.
-async fn off_async<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    match tokio::runtime::Handle::try_current() {
-        Ok(runtime) => runtime.spawn_blocking(work).await.ok(),
-        Err(_) => Some(work()),
-    }
 }
 
 #[cfg(test)]

@@ -128,6 +128,28 @@ async fn reading_a_whole_partition_asks_for_each_chunk_once_and_for_nothing_else
 }
 
 #[tokio::test]
+async fn what_adjoins_in_a_file_is_read_with_one_request() {
+    let bucket = Bucket::filled(1, 160).await;
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::new(Store::directory(directory.path(), RequestSettings::default()).unwrap());
+    let object = keys().segment(bucket.index.usage().keys().next().unwrap());
+    let bytes = bucket.store.inner.get(&object).await.unwrap().bytes().await.unwrap();
+    store.create(&object, &[bytes]).await.unwrap();
+    let gets = || store.requests().gets.load(std::sync::atomic::Ordering::Relaxed);
+
+    let cold = Cold::new(store.clone(), keys(), bucket.index.clone(), 64 * MIB, true);
+    let next = read(&cold, 1, 0, 5 * MIB).await;
+    assert_eq!((gets(), cold.cache_status().ahead), (3, 0), "the index, the first chunk, and the others");
+    // What is read ahead of the second read is one request as well.
+    read(&cold, 1, next, MIB).await;
+    while cold.cache_status().ahead < 1 || gets() < 5 {
+        tokio::task::yield_now().await;
+    }
+    read_all(&cold, 1, MIB, Duration::ZERO).await;
+    assert!(gets() <= 7, "{} requests for 11 chunks", gets());
+}
+
+#[tokio::test]
 async fn small_runs_in_one_object_share_its_chunks() {
     let mut bucket = Bucket::new();
     let runs: Vec<_> = (1..=60).map(|number| (partition(number), 1)).collect();
@@ -287,12 +309,36 @@ async fn a_reader_that_goes_on_finds_the_next_chunk_there() {
     read_all(&cold, 1, MIB, LATENCY).await;
     only_ranges(bucket.chunks, bucket.asked());
     let waited = start.elapsed().as_millis() / LATENCY.as_millis();
-    // Each read is used for as long as a request takes. At the start there is nothing to go on from: the index, the first
-    // chunk and the second. A read that goes on in the next run waits for its beginning.
+    // Each read is used for as long as a request takes. At the start there is nothing to go on from: the index together with
+    // the first chunk, and the second. A read that goes on in the next run waits for its beginning.
     let reads = bucket.index.next(partition(1)).unwrap() / RECORDS / 15;
     assert_eq!(reads, 32);
     assert!(waited <= reads as u128 + 6 + 2, "{waited} request times for {reads} reads");
     assert!(cold.cache_status().ahead >= bucket.chunks as u64 - 6 - 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_longer_a_reader_goes_on_the_more_is_fetched_ahead_of_it() {
+    let bucket = Bucket::filled(1, 480).await;
+    bucket.store.plan.lock().latency = LATENCY;
+    let cold = bucket.cold(64 * MIB);
+    let start = Instant::now();
+    // Each of 32 reads is used for a quarter of the time that a request takes.
+    read_all(&cold, 1, MIB, LATENCY / 4).await;
+    only_ranges(bucket.chunks, bucket.asked());
+    assert!(start.elapsed() <= LATENCY * (32 / 4 + 3), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_beginning_of_a_run_is_fetched_together_with_its_index() {
+    let bucket = Bucket::filled(1, 160).await;
+    bucket.store.plan.lock().latency = LATENCY;
+    for (from, requests) in [(0, 1), (80 * RECORDS, 2)] {
+        let (cold, start) = (bucket.cold(64 * MIB), Instant::now());
+        read(&cold, 1, from, 1).await;
+        assert_eq!(start.elapsed(), LATENCY * requests);
+        only_ranges(2, bucket.asked());
+    }
 }
 
 #[tokio::test(start_paused = true)]

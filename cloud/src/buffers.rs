@@ -39,6 +39,14 @@ impl Buffers {
         Buffer { bytes: known.unwrap_or_else(|| vec![0; size]), home: self.clone() }
     }
 
+    /// A buffer of `bytes` bytes and no more, for what is kept: one that was used before if that is a power of two.
+    pub fn take_exactly(&self, bytes: usize) -> Buffer {
+        match bytes.is_power_of_two() {
+            true => self.take(bytes),
+            false => Buffer { bytes: vec![0; bytes], home: self.clone() },
+        }
+    }
+
     fn give_back(&self, buffer: Vec<u8>) {
         let is_kept = (BUFFER_BYTES_MIN..=BUFFER_BYTES_MAX).contains(&buffer.len()) && buffer.len().is_power_of_two();
         if !is_kept {
@@ -107,6 +115,9 @@ mod tests {
         assert_eq!(buffers.take(MIB).as_ref().as_ptr(), address);
         assert_eq!(buffers.take(700 << 10).as_ref().as_ptr(), address);
         assert_eq!(idle(&buffers), [MIB]);
+        assert_eq!(buffers.take_exactly(MIB).as_ref().as_ptr(), address);
+        assert_eq!(buffers.take_exactly(700 << 10).as_ref().len(), 700 << 10);
+        assert_eq!(idle(&buffers), [MIB], "what has no size of its own is not kept");
     }
 
     #[test]
