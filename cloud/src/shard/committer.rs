@@ -203,7 +203,6 @@ impl Core {
     /// From here on the oldest block is seen, and those who wait for it are answered. Returns whether there was one that
     /// is durable.
     fn publish(&self) -> bool {
-        let usage = self.wal.usage();
         let mut inner = self.inner.lock();
         let Some((sealed, Encoded { block, batches, dropped }, took)) = inner.take_written() else { return false };
         let (seq, bytes) = (block.header().seq, block.bytes().len() as u64);
@@ -217,7 +216,8 @@ impl Core {
             sealed.outcome.complete(Err(error));
             return false;
         }
-        inner.wal_free_bytes = usage.free_bytes;
+        // Looked at under the lock: what a trim made free meanwhile must not be forgotten, for a full WAL gets no next block.
+        inner.wal_free_bytes = self.wal.usage().free_bytes;
         inner.counters.blocks += 1;
         inner.counters.block_bytes += bytes;
         inner.counters.batches += batches;

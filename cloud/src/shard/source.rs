@@ -54,8 +54,8 @@ impl Core {
         if let Err(error) = self.wal.trim(trim) {
             warn!(%error, trim, "the WAL could not be trimmed");
         }
-        let usage = self.wal.usage();
-        self.inner.lock().wal_free_bytes = usage.free_bytes;
+        let mut inner = self.inner.lock();
+        inner.wal_free_bytes = self.wal.usage().free_bytes;
     }
 
     fn is_closed(&self) -> bool {

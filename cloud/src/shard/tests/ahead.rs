@@ -1,5 +1,6 @@
 //! A block that is put together while the one before it is written: writer and encoder polled by hand, step by step.
 
+use super::flight::HeldWal;
 use super::*;
 
 struct Steps {
@@ -12,7 +13,7 @@ struct Steps {
 impl Steps {
     /// Topic 1 is made, in block 0.
     fn new() -> Self {
-        let wal = HeldWal { is_polled: true, ..HeldWal::new() };
+        let wal = HeldWal::polled();
         let settings = ShardSettings { ahead_bytes_min: 1_000, ..ShardSettings::default() };
         let shard = Shard::recover(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
         let (core, beside) = (shard.core.clone(), shard.core.clone());
