@@ -250,7 +250,8 @@ impl Chunks {
         let (Some(start), Some(last)) = (starts.first().copied(), starts.last()) else { return Ok(Arc::default()) };
         let end = last.saturating_add(CHUNK_BYTES).min(object.bytes);
         let key = self.keys.segment(&object.id);
-        let Some(disk) = self.disk.get() else {
+        // The disk cache has one chunk per file.
+        let Some(disk) = self.disk.get().filter(|_| starts.len() == 1) else {
             return Ok(self.store.get_pieces(&key, start..end, CHUNK_BYTES).await?.into());
         };
         let name = ChunkId { shard: self.shard, object: object.id, start };
@@ -275,7 +276,7 @@ pub(super) fn chunk_start(position: u64) -> u64 {
 }
 
 /// Where the chunks of a range begin.
-fn starts(range: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
+pub(super) fn starts(range: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
     (chunk_start(range.start)..range.end).step_by(CHUNK_BYTES as usize)
 }
 

@@ -16,7 +16,7 @@ use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
 use tokio::sync::Semaphore;
 
-use super::cache::{CHUNK_BYTES, CacheStatus, Chunks, DiskCache, ENTRY_BYTES, Object, TwoQueue, chunk_start};
+use super::cache::{CHUNK_BYTES, CacheStatus, Chunks, DiskCache, ENTRY_BYTES, Object, TwoQueue, chunk_start, starts};
 use super::store::{Store, StoreError};
 use super::{ColdBounds, ColdRead, ColdRun, ColdTier};
 use crate::manifest::{HeldRun, Index, Keys, SegmentId};
@@ -201,14 +201,10 @@ impl Cold {
     /// Fetches a run's index and the chunks of this range of its object, from the first that is not on its way and as far
     /// as others leave room.
     fn fetch(&self, runtime: &tokio::runtime::Handle, held: HeldRun, range: Range<u64>) {
-        let lacking = |start: &u64| *start < range.end && !self.runs.is_coming(&held, *start);
-        let starts = (chunk_start(range.start)..range.end).step_by(CHUNK_BYTES as usize);
-        let Some(start) = starts.into_iter().find(lacking) else { return };
+        let lacking = starts(&range).find(|start| !self.runs.is_coming(&held, *start));
+        let Some(start) = lacking.filter(|_| self.ahead.available_permits() > 0) else { return };
         let count = (range.end - start).div_ceil(CHUNK_BYTES).min(self.ahead.available_permits() as u64);
         let Ok(permits) = self.ahead.clone().try_acquire_many_owned(count as u32) else { return };
-        if count == 0 {
-            return;
-        }
         let (runs, range) = (self.runs.clone(), start..range.end.min(start.saturating_add(count * CHUNK_BYTES)));
         runtime.spawn(async move {
             let _permits = permits;
