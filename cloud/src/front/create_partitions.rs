@@ -3,8 +3,6 @@
 //! What is not durable when the request's time-out is over is answered REQUEST_TIMED_OUT; what
 //! has begun goes on.
 
-use std::collections::HashMap;
-
 use futures_util::future::join_all;
 use kafka_wire::ErrorCode;
 use kafka_wire::create_partitions::{
@@ -12,30 +10,21 @@ use kafka_wire::create_partitions::{
 };
 use tokio::time::Instant;
 
+use super::refused::{Refused, Repeated, outcome};
 use super::{Broker, RequestContext, patience};
 use crate::catalogue::within;
 
 /// Answers CreatePartitions.
 pub async fn handle(broker: &Broker, _: &RequestContext, request: CreatePartitionsRequest) -> CreatePartitionsResponse {
-    let mut named: HashMap<String, usize> = HashMap::new();
-    for topic in &request.topics {
-        *named.entry(topic.name.clone()).or_default() += 1;
-    }
+    let repeated = Repeated::among(request.topics.iter().map(|topic| topic.name.clone()));
     let deadline = Instant::now() + patience(request.timeout_ms);
-    let answers = request.topics.into_iter().map(|topic| {
-        let twice = named.get(&topic.name).is_some_and(|times| *times > 1);
-        async move {
-            let grown = if twice {
-                Err((ErrorCode::INVALID_REQUEST, "the topic is named more than once in the request".to_owned()))
-            } else {
-                grow(broker, &topic, request.validate_only, deadline).await
-            };
-            let (error_code, error_message) = match grown {
-                Ok(()) => (ErrorCode::NONE, None),
-                Err((code, text)) => (code, Some(text)),
-            };
-            CreatePartitionsTopicResult { name: topic.name, error_code, error_message }
-        }
+    let answers = request.topics.into_iter().map(async |topic| {
+        let grown = match repeated.check(&topic.name, "the topic") {
+            Ok(()) => grow(broker, &topic, request.validate_only, deadline).await,
+            refused => refused,
+        };
+        let (error_code, error_message) = outcome(grown);
+        CreatePartitionsTopicResult { name: topic.name, error_code, error_message }
     });
     CreatePartitionsResponse { results: join_all(answers).await, ..Default::default() }
 }
@@ -45,7 +34,7 @@ async fn grow(
     topic: &CreatePartitionsTopic,
     validate_only: bool,
     deadline: Instant,
-) -> Result<(), (ErrorCode, String)> {
+) -> Result<(), Refused> {
     if let (Some(assignments), Some(known)) = (&topic.assignments, broker.catalogue.topic(&topic.name)) {
         let added = i64::from(topic.count) - i64::from(known.partitions);
         let node_id = broker.node_id;

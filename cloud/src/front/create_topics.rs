@@ -7,7 +7,7 @@
 //! - `validate_only` says what would come of it. v5 answers the settings in force, v7 the topic id.
 //! - A topic named twice is refused both times.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
 use kafka_wire::create_topics::{
@@ -17,35 +17,25 @@ use kafka_wire::create_topics::{
 use kafka_wire::{ErrorCode, Uuid};
 use tokio::time::Instant;
 
+use super::refused::{Refused, Repeated};
 use super::{Broker, RequestContext, patience};
 use crate::catalogue::{NewTopic, configs, within};
 use crate::state::Topic;
 
-/// Why a topic was refused: code and words.
-type Refusal = (ErrorCode, String);
-
 /// Answers CreateTopics.
 pub async fn handle(broker: &Broker, _: &RequestContext, request: CreateTopicsRequest) -> CreateTopicsResponse {
-    let mut named: HashMap<String, usize> = HashMap::new();
-    for topic in &request.topics {
-        *named.entry(topic.name.clone()).or_default() += 1;
-    }
+    let repeated = Repeated::among(request.topics.iter().map(|topic| topic.name.clone()));
     let mut wanted = Vec::new();
     let mut topics: Vec<CreatableTopicResult> = Vec::with_capacity(request.topics.len());
     for topic in request.topics {
         let name = topic.name.clone();
-        let twice = named.get(&name).is_some_and(|times| *times > 1);
-        let checked = if twice {
-            Err((ErrorCode::INVALID_REQUEST, format!("topic {name:?} is named more than once in the request")))
-        } else {
-            check(broker, topic)
-        };
-        match checked {
+        let once = repeated.check(&name, &format!("topic {name:?}"));
+        match once.and_then(|()| check(broker, topic)) {
             Ok(new) => {
                 wanted.push(new);
                 topics.push(CreatableTopicResult { name, ..Default::default() });
             }
-            Err(refusal) => topics.push(refused(name, refusal)),
+            Err(why) => topics.push(refused(name, why)),
         }
     }
     let deadline = Instant::now() + patience(request.timeout_ms);
@@ -62,7 +52,7 @@ pub async fn handle(broker: &Broker, _: &RequestContext, request: CreateTopicsRe
     CreateTopicsResponse { topics, ..Default::default() }
 }
 
-fn check(broker: &Broker, topic: CreatableTopic) -> Result<NewTopic, Refusal> {
+fn check(broker: &Broker, topic: CreatableTopic) -> Result<NewTopic, Refused> {
     let partitions = match (topic.assignments.is_empty(), topic.num_partitions, topic.replication_factor) {
         (false, -1, -1) => Some(check_assignment(broker.node_id, &topic.assignments)?),
         (false, _, _) => {
@@ -86,7 +76,7 @@ fn check(broker: &Broker, topic: CreatableTopic) -> Result<NewTopic, Refusal> {
     Ok(NewTopic { name: topic.name, partitions, configs })
 }
 
-fn check_assignment(node_id: i32, assignments: &[CreatableReplicaAssignment]) -> Result<u32, Refusal> {
+fn check_assignment(node_id: i32, assignments: &[CreatableReplicaAssignment]) -> Result<u32, Refused> {
     let by_index: BTreeMap<i32, &[i32]> =
         assignments.iter().map(|one| (one.partition_index, one.broker_ids.as_slice())).collect();
     let consecutive = by_index.len() == assignments.len() && by_index.keys().copied().eq(0..by_index.len() as i32);
@@ -117,7 +107,7 @@ fn created(broker: &Broker, topic: &Topic, validate_only: bool) -> CreatableTopi
     }
 }
 
-fn refused(name: String, (error_code, text): Refusal) -> CreatableTopicResult {
+fn refused(name: String, (error_code, text): Refused) -> CreatableTopicResult {
     CreatableTopicResult {
         name,
         error_code,

@@ -7,7 +7,8 @@ use kafka_wire::incremental_alter_configs::{
     IncrementalAlterConfigsResponse, IncrementalAlterableConfig,
 };
 
-use super::alter_configs::{Named, Refused, answer, configure};
+use super::alter_configs::{check, configure};
+use super::refused::{Refused, Repeated, outcome};
 use super::{Broker, RequestContext};
 use crate::catalogue::configs::{self, Alteration};
 
@@ -17,12 +18,11 @@ pub async fn handle(
     _: &RequestContext,
     request: IncrementalAlterConfigsRequest,
 ) -> IncrementalAlterConfigsResponse {
-    let named = Named::of(request.resources.iter().map(|one| (one.resource_type, one.resource_name.as_str())));
+    let repeated = Repeated::among(request.resources.iter().map(|one| (one.resource_type, one.resource_name.clone())));
     let answers = request.resources.into_iter().map(async |resource| {
         let IncrementalAlterConfigsResource { resource_type, resource_name, configs } = resource;
         let names = configs.iter().map(|one| one.name.as_str());
-        let alterations = named
-            .check(resource_type, &resource_name, names)
+        let alterations = check(&repeated, resource_type, &resource_name, names)
             .and_then(|()| configs.into_iter().map(alteration).collect::<Result<Vec<_>, Refused>>());
         let altered = match alterations {
             Ok(alterations) => {
@@ -31,7 +31,7 @@ pub async fn handle(
             }
             Err(refused) => Err(refused),
         };
-        let (error_code, error_message) = answer(altered);
+        let (error_code, error_message) = outcome(altered);
         IncrementalAlterConfigsResourceResponse { error_code, error_message, resource_type, resource_name }
     });
     IncrementalAlterConfigsResponse { responses: join_all(answers).await, ..Default::default() }
