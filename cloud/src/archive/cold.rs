@@ -157,14 +157,15 @@ impl Cold {
         limits: ReadLimits,
         before: u32,
     ) -> Result<ColdRead, ReadError> {
+        let bytes_max = (limits.bytes_max as u64).min(READ_BYTES_MAX);
         let index = if before == 0 && from == held.run.base {
-            // What it begins with is known without the index. A failure is met again below.
-            let first = self.runs.chunks.range(object(held), held.run.position..held.run.position + 1);
+            // Where it begins is known without the index, and about where it ends. A failure is met again below.
+            let bytes = bytes_max.min(self.ahead_read_max * CHUNK_BYTES).min(held.run.length).max(1);
+            let first = self.runs.chunks.range(object(held), held.run.position..held.run.position + bytes);
             tokio::join!(self.runs.index(held), first).0?
         } else {
             self.runs.index(held).await?
         };
-        let bytes_max = (limits.bytes_max as u64).min(READ_BYTES_MAX);
         for stretch in index.stretches(&held.run, from) {
             let end = read_end(&held.run, &index, &stretch, bytes_max);
             if before > 0 {

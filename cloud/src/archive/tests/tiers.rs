@@ -333,11 +333,11 @@ async fn the_longer_a_reader_goes_on_the_more_is_fetched_ahead_of_it() {
 async fn the_beginning_of_a_run_is_fetched_together_with_its_index() {
     let bucket = Bucket::filled(1, 160).await;
     bucket.store.plan.lock().latency = LATENCY;
-    for (from, requests) in [(0, 1), (80 * RECORDS, 2)] {
+    for (from, bytes_max, times, requests) in [(0, 1, 1, 2), (0, 3 * MIB, 1, 4), (80 * RECORDS, 1, 2, 2)] {
         let (cold, start) = (bucket.cold(64 * MIB), Instant::now());
-        read(&cold, 1, from, 1).await;
-        assert_eq!(start.elapsed(), LATENCY * requests);
-        only_ranges(2, bucket.asked());
+        read(&cold, 1, from, bytes_max).await;
+        assert_eq!(start.elapsed(), LATENCY * times);
+        only_ranges(requests, bucket.asked());
     }
 }
 
