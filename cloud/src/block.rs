@@ -163,13 +163,23 @@ pub enum BlockError {
 }
 
 /// A whole, checked block.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Block {
     header: BlockHeader,
     entries: Vec<Entry>,
     changes: Bytes,
     bytes: Bytes,
+    memory: usize,
 }
+
+/// All that a block is follows from its bytes.
+impl PartialEq for Block {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Block {}
 
 impl Block {
     /// Checks that `bytes` are exactly one block: lengths, checksums and index agree.
@@ -233,7 +243,8 @@ impl Block {
             return Err(BlockError::Malformed("index and data disagree"));
         }
         let changes = bytes.slice(data_end..changes_end);
-        Ok(Self { header, entries, changes, bytes })
+        let memory = bytes.len();
+        Ok(Self { header, entries, changes, bytes, memory })
     }
 
     /// What it says of itself.
@@ -260,6 +271,11 @@ impl Block {
     /// The state that changed with the data, in order.
     pub fn changes(&self) -> Result<Vec<Change>, BlockError> {
         Ok(decode_changes(&self.changes)?)
+    }
+
+    /// Bytes of memory that it holds: more than its own if it was written where there was room for more.
+    pub fn memory(&self) -> usize {
+        self.memory
     }
 
     /// Its memory, if nobody else looks at it.
@@ -428,14 +444,18 @@ impl BlockBuilder {
     pub fn finish(mut self, header: BlockHeader) -> Block {
         self.batches.sort_by_key(|placed| placed.partition); // Stable: offsets stay in order.
         let changes = encode_changes(&self.changes);
-        let room = HEADER_BYTES + self.batch_bytes + changes.len() + self.batches.len() * ENTRY_BYTES + CRC_BYTES;
+        let runs = self.batches.chunk_by(|a, b| a.partition == b.partition).count();
+        let room = HEADER_BYTES + self.batch_bytes + changes.len() + runs * ENTRY_BYTES + CRC_BYTES;
         let mut out = std::mem::take(&mut self.buffer);
         out.clear();
         if !(room..=2 * room).contains(&out.capacity()) {
-            out = BytesMut::with_capacity(room);
+            // Blocks are seldom of one size: the next one may need a little more.
+            out = BytesMut::with_capacity(room + room / 8);
         }
+        let memory = out.capacity();
         out.put_bytes(0, HEADER_BYTES);
-        let entries = self.put_batches(&mut out);
+        let mut entries = Vec::with_capacity(runs);
+        self.put_batches(&mut out, &mut entries);
         let data = out.len() - HEADER_BYTES;
         out.put_slice(&changes);
         entries.iter().for_each(|entry| encode_entry(&mut out, entry));
@@ -456,11 +476,10 @@ impl BlockBuilder {
         out.put_u32(crc32c::crc32c(&out));
         let bytes = out.freeze();
         let changes = bytes.slice(HEADER_BYTES + data..HEADER_BYTES + data + changes.len());
-        Block { header, entries, changes, bytes }
+        Block { header, entries, changes, bytes, memory }
     }
 
-    fn put_batches(&self, out: &mut BytesMut) -> Vec<Entry> {
-        let mut entries: Vec<Entry> = Vec::new();
+    fn put_batches(&self, out: &mut BytesMut, entries: &mut Vec<Entry>) {
         for Placed { partition, base_offset, leader_epoch, batch } in &self.batches {
             let position = out.len();
             out.put_slice(batch.bytes());
@@ -488,7 +507,6 @@ impl BlockBuilder {
                 }),
             }
         }
-        entries
     }
 }
 
@@ -568,7 +586,7 @@ mod tests {
     #[test]
     fn batches_of_a_partition_lie_together_and_are_placed() {
         let block = Block::parse(example().bytes().clone()).unwrap();
-        assert_eq!(block, example());
+        assert_eq!((&block, block.entries(), block.header()), (&example(), example().entries(), example().header()));
         let [first, second] = block.entries() else { panic!("two entries") };
         assert_eq!((first.partition, first.base, first.last), (partition(0), 4, 5));
         assert_eq!((second.partition, second.base, second.last, second.batches), (partition(1), 10, 11, 2));
@@ -592,7 +610,8 @@ mod tests {
             let reader = block.bytes().clone();
             assert!(block.clone().into_buffer().is_none(), "somebody reads it");
             drop(reader);
-            assert!(block.into_buffer().is_some());
+            let memory = block.memory();
+            assert_eq!(block.into_buffer().unwrap().capacity(), memory);
         };
         let bytes = build(9, vec![placed(0, 4, batch(2, 5))], vec![]).bytes().len();
         check(BytesMut::from(&vec![0xff; bytes][..]), true);

@@ -25,11 +25,11 @@ impl Tail {
         if self.blocks.back().is_some_and(|newest| newest.header().seq + 1 != block.header().seq) {
             self.clear();
         }
-        self.bytes += block.bytes().len();
+        self.bytes += block.memory();
         self.blocks.push_back(block);
         while self.bytes > bytes_max {
             let Some(oldest) = self.blocks.pop_front() else { break };
-            self.bytes -= oldest.bytes().len();
+            self.bytes -= oldest.memory();
             if self.spare.len() < SPARE_MAX {
                 self.spare.extend(oldest.into_buffer());
             }
@@ -46,7 +46,7 @@ impl Tail {
         *self = Self::default();
     }
 
-    /// Bytes held.
+    /// Bytes of memory held.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
