@@ -403,10 +403,19 @@ pub struct BlockBuilder {
     buffer: BytesMut,
 }
 
+fn fits(room: usize, memory: usize) -> bool {
+    (room..=2 * room).contains(&memory)
+}
+
 impl BlockBuilder {
     /// Memory to write the block to, if it is neither too small nor more than twice what is needed.
     pub fn reuse(&mut self, buffer: BytesMut) {
         self.buffer = buffer;
+    }
+
+    /// Whether so much memory is enough, and not more than twice what is needed; changes, which are few, left out.
+    pub fn fits(&self, memory: usize) -> bool {
+        fits(HEADER_BYTES + self.batch_bytes + self.batches.len() * ENTRY_BYTES + CRC_BYTES, memory)
     }
 
     /// Adds a batch. Batches of one partition come in the order of their offsets; partitions may alternate.
@@ -448,7 +457,7 @@ impl BlockBuilder {
         let room = HEADER_BYTES + self.batch_bytes + changes.len() + runs * ENTRY_BYTES + CRC_BYTES;
         let mut out = std::mem::take(&mut self.buffer);
         out.clear();
-        if !(room..=2 * room).contains(&out.capacity()) {
+        if !fits(room, out.capacity()) {
             // Blocks are seldom of one size: the next one may need a little more.
             out = BytesMut::with_capacity(room + room / 8);
         }

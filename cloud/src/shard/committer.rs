@@ -145,7 +145,7 @@ impl Core {
         let mut open = inner.open.pop_front()?;
         let settings = &self.settings;
         inner.append_begun = (settings.linger > Duration::ZERO).then(Instant::now);
-        if let Some(buffer) = inner.tail.take_spare() {
+        if let Some(buffer) = inner.tail.take_spare(|bytes| open.builder.fits(bytes)) {
             open.builder.reuse(buffer);
         }
         if planted(Bug::MarkerAfterData) {

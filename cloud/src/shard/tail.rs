@@ -30,15 +30,17 @@ impl Tail {
         while self.bytes > bytes_max {
             let Some(oldest) = self.blocks.pop_front() else { break };
             self.bytes -= oldest.memory();
-            if self.spare.len() < SPARE_MAX {
-                self.spare.extend(oldest.into_buffer());
+            self.spare.extend(oldest.into_buffer());
+            if self.spare.len() > SPARE_MAX {
+                self.spare.remove(0);
             }
         }
     }
 
-    /// The buffer of a block that went.
-    pub fn take_spare(&mut self) -> Option<BytesMut> {
-        self.spare.pop()
+    /// The buffer of a block that went, of a size that fits.
+    pub fn take_spare(&mut self, fits: impl Fn(usize) -> bool) -> Option<BytesMut> {
+        let index = self.spare.iter().rposition(|buffer| fits(buffer.capacity()))?;
+        Some(self.spare.remove(index))
     }
 
     /// Forgets everything.
@@ -62,5 +64,34 @@ impl Tail {
         let from = run.position as usize;
         let bytes = self.block(run.seq)?.bytes();
         (from + run.bytes as usize <= bytes.len()).then(|| bytes.slice(from..from + run.bytes as usize))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::log::conformance::batch;
+    use shared::name::{Partition, TopicId};
+
+    use super::*;
+    use crate::block::{BlockBuilder, BlockHeader, Placed};
+
+    fn block(seq: u64) -> Block {
+        let partition = Partition { topic: TopicId([1; 16]), index: 0 };
+        let mut builder = BlockBuilder::default();
+        builder.push(Placed { partition, base_offset: 0, leader_epoch: 1, batch: batch(2, 1) });
+        builder.finish(BlockHeader { shard: 0, epoch: 1, nonce: 1, seq, append_ms: 1 })
+    }
+
+    #[test]
+    fn memory_held_is_bounded_and_that_of_a_block_that_went_is_given_where_it_fits() {
+        let (mut tail, memory) = (Tail::default(), block(0).memory());
+        assert!(memory > block(0).bytes().len(), "there is room to spare");
+        (0..5).for_each(|seq| tail.push(block(seq), 2 * memory));
+        assert_eq!((tail.blocks.len(), tail.bytes()), (2, 2 * memory));
+        assert!(tail.take_spare(|bytes| bytes > memory).is_none());
+        for _ in 0..SPARE_MAX {
+            assert_eq!(tail.take_spare(|bytes| bytes == memory).map(|buffer| buffer.capacity()), Some(memory));
+        }
+        assert!(tail.take_spare(|_| true).is_none(), "no more than that are kept");
     }
 }
