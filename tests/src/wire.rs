@@ -26,7 +26,7 @@ pub struct Fate {
     /// An acknowledgement with an error passed.
     pub refused: bool,
     /// PUBLISHes of it after its PUBREL: to the standard (4.3.3) new messages with the same payload, for the receiver may have
-    /// forgotten the packet identifier by then. paho-mqtt 2.1 sends them if it has to connect twice after its PUBREL.
+    /// forgotten the packet identifier by then. paho-mqtt 2.2 sends them if it has to connect twice after its PUBREL.
     pub begun_anew: usize,
 }
 
