@@ -413,9 +413,10 @@ impl BlockBuilder {
         self.buffer = buffer;
     }
 
-    /// Whether so much memory is enough, and not more than twice what is needed; changes, which are few, left out.
+    /// Whether so much memory may be enough, and is not more than twice what is needed. How many entries there will be is not
+    /// known before [`BlockBuilder::finish`].
     pub fn fits(&self, memory: usize) -> bool {
-        fits(HEADER_BYTES + self.batch_bytes + self.batches.len() * ENTRY_BYTES + CRC_BYTES, memory)
+        fits(HEADER_BYTES + self.batch_bytes + CRC_BYTES, memory)
     }
 
     /// Adds a batch. Batches of one partition come in the order of their offsets; partitions may alternate.

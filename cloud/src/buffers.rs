@@ -10,13 +10,12 @@ use parking_lot::Mutex;
 const BUFFER_BYTES_MIN: usize = 64 << 10;
 /// Larger ones are not kept.
 const BUFFER_BYTES_MAX: usize = 8 << 20;
-/// What is kept for later reads; the buffers used longest ago go first.
-const IDLE_BYTES_MAX: usize = 16 << 20;
 
 /// Buffers that nobody uses at the moment.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Buffers {
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
+    idle_bytes_max: usize,
 }
 
 /// A buffer in use. It holds what was in it before.
@@ -27,6 +26,11 @@ pub struct Buffer {
 }
 
 impl Buffers {
+    /// None yet. So many bytes are kept for later; the buffers used longest ago go first.
+    pub fn new(idle_bytes_max: usize) -> Self {
+        Self { idle: Arc::default(), idle_bytes_max }
+    }
+
     /// A buffer of `bytes` bytes or up to twice as many.
     pub fn take(&self, bytes: usize) -> Buffer {
         let is_kept = (BUFFER_BYTES_MIN..=BUFFER_BYTES_MAX).contains(&bytes);
@@ -57,7 +61,7 @@ impl Buffers {
         let (mut bytes, mut kept) = (0, 0);
         for buffer in idle.iter().rev() {
             bytes += buffer.len();
-            kept += usize::from(bytes <= IDLE_BYTES_MAX);
+            kept += usize::from(bytes <= self.idle_bytes_max);
         }
         let gone = idle.len() - kept;
         idle.drain(..gone);
@@ -102,7 +106,7 @@ mod tests {
 
     #[test]
     fn a_buffer_is_used_again_when_its_last_slice_is_gone() {
-        let buffers = Buffers::default();
+        let buffers = Buffers::new(16 * MIB);
         let mut buffer = buffers.take(MIB - 5);
         buffer.bytes_mut()[..4].copy_from_slice(b"seen");
         let address = buffer.as_ref().as_ptr();
@@ -122,7 +126,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_bounded_and_the_newest_stay() {
-        let buffers = Buffers::default();
+        let buffers = Buffers::new(16 * MIB);
         let out: Vec<Buffer> = [1, 8, 4, 2, 4, 8].iter().map(|mib| buffers.take(mib * MIB)).collect();
         drop(out);
         assert_eq!(idle(&buffers), [2 * MIB, 4 * MIB, 8 * MIB]);

@@ -194,9 +194,10 @@ impl Seen {
                 self.log.push(format!("{now} {} PUBLISH {id:?} q{qos} dup={duplicate} pid={packet_id:?}", talk.client));
             }
             packet::PUBREL => {
-                let Some(packet_id) = frame.packet_id() else { return };
-                self.released.extend(self.outstanding.get(&(talk.client.clone(), packet_id)));
-                self.log.push(format!("{now} {} PUBREL pid={packet_id}", talk.client));
+                let packet_id = frame.packet_id();
+                let id = packet_id.and_then(|id| self.outstanding.get(&(talk.client.clone(), id)).copied());
+                self.released.extend(id);
+                self.log.push(format!("{now} {} PUBREL {id:?} pid={packet_id:?}", talk.client));
             }
             packet::DISCONNECT => self.log.push(format!("{now} {} DISCONNECT", talk.client)),
             _ => {}

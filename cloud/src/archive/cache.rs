@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use futures_util::future::{Either, Ready, Shared, WeakShared, ready};
-use futures_util::{FutureExt as _, StreamExt as _, TryStreamExt as _};
+use futures_util::FutureExt as _;
+use futures_util::future::{Either, Ready, Shared, WeakShared, join_all, ready, try_join_all};
 use parking_lot::Mutex;
 use serde::Serialize;
 use shared::log::BoxFuture;
@@ -124,23 +124,33 @@ impl Chunks {
         if range.end > object.bytes {
             return Err(self.failed(&object.id, format!("expected {range:?} within its {} bytes", object.bytes)));
         }
-        let chunks = self.wanted(object, &range);
-        let mut chunks = futures_util::stream::iter(chunks).buffered(CHUNKS_AT_ONCE);
-        let (mut starts, mut parts) = (starts(&range), VecDeque::new());
-        while let (Some(bytes), Some(start)) = (chunks.try_next().await?, starts.next()) {
-            let part = cut(&bytes, start, &range)
-                .ok_or_else(|| self.failed(&object.id, format!("chunk {start} does not hold {range:?}")))?;
-            parts.push_back(part);
+        let mut parts = VecDeque::new();
+        for window in windows(&range) {
+            let chunks = self.wanted(object, &window);
+            let hits = chunks.iter().filter(|chunk| matches!(chunk, Either::Left(_))).count();
+            count_by(&self.counters.memory_hits, hits as u64);
+            count_by(&self.counters.memory_misses, (chunks.len() - hits) as u64);
+            for (start, bytes) in starts(&window).zip(try_join_all(chunks).await?) {
+                let part = cut(&bytes, start, &range)
+                    .ok_or_else(|| self.failed(&object.id, format!("chunk {start} does not hold {range:?}")))?;
+                parts.push_back(part);
+            }
         }
         Ok(parts)
     }
 
-    /// Fetches the chunks of `range` for a reader that is not there yet.
+    /// Fetches the chunks of `range` for a reader that is not there yet. Who comes for what fails meets the failure.
     pub async fn fetch_ahead(self: &Arc<Self>, object: Object, range: Range<u64>) {
         let coming = starts(&range).filter(|start| self.is_coming(object.id, *start)).count();
         count_by(&self.counters.ahead, (starts(&range).count() - coming) as u64);
-        // The reader that comes for it asks again and meets the failure.
-        let _ = self.range(object, range).await;
+        self.fetch(object, range).await;
+    }
+
+    /// Fetches the chunks of `range`, as far as they can be had, for a reader that is about to ask for them.
+    pub async fn fetch(self: &Arc<Self>, object: Object, range: Range<u64>) {
+        for window in windows(&range) {
+            join_all(self.wanted(object, &window)).await;
+        }
     }
 
     /// Whether the chunk that holds `position` is in memory or on its way there.
@@ -187,7 +197,8 @@ impl Chunks {
     /// The chunks of a range in order, each from memory, by the request for it that is under way, or by a new one. Such a
     /// request ends when all who wait for it have gone.
     fn wanted(self: &Arc<Self>, object: Object, range: &Range<u64>) -> Vec<Wanted> {
-        // Who brings a chunk puts it into memory before the flight goes: looked at in this order, none is missed.
+        // Who brings a chunk puts it into memory before the flight goes: looked at in this order, and with flights locked
+        // throughout, none is missed.
         let mut flights = self.flights.lock();
         if flights.len() >= FLIGHTS_TIDY {
             flights.retain(|_, flight| flight.upgrade().is_some());
@@ -196,13 +207,10 @@ impl Chunks {
         for start in starts(range) {
             let key = (object.id, start);
             if let Some(flight) = flights.get(&key).and_then(WeakShared::upgrade) {
-                count(&self.counters.memory_misses);
                 wanted.insert(start, Either::Right(flight));
             } else if let Some(bytes) = self.memory.lock().get(&key) {
-                count(&self.counters.memory_hits);
                 wanted.insert(start, Either::Left(ready(Ok(bytes.clone()))));
             } else {
-                count(&self.counters.memory_misses);
                 lacking.push(start);
             }
         }
@@ -219,19 +227,26 @@ impl Chunks {
         if self.store.is_local() && self.disk.get().is_none() { CHUNKS_AT_ONCE } else { 1 }
     }
 
-    /// A new request for adjacent chunks, as a flight for each of them.
+    /// A new request for adjacent chunks, as a flight for each of them. If it fails each is asked for by itself: a bad place in
+    /// a file is no reason not to read beside it.
     fn begin(
         self: &Arc<Self>,
         object: Object,
         starts: &[u64],
         flights: &mut HashMap<Key, WeakShared<Flight>>,
     ) -> Vec<(u64, Wanted)> {
-        let request = self.clone().load(object, starts.to_vec()).boxed().shared();
+        let (request, is_group) = (self.clone().load(object, starts.to_vec()).boxed().shared(), starts.len() > 1);
         let flight = |(index, start): (usize, &u64)| {
             let (chunks, request, key) = (self.clone(), request.clone(), (object.id, *start));
             let flight: Flight = Box::pin(async move {
                 let missing = || chunks.failed(&object.id, format!("chunk {} did not come", key.1));
-                let loaded = request.await.and_then(|all| all.get(index).cloned().ok_or_else(missing));
+                let loaded = match request.await {
+                    Err(_) if is_group => {
+                        chunks.clone().load(object, vec![key.1]).await.map(|one| one.first().cloned())
+                    }
+                    loaded => loaded.map(|all| all.get(index).cloned()),
+                };
+                let loaded = loaded.and_then(|bytes| bytes.ok_or_else(missing));
                 if let Ok(bytes) = &loaded {
                     chunks.memory.lock().insert(key, bytes.clone(), bytes.len() as u64 + ENTRY_BYTES);
                 }
@@ -249,20 +264,21 @@ impl Chunks {
     async fn load(self: Arc<Self>, object: Object, starts: Vec<u64>) -> Result<Arc<[Bytes]>, StoreError> {
         let (Some(start), Some(last)) = (starts.first().copied(), starts.last()) else { return Ok(Arc::default()) };
         let end = last.saturating_add(CHUNK_BYTES).min(object.bytes);
-        let key = self.keys.segment(&object.id);
-        // The disk cache has one chunk per file.
-        let Some(disk) = self.disk.get().filter(|_| starts.len() == 1) else {
-            return Ok(self.store.get_pieces(&key, start..end, CHUNK_BYTES).await?.into());
-        };
         let name = ChunkId { shard: self.shard, object: object.id, start };
-        if let Some(bytes) = disk.get(name, (end - start) as usize).await {
-            count(&self.counters.disk_hits);
-            return Ok([bytes].into());
+        // It may have been put in between since the group was made, and has one chunk per file.
+        let disk = self.disk.get().filter(|_| starts.len() == 1);
+        if let Some(disk) = disk {
+            if let Some(bytes) = disk.get(name, (end - start) as usize).await {
+                count(&self.counters.disk_hits);
+                return Ok([bytes].into());
+            }
+            count(&self.counters.disk_misses);
         }
-        count(&self.counters.disk_misses);
-        let bytes = self.store.get_range(&key, start..end).await?;
-        disk.keep(name, bytes.clone());
-        Ok([bytes].into())
+        let chunks = self.store.get_pieces(&self.keys.segment(&object.id), start..end, CHUNK_BYTES).await?;
+        if let (Some(disk), Some(bytes)) = (disk, chunks.first()) {
+            disk.keep(name, bytes.clone());
+        }
+        Ok(chunks.into())
     }
 
     fn failed(&self, object: &SegmentId, reason: String) -> StoreError {
@@ -278,6 +294,13 @@ pub(super) fn chunk_start(position: u64) -> u64 {
 /// Where the chunks of a range begin.
 pub(super) fn starts(range: &Range<u64>) -> impl Iterator<Item = u64> + use<> {
     (chunk_start(range.start)..range.end).step_by(CHUNK_BYTES as usize)
+}
+
+/// A range in parts of [`CHUNKS_AT_ONCE`] chunks.
+fn windows(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    let (bytes, range) = (CHUNKS_AT_ONCE as u64 * CHUNK_BYTES, range.clone());
+    let starts = (chunk_start(range.start)..range.end).step_by(bytes as usize);
+    starts.map(move |start| start.max(range.start)..range.end.min(start.saturating_add(bytes)))
 }
 
 /// The part of `range` that lies in the chunk at `start`.

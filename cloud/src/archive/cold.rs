@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt as _;
 use parking_lot::{Mutex, RwLock};
 use shared::batch::{Batch, BatchError};
 use shared::limits::BATCH_UNPACKED_BYTES_MAX;
@@ -28,7 +29,7 @@ const RUNS_MAX: usize = 64;
 const READ_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Readers whose position is remembered, so that they are known when they go on.
 const READERS_MAX: u64 = 4096;
-/// Chunks fetched ahead at the same time, for all readers together; where there is less memory, as many as half of it holds.
+/// Chunks fetched ahead at the same time, for all readers together; where the cache is small, as many as half of it holds.
 const AHEAD_MAX: usize = 16;
 /// Chunks fetched ahead for one read; half of what all may have, where that is less.
 const AHEAD_READ_MAX: usize = 4;
@@ -115,16 +116,17 @@ impl Cold {
 
     /// Reads on from run to run until the limit: a quiet partition has many small ones.
     async fn read_now(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
-        let before = self.readers.lock().remove(&(partition, from)).unwrap_or(0);
+        let before = self.readers.lock().get(&(partition, from)).copied().unwrap_or(0);
         let (mut read, mut bytes) = (ColdRead { batches: Vec::new(), next: from }, 0);
         for number in 0..RUNS_MAX as u32 {
             let (is_first, bytes_max) = (number == 0, limits.bytes_max.saturating_sub(bytes));
-            let held = self.index.read().at_offset(partition, read.next).filter(|_| is_first || bytes_max > 0);
-            let Some(held) = held else { break };
-            let more = match self
-                .read_run(partition, &held, read.next, ReadLimits { bytes_max }, before.saturating_add(number))
-                .await
-            {
+            if bytes_max == 0 && !is_first {
+                break;
+            }
+            let Some(held) = self.index.read().at_offset(partition, read.next) else { break };
+            // A second run within a read is going on as well.
+            let before = before.saturating_add(number);
+            let more = match self.read_run(partition, &held, read.next, ReadLimits { bytes_max }, before).await {
                 Ok(more) => more,
                 Err(error) if is_first => return Err(error),
                 // What fails here fails again for the reader who comes for it, and is reported then.
@@ -158,11 +160,12 @@ impl Cold {
         before: u32,
     ) -> Result<ColdRead, ReadError> {
         let bytes_max = (limits.bytes_max as u64).min(READ_BYTES_MAX);
-        let index = if before == 0 && from == held.run.base {
-            // Where it begins is known without the index, and about where it ends. A failure is met again below.
-            let bytes = bytes_max.min(self.ahead_read_max * CHUNK_BYTES).min(held.run.length).max(1);
-            let first = self.runs.chunks.range(object(held), held.run.position..held.run.position + bytes);
-            tokio::join!(self.runs.index(held), first).0?
+        let index = if before == 0 && from == held.run.base && self.ahead_read_max > 0 {
+            // Where it begins is known without the index, and about where it ends: with the last stretch that the limit allows.
+            let bytes = (bytes_max - bytes_max / 8).min(self.ahead_read_max * CHUNK_BYTES).min(held.run.length).max(1);
+            let first = self.runs.chunks.fetch(object(held), held.run.position..held.run.position + bytes);
+            // What fails here is asked for again below, and the failure is met there.
+            tokio::try_join!(self.runs.index(held), first.map(Ok))?.0
         } else {
             self.runs.index(held).await?
         };
@@ -181,18 +184,18 @@ impl Cold {
     }
 
     /// Fetches what a reader that has read `read` of `held`, after so many reads before, wants next: as many chunks after
-    /// that as it has just read, twice as many each time it goes on, within bounds; or the next run's index and
-    /// first chunk. Skipped where enough is on its way already, and where there is no runtime.
+    /// that as it has just read, twice as many each time it goes on, within bounds; where the run ends before, the next
+    /// run's index and first chunk too. Skipped where enough is on its way already, and where there is no runtime.
     fn fetch_ahead(&self, partition: Partition, held: &HeldRun, read: &Range<u64>, before: u32) {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let chunk = |position: u64| chunk_start(held.run.position + position);
         let last = chunk(read.end.saturating_sub(1));
-        let read = (last - chunk(read.start)) / CHUNK_BYTES + 1;
-        let count = read.saturating_mul(1 << (before - 1).min(8)).min(self.ahead_read_max);
-        let (from, to) = (last + CHUNK_BYTES, last.saturating_add((count + 1) * CHUNK_BYTES));
+        let just_read = (last - chunk(read.start)) / CHUNK_BYTES + 1;
+        let count = just_read.saturating_mul(1 << (before - 1).min(8)).min(self.ahead_read_max);
+        let (from, to) = (last + CHUNK_BYTES, last + (count + 1) * CHUNK_BYTES);
         let end = held.run.position + held.run.length;
         self.fetch(&runtime, *held, from..to.min(end));
-        if to > end
+        if to >= end + CHUNK_BYTES
             && let Some(next) = self.index.read().at_offset(partition, held.run.next)
         {
             self.fetch(&runtime, next, next.run.position..next.run.position + 1);
@@ -203,13 +206,14 @@ impl Cold {
     /// as others leave room.
     fn fetch(&self, runtime: &tokio::runtime::Handle, held: HeldRun, range: Range<u64>) {
         let lacking = starts(&range).find(|start| !self.runs.is_coming(&held, *start));
-        let Some(start) = lacking.filter(|_| self.ahead.available_permits() > 0) else { return };
+        let Some(start) = lacking else { return };
         let count = (range.end - start).div_ceil(CHUNK_BYTES).min(self.ahead.available_permits() as u64);
-        let Ok(permits) = self.ahead.clone().try_acquire_many_owned(count as u32) else { return };
+        let permits = self.ahead.clone().try_acquire_many_owned(count as u32);
+        let Some(permits) = permits.ok().filter(|_| count > 0) else { return };
         let (runs, range) = (self.runs.clone(), start..range.end.min(start.saturating_add(count * CHUNK_BYTES)));
         runtime.spawn(async move {
             let _permits = permits;
-            // A failure is met again by the reader, who reports it.
+            // The reader who comes for what fails meets the failure.
             let _ = tokio::join!(runs.index(&held), runs.chunks.fetch_ahead(object(&held), range));
         });
     }

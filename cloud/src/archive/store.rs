@@ -144,7 +144,7 @@ impl Store {
     pub fn new(inner: Arc<dyn ObjectStore>, prefix: Path, settings: RequestSettings) -> Self {
         let retries = RetryBudget::new(settings.retry_budget);
         let pacer = settings.bandwidth_max.map(Pacer::new);
-        let (requests, buffers) = (Requests::default(), Buffers::default());
+        let (requests, buffers) = (Requests::default(), Buffers::new(IDLE_BYTES_MAX));
         Self { inner, prefix, settings, storage_class: None, retries, pacer, requests, is_local: false, buffers }
     }
 
@@ -313,7 +313,8 @@ impl Store {
         self.get_range(key, range).await
     }
 
-    /// As [`Store::get_range`], in pieces of `piece` bytes, each with memory of its own where the store is a directory.
+    /// As [`Store::get_range`], in pieces of `piece` bytes. Where the store is a directory each has memory of its own; elsewhere
+    /// they share what the answer came in.
     pub async fn get_pieces(
         &self,
         key: &Path,
@@ -588,6 +589,8 @@ fn local_directory(url: &str) -> Result<Option<&FilePath>, StoreError> {
 
 /// Objects in one page of a listing, as S3 and its likenesses have it.
 const LIST_PAGE_OBJECTS: u64 = 1000;
+/// Buffers kept for later reads of files: as much as one request for chunks brings.
+const IDLE_BYTES_MAX: usize = 8 << 20;
 /// What an object of unknown size is taken for.
 const UNKNOWN_BYTES: u64 = 8 << 20;
 /// Connections are given up after this, whatever the body.

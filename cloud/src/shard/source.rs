@@ -54,6 +54,7 @@ impl Core {
         if let Err(error) = self.wal.trim(trim) {
             warn!(%error, trim, "the WAL could not be trimmed");
         }
+        // Under the lock, as where a block is shown: the last one who looks has the newest answer.
         let mut inner = self.inner.lock();
         inner.wal_free_bytes = self.wal.usage().free_bytes;
     }

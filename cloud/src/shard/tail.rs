@@ -37,9 +37,10 @@ impl Tail {
         }
     }
 
-    /// The buffer of a block that went, of a size that fits.
+    /// The buffer of a block that went: the largest of a size that fits.
     pub fn take_spare(&mut self, fits: impl Fn(usize) -> bool) -> Option<BytesMut> {
-        let index = self.spare.iter().rposition(|buffer| fits(buffer.capacity()))?;
+        let fitting = self.spare.iter().enumerate().filter(|(_, buffer)| fits(buffer.capacity()));
+        let (index, _) = fitting.max_by_key(|(_, buffer)| buffer.capacity())?;
         Some(self.spare.remove(index))
     }
 

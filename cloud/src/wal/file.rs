@@ -54,6 +54,8 @@ static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 const FREE_MAX: usize = 2;
 /// A whole block of the largest size must fit in memory to be checked.
 const BLOCK_BYTES_MAX: u32 = 256 * 1024 * 1024;
+/// Buffers kept for later reads.
+const IDLE_BYTES_MAX: usize = 16 << 20;
 
 /// Sizes of a file WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -260,7 +262,8 @@ impl FileWal {
     pub fn open(disk: Box<dyn Disk>, settings: FileWalSettings, wal_id: u64) -> Result<Self, WalError> {
         let (ring, file, slot) = recovery::recover(&*disk, &settings, wal_id)?;
         let shared = Arc::new(Shared { disk, settings, ring: Mutex::new(ring), slot: Mutex::new((file, slot)) });
-        let wal = Self { shared, appending: Mutex::new(()), filler: Mutex::new(None), buffers: Buffers::default() };
+        let wal =
+            Self { shared, appending: Mutex::new(()), filler: Mutex::new(None), buffers: Buffers::new(IDLE_BYTES_MAX) };
         wal.fill_ahead();
         Ok(wal)
     }

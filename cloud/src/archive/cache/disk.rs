@@ -39,6 +39,8 @@ const HEADER_BYTES: usize = 16;
 const DISK_UNIT_BYTES: u64 = 4096;
 /// Chunks that wait to be written; beyond it they are not kept.
 const WRITES_WAITING_MAX: usize = 32;
+/// Buffers kept for later reads.
+const IDLE_BYTES_MAX: usize = 8 << 20;
 
 /// Which bytes: of an object of a shard, from `start` on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -116,7 +118,7 @@ impl DiskCache {
             kept: Mutex::new(TwoQueue::new(bytes_max.saturating_sub(disk_bytes(CHUNK_BYTES)))),
             jobs: Mutex::default(),
             is_off: AtomicBool::new(bytes_max == 0),
-            buffers: Buffers::default(),
+            buffers: Buffers::new(IDLE_BYTES_MAX),
         };
         for (_, length, id) in &found {
             let gone = cache.kept.lock().insert(*id, (), disk_bytes(length.saturating_sub(HEADER_BYTES as u64)));

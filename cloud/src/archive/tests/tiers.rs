@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::faulty::{Asked, Faulty};
 use super::node::{Home, NoBlocks, partition, settings};
+use crate::archive::cache::{Chunks, Object};
 use crate::archive::*;
 use crate::manifest::{HeldRun, Index, Keys, SegmentId};
 use crate::segment::SegmentWriter;
@@ -127,19 +128,27 @@ async fn reading_a_whole_partition_asks_for_each_chunk_once_and_for_nothing_else
     }
 }
 
+/// The one object of `bucket` in a directory, as a file of `bytes` bytes at most.
+async fn in_a_file(bucket: &Bucket, bytes: usize) -> (tempfile::TempDir, Arc<Store>, Object) {
+    let directory = tempfile::tempdir().unwrap();
+    let requests = RequestSettings { attempts: 1, ..RequestSettings::default() };
+    let store = Arc::new(Store::directory(directory.path(), requests).unwrap());
+    let (id, _) = bucket.index.usage().iter().next().unwrap();
+    let content = bucket.store.inner.get(&keys().segment(id)).await.unwrap().bytes().await.unwrap();
+    let object = Object { id: *id, bytes: content.len() as u64 };
+    store.create(&keys().segment(id), &[content.slice(..bytes.min(content.len()))]).await.unwrap();
+    (directory, store, object)
+}
+
 #[tokio::test]
 async fn what_adjoins_in_a_file_is_read_with_one_request() {
     let bucket = Bucket::filled(1, 160).await;
-    let directory = tempfile::tempdir().unwrap();
-    let store = Arc::new(Store::directory(directory.path(), RequestSettings::default()).unwrap());
-    let object = keys().segment(bucket.index.usage().keys().next().unwrap());
-    let bytes = bucket.store.inner.get(&object).await.unwrap().bytes().await.unwrap();
-    store.create(&object, &[bytes]).await.unwrap();
+    let (_directory, store, _) = in_a_file(&bucket, usize::MAX).await;
     let gets = || store.requests().gets.load(std::sync::atomic::Ordering::Relaxed);
 
     let cold = Cold::new(store.clone(), keys(), bucket.index.clone(), 64 * MIB, true);
     let next = read(&cold, 1, 0, 5 * MIB).await;
-    assert_eq!((gets(), cold.cache_status().ahead), (3, 0), "the index, the first chunk, and the others");
+    assert_eq!((gets(), cold.cache_status().ahead), (3, 0), "the index, the first chunks, and the rest");
     // What is read ahead of the second read is one request as well.
     read(&cold, 1, next, MIB).await;
     while cold.cache_status().ahead < 1 || gets() < 5 {
@@ -147,6 +156,19 @@ async fn what_adjoins_in_a_file_is_read_with_one_request() {
     }
     read_all(&cold, 1, MIB, Duration::ZERO).await;
     assert!(gets() <= 7, "{} requests for 11 chunks", gets());
+}
+
+#[tokio::test]
+async fn a_bad_place_in_a_file_is_no_reason_not_to_read_beside_it() {
+    let bucket = Bucket::filled(1, 160).await;
+    let (_directory, store, object) = in_a_file(&bucket, 7 * MIB + 5).await;
+    let chunks = Arc::new(Chunks::new(store, keys(), 64 << 20));
+    let mib = |from: u64, to: u64| from << 20..to << 20;
+    // The second one comes for a chunk that the request of the first is to bring.
+    let ((), beside) = tokio::join!(chunks.fetch(object, mib(4, 8)), chunks.range(object, mib(5, 6)));
+    assert_eq!(beside.unwrap()[0].len(), MIB);
+    assert!(chunks.range(object, mib(7, 8)).await.is_err());
+    assert!((4..7).all(|at| chunks.is_coming(object.id, at << 20)), "what can be had is there");
 }
 
 #[tokio::test]
