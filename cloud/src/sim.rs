@@ -250,6 +250,9 @@ fn a_memory_shard_that_uses_offsets_again_is_found() {
     is_found(Bug::LifeForgotten, 0..40);
 }
 
+// The next three show in one seed of many: these are where they are known to. A change of the product's timing makes other
+// histories; then others are looked for, with SIM_FIRST and SIM_SEEDS.
+
 #[test]
 fn a_stream_that_moves_before_it_is_safe_is_found() {
     is_found(Bug::MovedUnsafe, 195..205);
@@ -257,12 +260,12 @@ fn a_stream_that_moves_before_it_is_safe_is_found() {
 
 #[test]
 fn an_older_disk_that_goes_on_is_found() {
-    is_found(Bug::OlderDiskGoesOn, 40..50);
+    is_found(Bug::OlderDiskGoesOn, 165..175);
 }
 
 #[test]
 fn a_start_that_trusts_the_page_cache_is_found() {
-    is_found(Bug::CacheTrusted, 50..60);
+    is_found(Bug::CacheTrusted, 10..20);
 }
 
 /// A bug that the product had, and that the simulation found.
