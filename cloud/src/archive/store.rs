@@ -268,7 +268,7 @@ impl Store {
                     return Ok(());
                 }
                 Err(Attempt::Exists(_)) if planted(Bug::NoNonce) => return Ok(()),
-                Err(Attempt::Exists(reason)) => match self.get_once(key, None, bytes as u64 + 1).await {
+                Err(Attempt::Exists(reason)) => match self.get_once(key, bytes as u64 + 1).await {
                     Ok(there) if same(&there, chunks) => return Ok(()),
                     Ok(_) => return Err(StoreError::Taken(key.clone())),
                     // Deleted meanwhile, or a conflict that S3 reports as 409: to be made again.
@@ -295,16 +295,13 @@ impl Store {
 
     /// A whole object of at most `bytes_max` bytes.
     pub async fn get(&self, key: &Path, bytes_max: u64) -> Result<Bytes, StoreError> {
-        self.repeated(|| self.get_once(key, None, bytes_max)).await
+        self.repeated(|| self.get_once(key, bytes_max)).await
     }
 
     /// Exactly `range` of an object.
     pub async fn get_range(&self, key: &Path, range: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
-        if range.is_empty() {
-            return Ok(Bytes::new());
-        }
-        let length = range.end - range.start;
-        self.repeated(|| self.get_once(key, Some(GetRange::Bounded(range.clone())), length)).await
+        let mut pieces = self.get_pieces(key, range, u64::MAX).await?;
+        Ok(pieces.pop().unwrap_or_default())
     }
 
     /// As [`Store::get_range`], within the bandwidth limit: for readers that nobody waits for.
@@ -328,8 +325,9 @@ impl Store {
         self.repeated(|| self.get_pieces_once(key, Some(GetRange::Bounded(range.clone())), length, piece)).await
     }
 
-    async fn get_once(&self, key: &Path, range: Option<GetRange>, bytes_max: u64) -> Result<Bytes, StoreError> {
-        let mut pieces = self.get_pieces_once(key, range, bytes_max, bytes_max).await?;
+    /// A whole object, in one attempt.
+    async fn get_once(&self, key: &Path, bytes_max: u64) -> Result<Bytes, StoreError> {
+        let mut pieces = self.get_pieces_once(key, None, bytes_max, u64::MAX).await?;
         Ok(pieces.pop().unwrap_or_default())
     }
 

@@ -1,4 +1,5 @@
-//! A block log that can be made to hang, as a store that does not answer makes one: for tests of what goes on meanwhile.
+//! A block log whose appends have to pass a gate, as those to a store that does not answer do: for tests of what goes on
+//! meanwhile.
 
 use bytes::Bytes;
 use shared::log::BoxFuture;
@@ -7,35 +8,27 @@ use tokio::sync::watch;
 use super::memory::MemoryWal;
 use super::{BlockLog, Usage, WalError};
 
-/// A [`MemoryWal`] whose appends wait while its gate is closed.
+/// What an append has to pass.
+pub trait Gate: Send + Sync + 'static {
+    /// Ends when it may go on, or with what it ends with.
+    fn pass(&self) -> BoxFuture<'_, Result<(), WalError>>;
+    /// The log is closed: those that wait may go on.
+    fn release(&self) {}
+    /// Somebody has just been told how much the log keeps.
+    fn told_usage(&self) {}
+}
+
+/// A [`MemoryWal`] behind a gate.
 #[derive(Clone)]
-pub struct GatedWal {
-    inner: MemoryWal,
-    open: watch::Sender<bool>,
+pub struct Gated<G> {
+    pub inner: MemoryWal,
+    pub gate: G,
 }
 
-impl GatedWal {
-    /// An empty one, open.
-    pub fn new(bytes_max: u64) -> Self {
-        Self { inner: MemoryWal::new(bytes_max), open: watch::Sender::new(true) }
-    }
-
-    /// From now on appends wait.
-    pub fn hang(&self) {
-        self.open.send_replace(false);
-    }
-
-    /// Those that wait go on, and so do later ones.
-    pub fn release(&self) {
-        self.open.send_replace(true);
-    }
-}
-
-impl BlockLog for GatedWal {
+impl<G: Gate> BlockLog for Gated<G> {
     fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>> {
         Box::pin(async move {
-            let mut open = self.open.subscribe();
-            open.wait_for(|open| *open).await.map_err(|_| WalError::Closed)?;
+            self.gate.pass().await?;
             self.inner.append(seq, block)
         })
     }
@@ -65,14 +58,53 @@ impl BlockLog for GatedWal {
     }
 
     fn usage(&self) -> Usage {
-        self.inner.usage()
+        let usage = self.inner.usage();
+        self.gate.told_usage();
+        usage
     }
 
     fn hurry(&self) {
-        self.release();
+        self.gate.release();
     }
 
     fn close(&self) {
-        self.release();
+        self.gate.release();
+    }
+}
+
+/// Open or closed.
+#[derive(Clone)]
+pub struct Door(watch::Sender<bool>);
+
+impl Gate for Door {
+    fn pass(&self) -> BoxFuture<'_, Result<(), WalError>> {
+        Box::pin(async move {
+            let mut open = self.0.subscribe();
+            open.wait_for(|open| *open).await.map(drop).map_err(|_| WalError::Closed)
+        })
+    }
+
+    fn release(&self) {
+        self.0.send_replace(true);
+    }
+}
+
+/// Appends wait while its door is closed.
+pub type GatedWal = Gated<Door>;
+
+impl GatedWal {
+    /// An empty one, open.
+    pub fn new(bytes_max: u64) -> Self {
+        Self { inner: MemoryWal::new(bytes_max), gate: Door(watch::Sender::new(true)) }
+    }
+
+    /// From now on appends wait.
+    pub fn hang(&self) {
+        self.gate.0.send_replace(false);
+    }
+
+    /// Those that wait go on, and so do later ones.
+    pub fn release(&self) {
+        self.gate.release();
     }
 }

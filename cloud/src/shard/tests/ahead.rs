@@ -46,7 +46,7 @@ impl Steps {
 
     /// Appends that were begun, that of block 0 included.
     fn begun(&self) -> u64 {
-        *self.wal.entered.lock()
+        *self.wal.gate.entered.lock()
     }
 
     fn high_watermark(&self) -> Offset {

@@ -6,50 +6,27 @@ use std::time::Duration;
 use parking_lot::Condvar;
 
 use super::*;
+use crate::wal::gated::{Gate, Gated};
 
 type Hook = Box<dyn FnOnce() + Send>;
 
 /// A WAL whose appends wait until they are told how to end.
-#[derive(Clone)]
-pub struct HeldWal {
-    pub inner: MemoryWal,
+pub type HeldWal = Gated<Orders>;
+
+/// How appends end, one after the other.
+#[derive(Clone, Default)]
+pub struct Orders {
     orders: Arc<Mutex<std::collections::VecDeque<Result<(), WalError>>>>,
     given: Arc<Condvar>,
     pub entered: Arc<Mutex<u64>>,
-    /// They wait until they are polled again, and not in the poll.
+    /// Appends wait until they are polled again, and not in the poll.
     is_polled: bool,
     /// What happens once, right after the next look at its usage.
     after_usage: Arc<Mutex<Option<Hook>>>,
 }
 
-impl HeldWal {
-    pub fn new() -> Self {
-        let inner = MemoryWal::new(WAL_BYTES);
-        let (orders, given, entered, after_usage) = Default::default();
-        Self { inner, orders, given, entered, is_polled: false, after_usage }
-    }
-
-    /// One whose appends wait until they are polled again, and not in the poll.
-    pub fn polled() -> Self {
-        Self { is_polled: true, ..Self::new() }
-    }
-
-    pub fn order(&self, result: Result<(), WalError>) {
-        self.orders.lock().push_back(result);
-        self.given.notify_all();
-    }
-
-    /// Waits until the committer is inside its `count`th append.
-    pub fn wait_entered(&self, count: u64) {
-        let mut entered = self.entered.lock();
-        while *entered < count {
-            self.given.wait(&mut entered);
-        }
-    }
-}
-
-impl BlockLog for HeldWal {
-    fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>> {
+impl Gate for Orders {
+    fn pass(&self) -> BoxFuture<'_, Result<(), WalError>> {
         Box::pin(async move {
             *self.entered.lock() += 1;
             self.given.notify_all();
@@ -62,38 +39,41 @@ impl BlockLog for HeldWal {
                     orders.pop_front()
                 };
                 match order {
-                    Some(Ok(())) => return self.inner.append(seq, block),
-                    Some(Err(error)) => return Err(error),
+                    Some(result) => return result,
                     None => tokio::task::yield_now().await,
                 }
             }
         })
     }
-    fn bounds(&self) -> Option<(u64, u64)> {
-        self.inner.bounds()
-    }
-    fn read(&self, seq: u64) -> BoxFuture<'_, Result<Bytes, WalError>> {
-        BlockLog::read(&self.inner, seq)
-    }
-    fn read_part(&self, seq: u64, position: u32, bytes: u32) -> BoxFuture<'_, Result<Bytes, WalError>> {
-        BlockLog::read_part(&self.inner, seq, position, bytes)
-    }
-    fn trim(&self, below: u64) -> Result<(), WalError> {
-        self.inner.trim(below)
-    }
-    fn reset(&self, next: u64) -> Result<(), WalError> {
-        self.inner.reset(next)
-    }
-    fn settle(&self) -> Result<(), WalError> {
-        self.inner.settle()
-    }
-    fn usage(&self) -> Usage {
-        let usage = self.inner.usage();
+
+    fn told_usage(&self) {
         let after = self.after_usage.lock().take();
         after.into_iter().for_each(|after| after());
-        usage
     }
-    fn close(&self) {}
+}
+
+impl HeldWal {
+    pub fn new() -> Self {
+        Self { inner: MemoryWal::new(WAL_BYTES), gate: Orders::default() }
+    }
+
+    /// One whose appends wait until they are polled again, and not in the poll.
+    pub fn polled() -> Self {
+        Self { inner: MemoryWal::new(WAL_BYTES), gate: Orders { is_polled: true, ..Orders::default() } }
+    }
+
+    pub fn order(&self, result: Result<(), WalError>) {
+        self.gate.orders.lock().push_back(result);
+        self.gate.given.notify_all();
+    }
+
+    /// Waits until the committer is inside its `count`th append.
+    pub fn wait_entered(&self, count: u64) {
+        let mut entered = self.gate.entered.lock();
+        while *entered < count {
+            self.gate.given.wait(&mut entered);
+        }
+    }
 }
 
 /// A shard whose appends are held, with topic 1 made.
@@ -142,7 +122,7 @@ fn what_a_trim_makes_free_while_a_block_is_shown_is_not_forgotten() {
     let call = shard.append(from_producer(partition(1), batch(1, 1)));
     wal.wait_entered(2);
     let (core, (trimmed, trims), (begun, trim)) = (shard.core.clone(), channel(), channel());
-    *wal.after_usage.lock() = Some(Box::new(move || {
+    *wal.gate.after_usage.lock() = Some(Box::new(move || {
         let trim = std::thread::spawn(move || {
             core.published(1);
             let _ = trimmed.send(());
