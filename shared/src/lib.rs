@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod block_on;
+pub mod clock;
 pub mod config;
 pub mod histogram;
 pub mod limits;
