@@ -124,7 +124,12 @@ impl Gateway {
         metrics.gauge("tributary_edge_disk_dead_bytes", "Freed pages in it", store.disk_dead_bytes as f64)?;
         metrics.gauge("tributary_edge_held_acks", "Messages whose PUBACK waits", store.held_acks as f64)?;
         let aside = store.set_aside.len() as f64;
-        metrics.gauge("tributary_edge_databases_set_aside", "Damaged databases kept", aside)?;
+        metrics.gauge("tributary_edge_databases_set_aside", "Damaged databases that wait for salvage", aside)?;
+        let aside = store.set_aside.iter().map(|one| one.bytes).sum::<u64>() as f64;
+        metrics.gauge("tributary_edge_databases_set_aside_bytes", "What they take on the disk", aside)?;
+        metrics.gauge("tributary_edge_session_bytes", "What kept sessions take", store.session_bytes as f64)?;
+        let bound = store.session_bytes_max as f64;
+        metrics.gauge("tributary_edge_session_bytes_max", "Bound of it", bound)?;
         metrics.counter("tributary_edge_written_bytes", "Bytes written to the database", store.written_bytes_total)?;
         metrics.counter("tributary_edge_syncs", "Syncs asked of the disk", store.syncs_total)
     }
@@ -308,6 +313,20 @@ pub fn render(status: &serde_json::Value) -> String {
     if let Some(why) = status["ready"]["Err"].as_str() {
         let _ = writeln!(out, "NOT READY: {why}");
     }
+    let aside = status["store"]["set_aside"].as_array().map_or(&[][..], Vec::as_slice);
+    if !aside.is_empty() {
+        let bytes: u64 = aside.iter().filter_map(|one| one["bytes"].as_u64()).sum();
+        let _ = writeln!(
+            out,
+            "SET ASIDE: {} damaged databases, {:.1} MiB: stop the broker and run, for each, tributary-edge salvage FILE --remove",
+            aside.len(),
+            bytes as f64 / f64::from(1 << 20),
+        );
+        for one in aside {
+            let mib = one["bytes"].as_u64().unwrap_or(0) as f64 / f64::from(1 << 20);
+            let _ = writeln!(out, "  {}  {mib:.1} MiB", text(&one["file"]));
+        }
+    }
     let heading = ["STREAM", "TOPIC", "FIRST", "NEXT", "DURABLE", "SAFE", "BYTES", "OLDEST UNSENT (s)", "STATE"];
     let mut rows = vec![heading.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()];
     for stream in status["streams"].as_array().into_iter().flatten() {
@@ -331,12 +350,15 @@ mod tests {
             "id": "gw-1",
             "ready": { "Ok": null },
             "link": { "up": false, "url": "http://c", "last_error": "refused" },
-            "store": { "disk_budget_ratio": 0.25 },
+            "store": { "disk_budget_ratio": 0.25, "set_aside": [
+                { "file": "d/edge.redb.bad-1", "bytes": 1_048_576 }, { "file": "d/edge.redb.bad-2", "bytes": 524_288 },
+            ] },
             "streams": [{ "name": "s", "topic": "t", "first": 0, "next": 9, "durable": 4, "safe": 2, "bytes": 100,
                           "oldest_unsent_seconds": 1.5, "parked": "not allowed" }],
         });
         let text = render(&status);
-        for part in ["gw-1", "DOWN", "refused", "25 %", "PARKED: not allowed"] {
+        let aside = ["SET ASIDE: 2 damaged databases, 1.5 MiB", "d/edge.redb.bad-2  0.5 MiB", "salvage FILE --remove"];
+        for part in ["gw-1", "DOWN", "refused", "25 %", "PARKED: not allowed"].into_iter().chain(aside) {
             assert!(text.contains(part), "{part} not in\n{text}");
         }
     }

@@ -51,6 +51,9 @@ enum Command {
     Salvage {
         /// The database.
         file: PathBuf,
+        /// Deletes the file once every record it ever held is in the cloud's bucket; otherwise keeps it and says why.
+        #[arg(long)]
+        remove: bool,
         #[command(flatten)]
         settings: SettingsArgs,
     },
@@ -87,10 +90,10 @@ fn main() -> anyhow::Result<()> {
             print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
             Ok(())
         }
-        Command::Salvage { file, settings } => {
+        Command::Salvage { file, remove, settings } => {
             daemon::init_logging();
             let loaded = load(&settings)?;
-            runtime.block_on(salvage(&file, loaded.settings))
+            runtime.block_on(salvage(&file, remove, loaded.settings))
         }
         Command::Tail { stream, from, json, admin } => runtime.block_on(tail(&admin, &stream, from, json)),
     }
@@ -188,13 +191,18 @@ async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
     Ok(Started { gateway, stop, tasks })
 }
 
-async fn salvage(file: &Path, config: EdgeConfig) -> anyhow::Result<()> {
+async fn salvage(file: &Path, remove: bool, config: EdgeConfig) -> anyhow::Result<()> {
     let id = config.edge_id().map_err(|text| anyhow!(text))?;
     let uplink = config.uplink.0.first().context("uplink = []: salvage needs the cloud's [uplink] url")?;
     let settings = uplink_settings(uplink, &id)?;
     let data_dir = std::path::absolute(&config.data_dir)?;
     // Broker and salvage speak for one gateway, and the cloud listens to the last that said hello.
     let _held = if data_dir.is_dir() { Some(lock(&data_dir)?) } else { None };
+    anyhow::ensure!(
+        !remove || !is_same_file(file, &data_dir.join("edge.redb")),
+        "--remove: {} is the database the broker works with; only one that was set aside (edge.redb.bad-*) is removed",
+        file.display()
+    );
     let reading = |done: u64, of: u64| eprintln!("read {} of {} MiB", done >> 20, of >> 20);
     let path = file.to_owned();
     let salvage = tokio::task::spawn_blocking(move || Salvage::read(&path, reading)).await??;
@@ -212,6 +220,10 @@ async fn salvage(file: &Path, config: EdgeConfig) -> anyhow::Result<()> {
         let _ = daemon::stop_signal().await;
         stop.send_replace(true);
     });
+    let mut salvage = salvage;
+    if remove {
+        salvage.wait_until_safe();
+    }
     let salvage = Arc::new(salvage);
     let reports = salvage
         .send(settings, stopping, |reports, link| {
@@ -222,8 +234,24 @@ async fn salvage(file: &Path, config: EdgeConfig) -> anyhow::Result<()> {
         .await?;
     print!("{}", salvage::render(&reports));
     let left: u64 = reports.iter().map(salvage::StreamReport::unsent).sum();
+    if remove {
+        let why = salvage.why_kept();
+        if why.is_empty() {
+            std::fs::remove_file(file).with_context(|| format!("cannot remove {}", file.display()))?;
+            println!("{} is removed: all it held is in the cloud's bucket", file.display());
+        } else {
+            println!("{} is kept:", file.display());
+            why.iter().for_each(|why| println!("- {why}"));
+            println!("remove it yourself when what is in the cloud is enough for you");
+        }
+    }
     anyhow::ensure!(left == 0, "{left} records were read and not sent: run this again when the reason is mended");
     Ok(())
+}
+
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    real(a).is_some_and(|a| real(b) == Some(a))
 }
 
 fn uplink_settings(uplink: &UplinkConfig, id: &EdgeId) -> anyhow::Result<UplinkSettings> {

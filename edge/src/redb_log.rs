@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use mqtt::store::{StoredRetained, StoredSession, StoredSubscription};
+use mqtt::store::{SessionLeft, StoredRetained, StoredSession, StoredSubscription};
 use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
 use shared::log::Chain;
@@ -23,8 +23,8 @@ use tracing::{info, warn};
 use backend::{AnyStorage, OpenStorage};
 pub use tables::{Damage, StoredBatch, StreamRecord, chain_after};
 use tables::{
-    FORMAT, META, META_COMMIT, META_FORMAT, META_INCARNATION, PACKETS, RETAINED, ROWS, RetainedRow, Row, SESSIONS,
-    STREAMS, SessionRow, StreamRow, TAIL, encode_row, row_key,
+    FORMAT, META, META_COMMIT, META_FORMAT, META_INCARNATION, PACKETS, PacketRow, RETAINED, ROWS, RetainedRow, Row,
+    SESSIONS, STREAMS, SUBSCRIPTIONS, SessionRow, StreamRow, SubscriptionRow, TAIL, encode_row, row_key,
 };
 use tail::Tail;
 
@@ -40,9 +40,9 @@ pub enum LogError {
     /// What is stored is not what was written.
     #[error("the database is damaged: {0}")]
     Damaged(String),
-    /// Written by a newer version.
-    #[error("the database has format {found}, this version reads up to {FORMAT}")]
-    Newer {
+    /// Written by another version.
+    #[error("the database has format {found}, this version reads format {FORMAT}")]
+    OtherFormat {
         /// Its format.
         found: u32,
     },
@@ -96,7 +96,7 @@ pub struct Commit {
     pub number: u64,
     /// New batches.
     pub appends: Vec<StreamAppend>,
-    /// Streams whose record is to be written, as it is without this commit's trims.
+    /// Streams whose record is to be written, as it is without this commit's appends and trims.
     pub records: BTreeMap<u32, StreamRecord>,
     /// Those of them that are written only if a trim changes them.
     pub unchanged: BTreeSet<u32>,
@@ -104,8 +104,56 @@ pub struct Commit {
     pub trims: Vec<Trim>,
     /// Retained messages: set or deleted.
     pub retained: BTreeMap<String, Option<StoredRetained>>,
-    /// Changes of sessions, in order.
-    pub sessions: Vec<SessionChange>,
+    /// Changes of sessions, by client id.
+    pub sessions: BTreeMap<String, SessionChange>,
+    /// What is left out of it: there was no room.
+    pub shed: Shed,
+}
+
+/// Parts of a commit that are not written because the disk has no room for them. What frees room, and what the commit needs
+/// to go on, is never among them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Shed {
+    /// Sessions that stay as small as they are.
+    pub sessions: BTreeSet<String>,
+    /// All records, retained messages and QoS 2 packet ids.
+    pub records: bool,
+}
+
+impl Shed {
+    /// Nothing is left out.
+    pub fn is_empty(&self) -> bool {
+        !self.records && self.sessions.is_empty()
+    }
+}
+
+impl Commit {
+    /// Leaves more out: first the sessions that grow most, half of what is left each time, then the records. False: only
+    /// what must be written is left.
+    pub fn shed_more(&mut self) -> bool {
+        let mut growing: Vec<(usize, &String)> = self
+            .sessions
+            .iter()
+            .filter(|(client, change)| change.grows > 0 && !self.shed.sessions.contains(*client))
+            .map(|(client, change)| (change.grows, client))
+            .collect();
+        if !growing.is_empty() {
+            growing.sort_by_key(|(grows, _)| std::cmp::Reverse(*grows));
+            growing.truncate(growing.len().div_ceil(2));
+            self.shed.sessions.extend(growing.into_iter().map(|(_, client)| client.clone()));
+            return true;
+        }
+        let packets = |change: &SessionChange| change.packets.values().any(|added| *added);
+        let grows = !self.appends.is_empty()
+            || self.retained.values().any(Option::is_some)
+            || self.sessions.values().any(packets);
+        !std::mem::replace(&mut self.shed.records, true) && grows
+    }
+
+    /// The appends that are made.
+    pub fn appends(&self) -> &[StreamAppend] {
+        if self.shed.records { &[] } else { &self.appends }
+    }
 }
 
 /// New batches of one stream.
@@ -132,17 +180,23 @@ pub struct Trim {
     pub older_than: Option<TimestampMs>,
 }
 
-/// A change of a session.
-#[derive(Debug, Clone)]
-pub enum SessionChange {
-    /// Subscriptions and expiry.
-    Save(StoredSession),
-    /// Session and packet ids.
-    Delete(String),
-    /// A QoS 2 PUBLISH came.
-    AddPacket(String, u16),
-    /// Its PUBREL came.
-    RemovePacket(String, u16),
+/// What changes of one session. What is deleted goes first.
+#[derive(Debug, Default)]
+pub struct SessionChange {
+    /// Everything that is stored of it goes.
+    pub deleted: bool,
+    /// Its own row, without subscriptions and packet ids.
+    pub row: Option<StoredSession>,
+    /// Subscriptions by filter: set or deleted.
+    pub subscriptions: BTreeMap<String, Option<StoredSubscription>>,
+    /// QoS 2 packet ids: received or released.
+    pub packets: BTreeMap<u16, bool>,
+    /// Bytes that its row and subscriptions take beyond what they took before.
+    pub grows: usize,
+    /// The row is one of the things that are new.
+    pub new: bool,
+    /// The part of the commit's tickets that stands for what grows.
+    pub part: u32,
 }
 
 /// Where a stream begins after a trim.
@@ -289,11 +343,12 @@ impl RedbLog {
         let database = database.as_ref().ok_or(LogError::NotOpen)?;
         let transaction = database.begin_write().map_err(failed)?;
         let mut trimmed: Vec<Trimmed> = Vec::new();
-        let plan = self.tail.lock().plan(&commit.appends);
+        let appends = commit.appends();
+        let plan = self.tail.lock().plan(appends);
         {
             let mut meta = transaction.open_table(META).map_err(failed)?;
             meta.insert(META_COMMIT, &commit.number.to_le_bytes()[..])?;
-            if !commit.appends.is_empty() || !commit.trims.is_empty() {
+            if !appends.is_empty() || !commit.trims.is_empty() {
                 let mut rows = transaction.open_table(ROWS).map_err(failed)?;
                 for row in &plan.rows {
                     rows.insert(row_key(row.stream, row.base), &encode_row(row.bytes_before, &row.entries)[..])?;
@@ -316,16 +371,18 @@ impl RedbLog {
             let mut streams = transaction.open_table(STREAMS).map_err(failed)?;
             for (id, record) in &commit.records {
                 let mut record = record.clone();
-                match trimmed.iter().find(|trim| trim.stream == *id) {
-                    Some(trim) => apply_trim(&mut record, trim),
-                    None if commit.unchanged.contains(id) => continue,
-                    None => {}
+                let append = appends.iter().find(|append| append.stream == *id);
+                let trim = trimmed.iter().find(|trim| trim.stream == *id);
+                if trim.is_none() && commit.unchanged.contains(id) {
+                    continue;
                 }
+                append.into_iter().for_each(|append| apply_append(&mut record, append));
+                trim.into_iter().for_each(|trim| apply_trim(&mut record, trim));
                 streams.insert(*id, &encode(&StreamRow::from(record))?[..])?;
             }
         }
-        write_retained(&transaction, &commit.retained)?;
-        write_sessions(&transaction, &commit.sessions)?;
+        write_retained(&transaction, &commit.retained, &commit.shed)?;
+        write_sessions(&transaction, &commit.sessions, &commit.shed)?;
         transaction.commit().map_err(failed)?;
         self.tail.lock().apply(commit.number, plan);
         Ok(trimmed)
@@ -420,21 +477,29 @@ impl RedbLog {
         let mut all: BTreeMap<String, StoredSession> = BTreeMap::new();
         for row in transaction.open_table(SESSIONS).map_err(failed)?.iter()? {
             let (key, value) = row?;
-            let SessionRow::V1 { expiry_secs, disconnected_ms, subscriptions } = decode(value.value(), "a session")?;
-            let subscription = |(filter, options, identifier)| StoredSubscription { filter, options, identifier };
+            let SessionRow::V1 { user, expiry_secs, left } = decode(value.value(), "a session")?;
             let session = StoredSession {
                 client_id: key.value().to_owned(),
+                user,
                 expiry_secs,
-                disconnected_ms,
-                subscriptions: subscriptions.into_iter().map(subscription).collect(),
-                inbound_packet_ids: Vec::new(),
+                left: left.map(|(order, wall_ms)| SessionLeft { order, wall_ms }),
+                ..StoredSession::default()
             };
             all.insert(session.client_id.clone(), session);
         }
+        // Rows without their session are of one that found no room: nobody asks for them.
+        for row in transaction.open_table(SUBSCRIPTIONS).map_err(failed)?.iter()? {
+            let (key, value) = row?;
+            let (client, filter) = key.value();
+            let SubscriptionRow::V1 { options, identifier } = decode(value.value(), "a subscription")?;
+            if let Some(session) = all.get_mut(client) {
+                session.subscriptions.push(StoredSubscription { filter: filter.to_owned(), options, identifier });
+            }
+        }
         for row in transaction.open_table(PACKETS).map_err(failed)?.iter()? {
-            let (key, _) = row?;
+            let (key, value) = row?;
             let (client, packet_id) = key.value();
-            // A packet id without its session: the session was never saved, so nobody will ask.
+            let PacketRow::V1 = decode(value.value(), "a packet id")?;
             if let Some(session) = all.get_mut(client) {
                 session.inbound_packet_ids.push(packet_id);
             }
@@ -456,6 +521,15 @@ impl RedbLog {
         }
         Ok(all)
     }
+}
+
+/// Moves a stream's end behind an append.
+pub fn apply_append(record: &mut StreamRecord, append: &StreamAppend) {
+    let Some(last) = append.entries.last() else { return };
+    record.next = last.next();
+    record.next_chain = last.chain;
+    record.next_bytes = append.bytes_before + append.entries.iter().map(StoredBatch::stored_bytes).sum::<u64>();
+    record.last_timestamp = last.batch.max_timestamp();
 }
 
 /// Moves a stream's beginning to where a trim left it.
@@ -547,6 +621,7 @@ fn trim_rows(rows: &mut redb::Table<'_, (u32, u64), &'static [u8]>, trim: &Trim)
 fn write_retained(
     transaction: &redb::WriteTransaction,
     retained: &BTreeMap<String, Option<StoredRetained>>,
+    shed: &Shed,
 ) -> Result<(), LogError> {
     if retained.is_empty() {
         return Ok(());
@@ -554,6 +629,7 @@ fn write_retained(
     let mut table = transaction.open_table(RETAINED).map_err(failed)?;
     for (topic, message) in retained {
         match message {
+            Some(_) if shed.records => {}
             Some(message) => {
                 let row = RetainedRow::V1 {
                     properties_and_payload: message.properties_and_payload.clone(),
@@ -568,32 +644,70 @@ fn write_retained(
     Ok(())
 }
 
-fn write_sessions(transaction: &redb::WriteTransaction, changes: &[SessionChange]) -> Result<(), LogError> {
+fn write_sessions(
+    transaction: &redb::WriteTransaction,
+    changes: &BTreeMap<String, SessionChange>,
+    shed: &Shed,
+) -> Result<(), LogError> {
     if changes.is_empty() {
         return Ok(());
     }
     let mut sessions = transaction.open_table(SESSIONS).map_err(failed)?;
+    let mut subscriptions = transaction.open_table(SUBSCRIPTIONS).map_err(failed)?;
     let mut packets = transaction.open_table(PACKETS).map_err(failed)?;
-    for change in changes {
-        match change {
-            SessionChange::Save(session) => {
-                let subscriptions =
-                    session.subscriptions.iter().map(|one| (one.filter.clone(), one.options, one.identifier)).collect();
-                let row = SessionRow::V1 {
-                    expiry_secs: session.expiry_secs,
-                    disconnected_ms: session.disconnected_ms,
-                    subscriptions,
-                };
-                sessions.insert(session.client_id.as_str(), &encode(&row)?[..])?;
-            }
-            SessionChange::Delete(client) => {
-                sessions.remove(client.as_str())?;
-                let all = (client.as_str(), 0)..=(client.as_str(), u16::MAX);
-                packets.retain_in(all, |_, ()| false)?;
-            }
-            SessionChange::AddPacket(client, id) => drop(packets.insert((client.as_str(), *id), ())?),
-            SessionChange::RemovePacket(client, id) => drop(packets.remove((client.as_str(), *id))?),
+    for (client, change) in changes {
+        let client = client.as_str();
+        let may_grow = !shed.sessions.contains(client);
+        if change.deleted {
+            sessions.remove(client)?;
+            packets.retain_in((client, 0)..=(client, u16::MAX), |_, _| false)?;
+            delete_subscriptions(&mut subscriptions, client)?;
         }
+        if let Some(session) = change.row.as_ref().filter(|_| may_grow || !change.new) {
+            let row = SessionRow::V1 {
+                user: session.user.clone(),
+                expiry_secs: session.expiry_secs,
+                left: session.left.map(|left| (left.order, left.wall_ms)),
+            };
+            sessions.insert(client, &encode(&row)?[..])?;
+        }
+        for (filter, subscription) in &change.subscriptions {
+            match subscription {
+                None => drop(subscriptions.remove((client, filter.as_str()))?),
+                Some(one) if may_grow => {
+                    let row = SubscriptionRow::V1 { options: one.options, identifier: one.identifier };
+                    subscriptions.insert((client, filter.as_str()), &encode(&row)?[..])?;
+                }
+                Some(_) => {}
+            }
+        }
+        for (id, received) in &change.packets {
+            match received {
+                false => drop(packets.remove((client, *id))?),
+                true if !shed.records => drop(packets.insert((client, *id), &encode(&PacketRow::V1)?[..])?),
+                true => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Deletes all subscriptions of a client. Keys are ordered by client id first, and no filter is empty.
+fn delete_subscriptions(
+    table: &mut redb::Table<'_, (&'static str, &'static str), &'static [u8]>,
+    client: &str,
+) -> Result<(), LogError> {
+    let mut filters = Vec::new();
+    for row in table.range((client, "")..)? {
+        let (key, _) = row?;
+        let (owner, filter) = key.value();
+        if owner != client {
+            break;
+        }
+        filters.push(filter.to_owned());
+    }
+    for filter in filters {
+        table.remove((client, filter.as_str()))?;
     }
     Ok(())
 }
@@ -601,25 +715,20 @@ fn write_sessions(transaction: &redb::WriteTransaction, changes: &[SessionChange
 /// Reads what the store must know, and makes the tables of a new database in one commit.
 fn load(database: &Database, mint: fn() -> Incarnation) -> Result<(Contents, Tail), LogError> {
     let transaction = database.begin_write().map_err(failed)?;
-    let (fresh, changed) = {
+    let fresh = {
         let mut meta = transaction.open_table(META).map_err(failed)?;
         let format = meta.get(META_FORMAT)?.map(|value| value.value().to_vec());
-        let found = match &format {
-            None => 0,
-            Some(bytes) => u32::from_le_bytes(fixed(bytes, META_FORMAT)?),
-        };
-        if found > FORMAT {
-            return Err(LogError::Newer { found });
-        }
-        if format.is_none() {
+        if let Some(bytes) = &format {
+            let found = u32::from_le_bytes(fixed(bytes, META_FORMAT)?);
+            if found != FORMAT {
+                return Err(LogError::OtherFormat { found });
+            }
+        } else {
+            meta.insert(META_FORMAT, &FORMAT.to_le_bytes()[..])?;
             meta.insert(META_COMMIT, &0u64.to_le_bytes()[..])?;
             meta.insert(META_INCARNATION, &mint().0[..])?;
         }
-        if found < FORMAT {
-            // Before anything is written that an older version would take for damage.
-            meta.insert(META_FORMAT, &FORMAT.to_le_bytes()[..])?;
-        }
-        (format.is_none(), found < FORMAT)
+        format.is_none()
     };
     if fresh {
         transaction.open_table(STREAMS).map_err(failed)?;
@@ -627,9 +736,8 @@ fn load(database: &Database, mint: fn() -> Incarnation) -> Result<(Contents, Tai
         transaction.open_table(TAIL).map_err(failed)?;
         transaction.open_table(RETAINED).map_err(failed)?;
         transaction.open_table(SESSIONS).map_err(failed)?;
+        transaction.open_table(SUBSCRIPTIONS).map_err(failed)?;
         transaction.open_table(PACKETS).map_err(failed)?;
-    }
-    if changed {
         transaction.commit().map_err(failed)?;
     } else {
         transaction.abort()?;
@@ -699,9 +807,8 @@ fn extend(record: &mut StreamRecord, base: Offset, row: &Row) {
         record.next = last.next();
         record.next_chain = last.chain;
         record.next_bytes = row.bytes_before + row.bytes();
+        record.last_timestamp = last.batch.max_timestamp();
     }
-    let youngest = row.entries.iter().map(|entry| entry.batch.max_timestamp()).max();
-    record.last_timestamp = record.last_timestamp.max(youngest.unwrap_or(i64::MIN));
 }
 
 #[cfg(test)]

@@ -22,6 +22,8 @@ pub struct Budget {
     /// Share of the rest that live data may take: a tree with freed pages in between never packs perfectly. Falls when
     /// the estimate proves too high.
     ceiling: f64,
+    /// What the file can grow to at present, if the disk has less room than the budget says.
+    limit: u64,
 }
 
 /// Smallest budget with which the database works at all.
@@ -39,7 +41,7 @@ const FIXED_BYTES: u64 = 2 << 20;
 impl Budget {
     /// A budget of `bytes_max`.
     pub fn new(bytes_max: u64) -> Self {
-        Self { bytes_max, reserve: (bytes_max / 8).clamp(2 << 20, 32 << 20), ceiling: CEILING.0 }
+        Self { bytes_max, reserve: reserve(bytes_max), ceiling: CEILING.0, limit: u64::MAX }
     }
 
     /// The default: the lesser of 1 GiB and half of what is free, what the database has now included.
@@ -49,7 +51,29 @@ impl Budget {
 
     /// Bytes live data may take by our estimate.
     pub fn ceiling(&self) -> u64 {
-        ((self.bytes_max - self.reserve.min(self.bytes_max)) as f64 * self.ceiling) as u64
+        let bytes = self.bytes_max.min(self.limit);
+        (bytes.saturating_sub(reserve(bytes)) as f64 * self.ceiling) as u64
+    }
+
+    /// Bytes that records and sessions may take together: half of the reserve is for sessions when records have taken all
+    /// they may.
+    pub fn ceiling_for_sessions(&self) -> u64 {
+        self.ceiling() + reserve(self.bytes_max.min(self.limit)) / 2
+    }
+
+    /// Bytes that all sessions may take.
+    pub fn session_bytes_max(&self) -> u64 {
+        (self.bytes_max / 32).clamp(512 << 10, 32 << 20)
+    }
+
+    /// The file has `used` bytes and the disk `free` more: what others took of the disk is not there for records.
+    pub fn limit_to(&mut self, used: u64, free: u64) {
+        self.limit = used.saturating_add(free);
+    }
+
+    /// The disk has less room than the budget says.
+    pub fn is_limited(&self) -> bool {
+        self.limit < self.bytes_max
     }
 
     /// The disk refused although the estimate saw room.
@@ -67,6 +91,13 @@ impl Budget {
         FIXED_BYTES + record_bytes + record_bytes / 8 + other_bytes * 2
     }
 }
+
+fn reserve(bytes: u64) -> u64 {
+    (bytes / 8).clamp(2 << 20, 32 << 20)
+}
+
+/// Bytes of rows that one session may take: its own, its subscriptions' and its QoS 2 packet ids'.
+pub const SESSION_BYTES_MAX: usize = 1 << 20;
 
 /// Whether a file that takes `used` bytes of which `live` are needed is worth compacting at the start. Freed pages are
 /// used again anyway; what is gained is room for others on the disk.

@@ -31,6 +31,8 @@ use crate::uplink::{ClientError, Greeter, StreamSource, Uplink, UplinkSettings, 
 const CACHE_BYTES: usize = 16 << 20;
 /// Incarnations tried for a stream whose records differ from the cloud's.
 const LIVES_MAX: u32 = 4;
+/// How long a file that is to be removed waits for the cloud's bucket, once the cloud has everything.
+const SAFE_WAIT: Duration = Duration::from_secs(120);
 /// Ranges of lost records that a report names.
 const RANGES_MAX: usize = 20;
 
@@ -66,6 +68,8 @@ pub struct Salvage {
     pub refused: Option<String>,
     /// Streams of which records were found but not their name: id, and how many records.
     pub nameless: Vec<(u32, u64)>,
+    /// It is not done before all is in the bucket, or [`SAFE_WAIT`] is over.
+    wait_safe: bool,
 }
 
 struct Stream {
@@ -83,6 +87,8 @@ struct Stream {
     end: Position,
     confirmed: Offset,
     safe: Offset,
+    /// Below this the cloud has in its bucket what it was sent.
+    made_safe: Offset,
     renewed_at: Offset,
     dropped: Option<(Offset, Offset)>,
     /// The cloud's own position, where ours is lost but what follows shows that it fits.
@@ -114,6 +120,8 @@ pub struct StreamReport {
     pub renewed: bool,
     /// Why it was not sent, or not wholly.
     pub parked: Option<String>,
+    /// All that was read is in the cloud's bucket.
+    pub safe: bool,
 }
 
 impl StreamReport {
@@ -161,6 +169,7 @@ impl Salvage {
                 end,
                 confirmed: record.confirmed.min(next),
                 safe: record.safe.min(next),
+                made_safe: record.safe.min(next),
                 // Once something of the incarnation was in the bucket, its beginning says nothing any more.
                 renewed_at: if record.safe > record.renewed_at { 0 } else { record.renewed_at.min(next) },
                 dropped: record.gap,
@@ -170,7 +179,48 @@ impl Salvage {
             };
             streams.insert(record.name, stream);
         }
-        Ok(Self { scan, streams: Mutex::new(streams), refused, nameless })
+        Ok(Self { scan, streams: Mutex::new(streams), refused, nameless, wait_safe: false })
+    }
+
+    /// Has [`Salvage::send`] wait until what was sent is in the cloud's bucket: the file is to be removed.
+    pub fn wait_until_safe(&mut self) {
+        self.wait_safe = true;
+    }
+
+    /// Why the file must stay, as far as the records go; empty: all it ever held is in the cloud's bucket.
+    pub fn why_kept(&self) -> Vec<String> {
+        let mut why = Vec::new();
+        if let Some(refused) = &self.refused {
+            why.push(format!(
+                "the database engine does not open it ({refused}), so nobody can tell whether records at a stream's end are lost"
+            ));
+        }
+        let (pages, batches) = self.damage();
+        if pages + batches > 0 {
+            why.push(format!("{pages} pages could not be read and {batches} batches do not hold"));
+        }
+        for (stream, records) in &self.nameless {
+            why.push(format!("the name of stream number {stream} is lost, and with it {records} records"));
+        }
+        for one in self.report() {
+            let name = &one.name;
+            match &one.parked {
+                Some(parked) => why.push(format!("stream {name} is parked: {parked}")),
+                None if one.unsent() > 0 => {
+                    why.push(format!("{} records of stream {name} were not sent", one.unsent()))
+                }
+                None if !one.safe => {
+                    why.push(format!(
+                        "records of stream {name} are in the cloud, but not in its bucket yet: run this again"
+                    ));
+                }
+                None => {}
+            }
+            if one.lost > 0 {
+                why.push(format!("{} records of stream {name} could not be read", one.lost));
+            }
+        }
+        why
     }
 
     /// Pages that the disk did not give, and batches that did not hold.
@@ -195,7 +245,14 @@ impl Salvage {
         let uplink = Uplink::start(settings, self.clone(), ending)?;
         let mut tick = tokio::time::interval(Duration::from_millis(100));
         let mut ticks = 0u64;
-        while !self.is_done() && !*stop.borrow() {
+        let mut sent_at: Option<tokio::time::Instant> = None;
+        while !*stop.borrow() {
+            if self.is_sent() {
+                let since = *sent_at.get_or_insert_with(tokio::time::Instant::now);
+                if !self.wait_safe || self.is_safe() || since.elapsed() > SAFE_WAIT {
+                    break;
+                }
+            }
             tokio::select! {
                 _ = tick.tick() => {
                     ticks += 1;
@@ -236,8 +293,12 @@ impl Salvage {
         Ok(())
     }
 
-    fn is_done(&self) -> bool {
+    fn is_sent(&self) -> bool {
         self.streams.lock().values().all(|stream| stream.confirmed >= stream.next || stream.parked.is_some())
+    }
+
+    fn is_safe(&self) -> bool {
+        self.streams.lock().values().all(|stream| stream.made_safe >= stream.next || stream.parked.is_some())
     }
 
     fn infos(&self) -> Vec<StreamInfo> {
@@ -300,6 +361,7 @@ impl Stream {
         // What is safe is in the bucket under the incarnation before.
         self.first = self.first.max(self.safe);
         (self.confirmed, self.renewed_at, self.begun, self.accepted) = (self.first, self.first, 0, None);
+        self.made_safe = self.first;
     }
 
     /// The first batch that ends behind `offset`: where it begins, the batch and its chain value.
@@ -348,6 +410,7 @@ impl Stream {
             lost_at,
             renewed: self.lives > 0,
             parked: self.parked.clone(),
+            safe: self.made_safe >= self.next,
         }
     }
 }
@@ -395,7 +458,11 @@ impl StreamSource for Salvage {
         }
     }
 
-    fn set_safe(&self, _: &StreamName, _: Offset) {}
+    fn set_safe(&self, stream: &StreamName, next: Offset) {
+        if let Some(stream) = self.streams.lock().get_mut(stream) {
+            stream.made_safe = stream.made_safe.max(next.min(stream.next));
+        }
+    }
 
     fn renew_incarnation(&self, stream: &StreamName) -> BoxFuture<'static, Result<Incarnation, String>> {
         let renewed = match self.streams.lock().get_mut(stream) {

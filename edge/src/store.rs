@@ -7,16 +7,21 @@
 
 mod memory;
 mod open;
+mod sessions;
 mod state;
 mod status;
 mod uplink;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use mqtt::store::{Admission, Publish, Refusal, SessionRef, Store, StoreFailed, StoredRetained, StoredSession, Ticket};
+use mqtt::store::{
+    Admission, Publish, Refusal, SessionRef, Store, StoreFailed, StoredRetained, StoredSession, StoredSubscription,
+    Ticket,
+};
 use parking_lot::Mutex;
 use shared::log::{BoxFuture, Chain};
 use shared::name::{EdgeId, Incarnation, Offset, StreamName, TimestampMs, TopicName};
@@ -24,13 +29,13 @@ use tokio::sync::watch;
 
 use crate::redb_log::backend::DiskBound;
 use crate::redb_log::committer::{Bell, Urgency, Work};
-use crate::redb_log::{Commit, LogError, RedbLog, SessionChange, StoredBatch as Stored, Trimmed};
+use crate::redb_log::{Commit, LogError, RedbLog, StoredBatch as Stored, Trimmed};
 use crate::streams::{OnFull, RuleError, Rules};
 
 pub use crate::redb_log::StoredBatch;
 pub use open::{OpenError, StoreSettings, lock};
 use state::{State, Verdict};
-pub use status::{StoreStatus, StreamStatus};
+pub use status::{SetAside, StoreStatus, StreamStatus};
 
 /// The edge's store.
 pub struct EdgeStore {
@@ -44,8 +49,11 @@ struct Core {
     rules: Rules,
     edge: EdgeId,
     state: Mutex<State>,
-    /// Newest durable ticket, for the question asked most.
+    /// Newest durable commit, for the question asked most.
     durable: AtomicU64,
+    /// Newest commit of which a part found no room, and the parts of the newest such commits.
+    refused: AtomicU64,
+    refusals: Mutex<BTreeMap<u64, BTreeSet<u32>>>,
     progress: watch::Sender<Progress>,
     /// Counts commits and closings: those who wait for room look again.
     room: watch::Sender<u64>,
@@ -53,6 +61,9 @@ struct Core {
     bound: Arc<DiskBound>,
     clock: fn() -> TimestampMs,
 }
+
+/// Commits of which refused parts are remembered. Whoever waits for one asks at the very next commit.
+const REFUSALS_MAX: usize = 4096;
 
 #[derive(Debug, Clone, Default)]
 struct Progress {
@@ -289,7 +300,11 @@ impl EdgeStore {
     /// Numbers for status and metrics.
     pub fn status(&self) -> StoreStatus {
         let now_ms = (self.core.clock)();
-        status::of(&self.core.state.lock(), &self.core.bound, now_ms)
+        let mut state = self.core.state.lock();
+        if state.looks_at_disk() {
+            self.core.look_at_disk(&mut state);
+        }
+        status::of(&state, &self.core.bound, now_ms)
     }
 
     /// Makes durable what waits and closes the database cleanly. Blocks for a commit; also done on drop.
@@ -311,27 +326,61 @@ impl Drop for EdgeStore {
 }
 
 impl Core {
-    fn wait(&self, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>> {
-        if self.durable.load(Ordering::Acquire) >= ticket.0 {
-            return Box::pin(std::future::ready(Ok(())));
+    fn durable(&self, ticket: Ticket) -> Result<bool, StoreFailed> {
+        if self.durable.load(Ordering::Acquire) < ticket.commit {
+            return match &self.progress.borrow().ended {
+                Some(why) => Err(StoreFailed(why.to_string())),
+                None => Ok(false),
+            };
         }
-        let mut progress = self.progress.subscribe();
+        // Refusals are written down before the commit is told of.
+        if ticket.commit <= self.refused.load(Ordering::Acquire) {
+            let refusals = self.refusals.lock();
+            if refusals.get(&ticket.commit).is_some_and(|parts| parts.contains(&ticket.part)) {
+                return Err(StoreFailed("the disk has no room for it".to_owned()));
+            }
+        }
+        Ok(true)
+    }
+
+    fn wait(self: &Arc<Self>, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>> {
+        let core = self.clone();
         Box::pin(async move {
+            let mut progress = core.progress.subscribe();
             loop {
-                {
-                    let now = progress.borrow_and_update();
-                    if now.durable >= ticket.0 {
-                        return Ok(());
-                    }
-                    if let Some(why) = &now.ended {
-                        return Err(StoreFailed(why.to_string()));
-                    }
+                progress.borrow_and_update();
+                if core.durable(ticket)? {
+                    return Ok(());
                 }
                 if progress.changed().await.is_err() {
                     return Err(StoreFailed("closed".to_owned()));
                 }
             }
         })
+    }
+
+    /// Remembers which parts of a commit found no room.
+    fn refuse(&self, commit: &Commit) {
+        if commit.shed.is_empty() {
+            return;
+        }
+        let sessions = commit.sessions.iter().filter(|(client, _)| commit.shed.sessions.contains(*client));
+        let mut parts: BTreeSet<u32> = sessions.map(|(_, change)| change.part).filter(|part| *part > 0).collect();
+        if commit.shed.records {
+            parts.insert(state::RECORDS_PART);
+        }
+        let mut refusals = self.refusals.lock();
+        refusals.insert(commit.number, parts);
+        if refusals.len() > REFUSALS_MAX {
+            refusals.pop_first();
+        }
+        drop(refusals);
+        self.refused.store(commit.number, Ordering::Release);
+    }
+
+    /// Asks the disk what it has free.
+    fn look_at_disk(&self, state: &mut State) {
+        state.disk_has(self.bound.used(), self.bound.free());
     }
 
     fn end(&self, why: String) {
@@ -385,6 +434,9 @@ impl Store for EdgeStore {
         let core = &*self.core;
         let found: Vec<Option<usize>> = publishes.iter().map(|publish| core.rules.find(publish.topic)).collect();
         let mut state = core.state.lock();
+        if state.looks_at_disk() {
+            core.look_at_disk(&mut state);
+        }
         let was_waiting = state.pending.bytes;
         for (publish, rule) in publishes.iter().zip(found) {
             match state.admit(core, session, publish, rule) {
@@ -422,11 +474,14 @@ impl Store for EdgeStore {
     }
 
     fn release(&self, client_id: &str, packet_id: u16) -> Ticket {
-        self.core.change_session(SessionChange::RemovePacket(client_id.to_owned(), packet_id))
+        self.core.change(|state| {
+            state.sessions.remove_packet(client_id, packet_id);
+            state.ticket()
+        })
     }
 
-    fn durable(&self) -> Ticket {
-        Ticket(self.core.durable.load(Ordering::Acquire))
+    fn durable(&self, ticket: Ticket) -> Result<bool, StoreFailed> {
+        self.core.durable(ticket)
     }
 
     fn wait(&self, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>> {
@@ -441,24 +496,38 @@ impl Store for EdgeStore {
         self.core.log.retained().map_err(|error| StoreFailed(error.to_string()))
     }
 
-    fn save_session(&self, session: &StoredSession) -> Ticket {
-        self.core.change_session(SessionChange::Save(session.clone()))
+    fn delete_retained(&self, topic: &str) {
+        self.core.change(|state| state.forget_retained(topic));
+    }
+
+    fn save_session(&self, session: &StoredSession) -> Result<Ticket, Refusal> {
+        self.core.change(|state| state.save_session(session))
+    }
+
+    fn save_subscription(&self, client_id: &str, subscription: &StoredSubscription) -> Result<Ticket, Refusal> {
+        self.core.change(|state| state.save_subscription(client_id, subscription))
+    }
+
+    fn delete_subscription(&self, client_id: &str, filter: &str) -> Ticket {
+        self.core.change(|state| {
+            state.sessions.unsubscribe(client_id, filter);
+            state.ticket()
+        })
     }
 
     fn delete_session(&self, client_id: &str) -> Ticket {
-        self.core.change_session(SessionChange::Delete(client_id.to_owned()))
+        self.core.change(|state| {
+            state.sessions.delete(client_id);
+            state.ticket()
+        })
     }
 }
 
 impl Core {
-    fn change_session(&self, change: SessionChange) -> Ticket {
-        let ticket = {
-            let mut state = self.state.lock();
-            state.pending.change_session(change);
-            state.ticket()
-        };
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let changed = change(&mut self.state.lock());
         self.bell.ring();
-        ticket
+        changed
     }
 }
 
@@ -471,7 +540,7 @@ impl Work for Core {
         // Sealing costs a checksum and a hash over all bytes: done without the lock.
         let (mut commit, open) = self.state.lock().take((self.clock)());
         for stream in open {
-            commit.appends.push(stream.seal(&mut commit.records));
+            commit.appends.push(stream.seal());
         }
         commit
     }
@@ -492,7 +561,12 @@ impl Work for Core {
 
     fn committed(&self, commit: Commit, trimmed: Vec<Trimmed>, took: Duration) {
         let number = commit.number;
-        self.state.lock().committed(commit, &trimmed, took);
+        self.refuse(&commit);
+        {
+            let mut state = self.state.lock();
+            state.committed(commit, &trimmed, took);
+            self.look_at_disk(&mut state);
+        }
         self.durable.store(number, Ordering::Release);
         self.progress.send_modify(|progress| progress.durable = number);
         self.room.send_modify(|count| *count += 1);

@@ -19,11 +19,15 @@ use redb::StorageBackend;
 /// Opens the storage afresh, as after an I/O error. Tests put doubles here.
 pub type OpenStorage = Arc<dyn Fn() -> io::Result<Box<dyn StorageBackend>> + Send + Sync>;
 
+/// Says how many bytes the disk has free, if anybody knows.
+pub type FreeBytes = Box<dyn Fn() -> Option<u64> + Send + Sync>;
+
 /// The bound of a database file, its use, and what was written, across reopenings.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct DiskBound {
     bytes_max: u64,
     reserve: u64,
+    free: Option<FreeBytes>,
     raised: AtomicBool,
     used: AtomicU64,
     written: AtomicU64,
@@ -34,6 +38,16 @@ impl DiskBound {
     /// `bytes_max` in all, `reserve` of it only while raised.
     pub fn new(bytes_max: u64, reserve: u64) -> Arc<Self> {
         Arc::new(Self { bytes_max, reserve: reserve.min(bytes_max), ..Self::default() })
+    }
+
+    /// The same, on a disk that can be asked what it has free.
+    pub fn on_disk(bytes_max: u64, reserve: u64, free: FreeBytes) -> Arc<Self> {
+        Arc::new(Self { bytes_max, reserve: reserve.min(bytes_max), free: Some(free), ..Self::default() })
+    }
+
+    /// What the disk has free.
+    pub fn free(&self) -> Option<u64> {
+        self.free.as_ref().and_then(|free| free())
     }
 
     /// Lends or takes back the reserve.
@@ -59,6 +73,15 @@ impl DiskBound {
     /// Syncs since the start.
     pub fn syncs(&self) -> u64 {
         self.syncs.load(Ordering::Relaxed)
+    }
+}
+
+impl std::fmt::Debug for DiskBound {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DiskBound")
+            .field("bytes_max", &self.bytes_max)
+            .field("used", &self.used)
+            .finish_non_exhaustive()
     }
 }
 

@@ -6,6 +6,9 @@
 //! After an error nothing is acknowledged. The handle is of no use then: the database is opened again, with growing
 //! pauses, and the same commit is made again from memory; those who wait for it go on waiting. If the database comes back
 //! with something else than the last commit or this one, the store has failed for good, and the process must start over.
+//!
+//! A commit that stays full although room was made and the reserve was lent is made without what does not fit (see
+//! [`Commit::shed_more`]): only that fails, and everybody else's records, cursors and deletes go on.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +17,7 @@ use parking_lot::{Condvar, Mutex};
 use tracing::{error, info, warn};
 
 use super::backend::DiskBound;
-use super::{Commit, LogError, RedbLog, Trimmed};
+use super::{Commit, LogError, RedbLog, Shed, Trimmed};
 
 /// What the committer asks of the store.
 pub trait Work: Send + Sync + 'static {
@@ -168,22 +171,44 @@ fn commit_at_last(
         Err(why) => why,
     };
     error!(%why, "commit failed; nothing is acknowledged until the database is open again");
+    let mut room_made = false;
     loop {
         work.troubled(Some(&why));
-        if matches!(why, LogError::Full(_)) {
-            // What was admitted must go in; the reserve is there for that, and for the deletes that come with it.
-            work.make_room(commit);
-            bound.raise(true);
-        }
         if bell.is_closing() {
             work.failed(format!("closed while the disk failed: {why}"));
             return None;
         }
-        match retry(log, commit) {
+        let attempt = reopened(log, commit).and_then(|reached| match reached {
+            Some(trimmed) => Ok(trimmed),
+            None => {
+                // Only now is it certain that nothing of the last attempt is there: what is left out may change.
+                if matches!(why, LogError::Full(_)) {
+                    if !std::mem::replace(&mut room_made, true) {
+                        work.make_room(commit);
+                        bound.raise(true);
+                    } else if !commit.shed_more() {
+                        // Not even what frees room goes in: everything is tried again when time has passed.
+                        commit.shed = Shed::default();
+                        room_made = false;
+                    }
+                }
+                Ok(log.commit(commit)?)
+            }
+        });
+        match attempt {
             Ok(trimmed) => {
                 bound.raise(false);
                 work.troubled(None);
-                info!("the database is open again, the commit went through");
+                if commit.shed.is_empty() {
+                    info!("the database is open again, the commit went through");
+                } else {
+                    error!(
+                        %why,
+                        sessions = commit.shed.sessions.len(),
+                        records = commit.shed.records,
+                        "the disk is full: what found no room was not stored and is not acknowledged, its clients are disconnected and send it again; the rest goes on"
+                    );
+                }
                 return Some(trimmed);
             }
             Err(Retry::Fatal(text)) => {
@@ -192,8 +217,13 @@ fn commit_at_last(
                 return None;
             }
             Err(Retry::Again(error)) => {
-                warn!(%error, pause_ms = pause.as_millis() as u64, "still failing");
+                // The next step of a commit that is full makes it smaller: no reason to wait.
+                let smaller = matches!(error, LogError::Full(_)) && room_made;
                 why = error;
+                if smaller {
+                    continue;
+                }
+                warn!(%why, pause_ms = pause.as_millis() as u64, "still failing");
             }
         }
         bell.pause(pause);
@@ -210,17 +240,17 @@ impl From<LogError> for Retry {
     fn from(error: LogError) -> Self {
         match error {
             LogError::Damaged(what) => Self::Fatal(format!("the database is damaged: {what}")),
-            LogError::Newer { .. } => Self::Fatal(error.to_string()),
+            LogError::OtherFormat { .. } => Self::Fatal(error.to_string()),
             other => Self::Again(other),
         }
     }
 }
 
-fn retry(log: &RedbLog, commit: &Commit) -> Result<Vec<Trimmed>, Retry> {
+/// Opens the database again. `Some`: the failed call had reached the disk after all; `None`: nothing of it is there.
+fn reopened(log: &RedbLog, commit: &Commit) -> Result<Option<Vec<Trimmed>>, Retry> {
     // A database made afresh here would not be the one that was acknowledged from; its commit number tells.
     let contents = log.reopen()?;
     if contents.commit == commit.number {
-        // The failed call had reached the disk after all.
         let trims = commit.trims.iter().filter_map(|trim| {
             let record = contents.streams.get(&trim.stream)?;
             Some(Trimmed {
@@ -232,7 +262,7 @@ fn retry(log: &RedbLog, commit: &Commit) -> Result<Vec<Trimmed>, Retry> {
                 more: true,
             })
         });
-        return Ok(trims.collect());
+        return Ok(Some(trims.collect()));
     }
     if contents.commit.checked_add(1) != Some(commit.number) {
         return Err(Retry::Fatal(format!(
@@ -241,5 +271,5 @@ fn retry(log: &RedbLog, commit: &Commit) -> Result<Vec<Trimmed>, Retry> {
             commit.number.saturating_sub(1)
         )));
     }
-    Ok(log.commit(commit)?)
+    Ok(None)
 }

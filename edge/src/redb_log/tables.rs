@@ -1,13 +1,14 @@
 //! What rests in the database: tables, keys and values.
 //!
 //! ```text
-//! meta      "format" -> u32 LE      "commit" -> u64 LE      "incarnation" -> 16 bytes
-//! streams   u32 stream id                    -> postcard StreamRow
-//! rows      (u32 stream id, u64 base offset) -> row
-//! tail      u64 commit                       -> parts
-//! retained  topic                            -> postcard RetainedRow
-//! sessions  client id                        -> postcard SessionRow
-//! packets   (client id, u16 packet id)       -> nothing
+//! meta           "format" -> u32 LE      "commit" -> u64 LE      "incarnation" -> 16 bytes
+//! streams        u32 stream id                    -> postcard StreamRow
+//! rows           (u32 stream id, u64 base offset) -> row
+//! tail           u64 commit                       -> parts
+//! retained       topic                            -> postcard RetainedRow
+//! sessions       client id                        -> postcard SessionRow
+//! subscriptions  (client id, topic filter)        -> postcard SubscriptionRow
+//! packets        (client id, u16 packet id)       -> postcard PacketRow
 //!
 //! row                                              part, repeated
 //!  0              8                                 0           4          8            16
@@ -22,8 +23,9 @@
 //! | u64   | (names its own length)      |
 //! +-------+-----------------------------+
 //! ```
-//! `StreamRow` is V1, a [`StreamRecord`], or since format 2 V2: a `StreamRecord` and the offset where the stream's
-//! incarnation began. A database of format 1 becomes one of format 2 when it is opened.
+//! Each postcard row begins with its version: the variant number, one byte. `StreamRow` is V1, a [`StreamRecord`], or V2: a
+//! `StreamRecord` and the offset where the stream's incarnation began. The others are V1. A database of another format is
+//! not opened.
 //!
 //! Integers of rows, parts and entries are big-endian, as in RecordBatch v2. `bytes before` counts the bytes of all
 //! entries that were ever stored in the stream before this row, trimmed ones included, so that two reads say how much
@@ -40,8 +42,8 @@ use shared::batch::{Batch, HEADER_BYTES};
 use shared::log::Chain;
 use shared::name::{Incarnation, Offset, StreamName, TimestampMs, TopicName};
 
-/// What this build writes. A database with a greater number is not opened.
-pub(super) const FORMAT: u32 = 2;
+/// What this build reads and writes. A database with another number is not opened.
+pub(super) const FORMAT: u32 = 3;
 
 pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 pub(super) const STREAMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("streams");
@@ -49,7 +51,8 @@ pub(super) const ROWS: TableDefinition<'_, (u32, u64), &[u8]> = TableDefinition:
 pub(super) const TAIL: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("tail");
 pub(super) const RETAINED: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("retained");
 pub(super) const SESSIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("sessions");
-pub(super) const PACKETS: TableDefinition<'_, (&str, u16), ()> = TableDefinition::new("packets");
+pub(super) const SUBSCRIPTIONS: TableDefinition<'_, (&str, &str), &[u8]> = TableDefinition::new("subscriptions");
+pub(super) const PACKETS: TableDefinition<'_, (&str, u16), &[u8]> = TableDefinition::new("packets");
 
 pub(super) const META_FORMAT: &str = "format";
 pub(super) const META_COMMIT: &str = "commit";
@@ -59,7 +62,7 @@ pub(super) const META_INCARNATION: &str = "incarnation";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum StreamRow {
     V1(StreamRecord),
-    /// Since format 2, with [`StreamRecord::renewed_at`].
+    /// With [`StreamRecord::renewed_at`].
     V2(StreamRecord, Offset),
 }
 
@@ -101,7 +104,7 @@ pub struct StreamRecord {
     pub next_chain: Chain,
     /// Bytes of all entries before `next`.
     pub next_bytes: u64,
-    /// Greatest timestamp before `next`.
+    /// Timestamp of the last record before `next`.
     pub last_timestamp: TimestampMs,
     /// Below this the cloud has everything in its log.
     pub confirmed: Offset,
@@ -143,10 +146,22 @@ pub(super) enum RetainedRow {
     V1 { properties_and_payload: Vec<u8>, qos: u8, stored_ms: i64 },
 }
 
-/// A kept session's record.
+/// A kept session's own record. `left`: its place among all that were left, and milliseconds since 1970.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum SessionRow {
-    V1 { expiry_secs: u32, disconnected_ms: Option<i64>, subscriptions: Vec<(String, u8, Option<u32>)> },
+    V1 { user: Option<String>, expiry_secs: u32, left: Option<(u64, i64)> },
+}
+
+/// One subscription of a kept session.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum SubscriptionRow {
+    V1 { options: u8, identifier: Option<u32> },
+}
+
+/// A QoS 2 packet id that a kept session has open: that it is there is all there is to know.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) enum PacketRow {
+    V1,
 }
 
 /// A stored batch and the chain value after its last record.
@@ -415,6 +430,25 @@ mod tests {
         assert_eq!(v2, [&[1][..], &fields, &[10]].concat());
         let read: StreamRow = postcard::from_bytes(&v2).unwrap();
         assert_eq!(read.into_record(), record);
+    }
+
+    #[test]
+    fn rows_of_sessions_and_retained_messages_have_their_published_bytes() {
+        fn check<T: Serialize + serde::de::DeserializeOwned + std::fmt::Debug>(row: &T, golden: &[u8]) {
+            assert_eq!(postcard::to_stdvec(row).unwrap(), golden, "{row:?}");
+            let read: T = postcard::from_bytes(golden).unwrap();
+            assert_eq!(format!("{read:?}"), format!("{row:?}"));
+        }
+        check(&SessionRow::V1 { user: None, expiry_secs: 60, left: None }, &[0, 0, 60, 0]);
+        let left = Some((7, 1_700_000_000_000));
+        let row = SessionRow::V1 { user: Some("eve".into()), expiry_secs: u32::MAX, left };
+        check(&row, &[0, 1, 3, b'e', b'v', b'e', 255, 255, 255, 255, 15, 1, 7, 0x80, 0xa0, 0xab, 0xfe, 0xf9, 0x62]);
+        check(&SubscriptionRow::V1 { options: 0x2d, identifier: None }, &[0, 0x2d, 0]);
+        check(&SubscriptionRow::V1 { options: 1, identifier: Some(300) }, &[0, 1, 1, 0xac, 2]);
+        check(&PacketRow::V1, &[0]);
+        let row = RetainedRow::V1 { properties_and_payload: vec![0, b'2', b'1'], qos: 1, stored_ms: -1 };
+        check(&row, &[0, 3, 0, b'2', b'1', 1, 1]);
+        assert!(postcard::from_bytes::<SessionRow>(&[1, 0, 60, 0]).is_err(), "a later version is refused, not misread");
     }
 
     /// Printed once and never changed: stored chains must stay comparable.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::extract::State;
@@ -24,6 +25,8 @@ pub(crate) type Taken = Vec<(Vec<u8>, Option<String>)>;
 pub(crate) struct Cloud {
     log: MemoryLog,
     state: Mutex<(EdgeSession, BTreeMap<TopicName, Partition>)>,
+    /// What is in its log is in its bucket too.
+    archives: AtomicBool,
 }
 
 impl Cloud {
@@ -33,7 +36,7 @@ impl Cloud {
         let edge = EdgeId::parse("gw-1").unwrap();
         let log = MemoryLog::new(1 << 30);
         let state = Mutex::new((EdgeSession::new(edge.clone()), BTreeMap::new()));
-        let cloud = Arc::new(Self { log, state });
+        let cloud = Arc::new(Self { log, state, archives: AtomicBool::new(false) });
         let router = Router::new()
             .route(path::HELLO, post(hello))
             .route(path::APPEND, post(append))
@@ -44,6 +47,18 @@ impl Cloud {
         settings.url = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(async move { axum::serve(listener, router).await });
         (cloud, settings)
+    }
+
+    /// From now on its bucket is there.
+    pub(crate) fn archive(&self) {
+        self.archives.store(true, Ordering::Relaxed);
+    }
+
+    /// What is durable of a stream, and what is safe.
+    fn known(&self, key: &StreamKey) -> (Option<Position>, Option<Offset>) {
+        let position = self.position(key);
+        let safe = position.filter(|_| self.archives.load(Ordering::Relaxed)).map(|position| position.next);
+        (position, safe)
     }
 
     fn position(&self, key: &StreamKey) -> Option<Position> {
@@ -82,7 +97,7 @@ async fn hello(State(cloud): State<Arc<Cloud>>, body: Bytes) -> Vec<u8> {
         });
         session.route(stream.name.clone(), stream.topic.clone(), stream.incarnation, Ok(partition));
     }
-    let known = |key: &StreamKey| (cloud.position(key), None::<Offset>);
+    let known = |key: &StreamKey| cloud.known(key);
     frame::encode(&session.hello_reply(1, &hello, LIMITS, CREDIT, &known)).to_vec()
 }
 
@@ -107,7 +122,7 @@ async fn append(State(cloud): State<Arc<Cloud>>, body: Bytes) -> Vec<u8> {
             Plan::Refuse(stream, outcome) => results.push((stream, outcome)),
         }
     }
-    let known: &receiver::Known<'_> = &|key| (cloud.position(key), None);
+    let known: &receiver::Known<'_> = &|key| cloud.known(key);
     let reply = cloud.state.lock().0.append_reply(results, CREDIT, known);
     frame::encode(&reply).to_vec()
 }

@@ -139,6 +139,29 @@ async fn what_can_be_read_reaches_the_cloud_once_and_the_rest_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_may_go_when_all_it_ever_held_is_in_the_bucket_and_not_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = database(dir.path());
+    let (cloud, settings) = Cloud::start().await;
+    let (read, reports) = salvage(&path, &settings).await;
+    assert!(reports.iter().all(|one| one.unsent() == 0 && one.lost == 0), "{reports:?}");
+    let why = read.why_kept().join("\n");
+    assert!(why.contains("stream a are in the cloud, but not in its bucket"), "{why}");
+    cloud.archive();
+    let mut read = Salvage::read(&path, |_, _| {}).unwrap();
+    read.wait_until_safe();
+    let read = Arc::new(read);
+    let (_stop, stopping) = watch::channel(false);
+    read.send(settings.clone(), stopping, |_, _| {}).await.unwrap();
+    assert_eq!(read.why_kept(), Vec::<String>::new());
+
+    damage(&path, 100);
+    let (read, _) = salvage(&path, &settings).await;
+    let why = read.why_kept().join("\n");
+    assert!(why.contains("does not open it") && why.contains("batches do not hold"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_cloud_had_is_not_sent_again_even_where_its_place_is_lost() {
     for (sent, lost) in [
         (MESSAGES / 2, vec![10, 200]),

@@ -112,7 +112,7 @@ impl Stream {
             let record = &mut self.record;
             (record.next, record.next_chain) = (row.next(), row.chain);
             record.next_bytes += row.stored_bytes();
-            record.last_timestamp = record.last_timestamp.max(row.batch.max_timestamp());
+            record.last_timestamp = row.batch.max_timestamp();
             if let Some(memory) = &mut self.memory {
                 memory.rows.push_back(row);
             }

@@ -89,7 +89,7 @@ pub enum OpenError {
     },
     /// The budget is too small to work with.
     #[error(
-        "a disk budget of {found} bytes is too small, {BUDGET_BYTES_MIN} are needed: free some space, or set [storage] disk_budget"
+        "a disk budget of {found} bytes is too small, {BUDGET_BYTES_MIN} are needed: free some space, or raise [storage] disk_budget"
     )]
     Budget {
         /// What there is.
@@ -118,8 +118,6 @@ const LOCK: &str = "lock";
 const SET_ASIDE: &str = "edge.redb.bad-";
 /// Free bytes on the disk without which nothing is compacted.
 const COMPACTION_FREE_MIN: u64 = 8 << 20;
-/// Damaged databases kept for whoever wants to look.
-const SET_ASIDE_MAX: usize = 2;
 
 /// A new incarnation.
 pub(super) fn mint() -> Incarnation {
@@ -143,38 +141,38 @@ impl EdgeStore {
         let lock = lock(&dir)?;
         let mut aside = set_aside(&dir).map_err(|error| io(&dir, error, writable))?;
         let path = dir.join(DATABASE);
-        let budget = disk_budget(&settings, &path, &aside).map_err(|error| io(&dir, error, writable))?;
-        if budget < BUDGET_BYTES_MIN {
-            return Err(OpenError::Budget { found: budget });
-        }
-        let budget = Budget::new(budget);
-        let bound = DiskBound::new(budget.bytes_max, budget.reserve);
+        let bytes_max = disk_budget(&settings, &path, &aside)?;
+        let budget = Budget::new(bytes_max);
+        let free = {
+            let dir = dir.clone();
+            move || rustix::fs::statvfs(&dir).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+        };
+        let bound = DiskBound::on_disk(budget.bytes_max, budget.reserve, Box::new(free));
         let storage = CappedFile::opener(path.clone(), bound.clone());
-        make(&dir, &path, &settings, &bound)?;
+        make(&dir, &path, &settings, &bound, &aside)?;
         let opened = match open_log(&storage, &settings, &bound) {
             Err(LogError::Damaged(what)) => {
                 prove_damage(&path, &storage, &settings, &what)?;
-                let mut seconds = (settings.clock)().max(0) / 1000;
-                while aside.contains(&dir.join(format!("{SET_ASIDE}{seconds}"))) {
-                    seconds += 1;
-                }
-                let bad = dir.join(format!("{SET_ASIDE}{seconds}"));
+                let bad = free_name(&dir, (settings.clock)());
                 fs::rename(&path, &bad).map_err(|error| io(&path, error, writable))?;
                 error!(%what, moved_to = %bad.display(), "the database is damaged and was set aside; what it had not sent stays there");
                 aside.push(bad);
-                while aside.len() > SET_ASIDE_MAX {
-                    let oldest = aside.remove(0);
-                    fs::remove_file(&oldest).map_err(|error| io(&oldest, error, writable))?;
-                }
-                make(&dir, &path, &settings, &bound)?;
+                make(&dir, &path, &settings, &bound, &aside)?;
                 open_log(&storage, &settings, &bound)
             }
             other => other,
         };
+        for file in &aside {
+            error!(
+                file = %file.display(),
+                bytes = on_disk(file),
+                "a damaged database waits for its records to be sent: stop the broker and run tributary-edge salvage FILE --remove"
+            );
+        }
         let opened = opened.map_err(|error| {
             let remedy = match &error {
-                LogError::Newer { .. } => {
-                    "install the version that wrote it, or move the file away to start with an empty database (what it has not sent is then not sent)"
+                LogError::OtherFormat { .. } => {
+                    "install the version that wrote it; or move the file away, start with an empty database, and send what the old one holds with tributary-edge salvage FILE"
                 }
                 LogError::Full(_) => "free some space on that disk, or raise [storage] disk_budget; nothing was deleted",
                 _ => "look at the system log for disk errors, check the file's permissions, and start again; nothing was deleted",
@@ -218,7 +216,15 @@ impl EdgeStore {
         leave_database(&log, &mut contents, &rules)?;
         let commit = contents.commit;
         info!(incarnation = %contents.incarnation, commit, streams = contents.streams.len(), "store opened");
-        let mut state = State::new(contents, &rules, budget, settings.batch_bytes_max, settings.commit_bytes);
+        let sessions = log.sessions().map_err(|error| OpenError::Database {
+            path: settings.data_dir.join(DATABASE),
+            error,
+            remedy: "look at the disk and start again; nothing was deleted",
+        })?;
+        let mut state =
+            State::new(contents, &sessions, &rules, budget, settings.batch_bytes_max, settings.commit_bytes);
+        drop(sessions);
+        state.disk_has(bound.used(), bound.free());
         state.set_aside = aside;
         let ids: BTreeMap<u32, StreamRecord> =
             state.streams.iter().filter(|one| one.memory.is_none()).map(|one| (one.id, one.record.clone())).collect();
@@ -232,6 +238,8 @@ impl EdgeStore {
             edge: settings.edge,
             state: Mutex::new(state),
             durable: AtomicU64::new(commit),
+            refused: AtomicU64::new(0),
+            refusals: Mutex::default(),
             progress: watch::Sender::new(Progress { durable: commit, ended: None }),
             room: watch::Sender::new(0),
             bell: Bell::default(),
@@ -342,12 +350,22 @@ fn open_log(
 
 /// Makes the database where there is none: under another name, because a power cut in the middle leaves a file that is
 /// no database, and such a file under the real name would pass for damage.
-fn make(dir: &Path, path: &Path, settings: &StoreSettings, bound: &Arc<DiskBound>) -> Result<(), OpenError> {
+fn make(
+    dir: &Path,
+    path: &Path,
+    settings: &StoreSettings,
+    bound: &Arc<DiskBound>,
+    aside: &[PathBuf],
+) -> Result<(), OpenError> {
     if path.exists() {
         return Ok(());
     }
     let new = dir.join(format!("{DATABASE}.new"));
-    let remedy = "free some space on that disk, or make the directory writable for this user";
+    let remedy = if aside.is_empty() {
+        "free some space on that disk, or make the directory writable for this user"
+    } else {
+        "free some space on that disk: databases set aside (edge.redb.bad-*) are sent and removed by tributary-edge salvage FILE --remove, or may be moved to another disk"
+    };
     let io = |error| OpenError::Io { path: new.clone(), error, remedy };
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(error)),
@@ -384,7 +402,7 @@ fn set_aside(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(SET_ASIDE) {
+        if entry.file_name().to_string_lossy().starts_with(SET_ASIDE) && entry.file_type()?.is_file() {
             found.push(entry.path());
         }
     }
@@ -392,19 +410,44 @@ fn set_aside(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The budget for the database alone: what was set aside is taken off it.
-fn disk_budget(settings: &StoreSettings, path: &Path, aside: &[PathBuf]) -> io::Result<u64> {
+/// A name for a damaged database that nothing has, whatever the clock says.
+fn free_name(dir: &Path, now_ms: TimestampMs) -> PathBuf {
+    let mut seconds = now_ms.max(0) / 1000;
+    loop {
+        let name = dir.join(format!("{SET_ASIDE}{seconds}"));
+        if fs::symlink_metadata(&name).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return name;
+        }
+        seconds += 1;
+    }
+}
+
+/// What a file takes on the disk.
+pub(super) fn on_disk(path: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
-    let on_disk = |path: &Path| fs::metadata(path).map_or(0, |file| file.blocks() * 512);
-    let aside: u64 = aside.iter().map(|path| on_disk(path)).sum();
+    fs::metadata(path).map_or(0, |file| file.blocks() * 512)
+}
+
+/// The budget for the database alone. What was set aside is taken off it, but never so much that the database could not
+/// work: a setting that is too small ends a start, what this program itself has left on the disk does not.
+pub(super) fn disk_budget(settings: &StoreSettings, path: &Path, aside: &[PathBuf]) -> Result<u64, OpenError> {
+    let (used, set_aside) = (on_disk(path), aside.iter().map(|path| on_disk(path)).sum::<u64>());
     let all = match settings.disk_budget {
+        Some(bytes) if bytes < BUDGET_BYTES_MIN => return Err(OpenError::Budget { found: bytes }),
         Some(bytes) => bytes,
         None => {
-            let disk = rustix::fs::statvfs(&settings.data_dir)?;
-            Budget::from_free(disk.f_bavail.saturating_mul(disk.f_frsize), on_disk(path) + aside)
+            let disk = rustix::fs::statvfs(&settings.data_dir).map_err(|error| OpenError::Io {
+                path: settings.data_dir.clone(),
+                error: error.into(),
+                remedy: "set [storage] disk_budget, which is then not measured",
+            })?;
+            Budget::from_free(disk.f_bavail.saturating_mul(disk.f_frsize), used + set_aside)
         }
     };
-    Ok(all.saturating_sub(aside))
+    if all < BUDGET_BYTES_MIN && used + set_aside == 0 {
+        return Err(OpenError::Budget { found: all });
+    }
+    Ok(all.saturating_sub(set_aside).max(used.min(all)).max(BUDGET_BYTES_MIN))
 }
 
 /// Damage is proven when the disk gives every byte of the file and a second look finds the same. Anything else ends the

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use shared::batch::{BatchBuilder, Compression, HEADER_BYTES};
 
 use super::memory::{MemoryRows, Room};
+use super::sessions::SessionBooks;
 use super::status::Counters;
 use super::*;
-use crate::redb_log::{Contents, Place, StreamAppend, StreamRecord, Trim, apply_trim, chain_after};
+use crate::redb_log::{Contents, Place, StreamAppend, StreamRecord, Trim, apply_append, apply_trim, chain_after};
 use crate::retention::{Budget, StreamUse, trims};
 use crate::streams::Rule;
 
@@ -33,6 +34,11 @@ pub(super) struct State {
     retained: HashMap<u64, u32>,
     retained_bytes: u64,
     hasher: RandomState,
+    pub(super) sessions: SessionBooks,
+    /// The disk took no more although the estimate saw room.
+    no_room: Option<NoRoom>,
+    /// When the disk was last asked what it has free.
+    looked: Option<Instant>,
     pub(super) budget: Budget,
     pub(super) batch_bytes_max: usize,
     pending_bytes_max: usize,
@@ -53,21 +59,16 @@ pub(super) struct Pending {
     pub(super) bytes: usize,
     pub(super) messages: u64,
     retained: BTreeMap<String, Option<StoredRetained>>,
-    sessions: Vec<SessionChange>,
     /// Something else wants a commit now.
     pub(super) urgent: bool,
 }
 
-impl Pending {
-    pub(super) fn change_session(&mut self, change: SessionChange) {
-        self.bytes += match &change {
-            SessionChange::Save(session) => {
-                128 + session.subscriptions.iter().map(|one| one.filter.len() + 64).sum::<usize>()
-            }
-            _ => 64,
-        };
-        self.sessions.push(change);
-    }
+/// What grows is not admitted until it is time to try again.
+struct NoRoom {
+    /// Records too; otherwise sessions alone.
+    records: bool,
+    until: Instant,
+    pause: Duration,
 }
 
 /// A stream in memory.
@@ -117,6 +118,14 @@ const BATCH_BYTES_TARGET: usize = 59_000;
 const PENDING_BYTES_MAX: usize = 4 << 20;
 /// What a PUBLISH takes beside its record: its share of headers, a packet id.
 const OVERHEAD_BYTES: usize = 64;
+/// How long nothing that grows is admitted after the disk was full, at first and at most.
+const FULL_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How often a disk with little room is asked what it has free.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// The part of a commit's tickets that stands for records, retained messages and QoS 2 packet ids.
+pub(super) const RECORDS_PART: u32 = 1;
+/// A step back of the clock up to this is NTP at work, or a leap second, or a time zone mistaken and mended.
+const STEP_BACK_MS: i64 = 60 * 60 * 1000;
 /// Ages are looked at this often when nothing else happens.
 const IDLE_TRIM: Duration = Duration::from_secs(60);
 
@@ -208,23 +217,16 @@ impl Stream {
 }
 
 impl OpenStream {
-    /// Seals what was open; `records` learns of it if it holds the stream.
-    pub(super) fn seal(self, records: &mut BTreeMap<u32, StreamRecord>) -> StreamAppend {
-        let (mut base, mut chain, mut bytes) = (self.base, self.chain, self.bytes_before);
+    /// Seals what was open.
+    pub(super) fn seal(self) -> StreamAppend {
+        let (mut base, mut chain) = (self.base, self.chain);
         let mut entries = Vec::with_capacity(self.builders.len());
-        let mut youngest = i64::MIN;
         for builder in self.builders {
             let batch = builder.finish(base, Compression::None);
             chain = chain_after(chain, &batch);
-            youngest = youngest.max(batch.max_timestamp());
             let entry = Stored { batch, chain };
             base = entry.next();
-            bytes += entry.stored_bytes();
             entries.push(entry);
-        }
-        if let Some(record) = records.get_mut(&self.id) {
-            (record.next, record.next_chain, record.next_bytes) = (base, chain, bytes);
-            record.last_timestamp = record.last_timestamp.max(youngest);
         }
         StreamAppend { stream: self.id, bytes_before: self.bytes_before, entries }
     }
@@ -233,6 +235,7 @@ impl OpenStream {
 impl State {
     pub(super) fn new(
         contents: Contents,
+        sessions: &[StoredSession],
         rules: &Rules,
         budget: Budget,
         batch_bytes_max: usize,
@@ -281,6 +284,9 @@ impl State {
             retained_bytes: contents.retained.iter().map(|(_, size)| u64::from(*size)).sum(),
             retained: contents.retained.into_iter().map(|(topic, size)| (hasher.hash_one(&topic[..]), size)).collect(),
             hasher,
+            sessions: SessionBooks::new(sessions, budget.session_bytes_max()),
+            no_room: None,
+            looked: None,
             budget,
             batch_bytes_max,
             pending_bytes_max: PENDING_BYTES_MAX.max(commit_bytes.saturating_mul(2)),
@@ -318,9 +324,70 @@ impl State {
         self.streams.get_mut(at)
     }
 
-    /// The ticket of what waits now.
+    /// The ticket of what waits now and always goes in.
     pub(super) fn ticket(&self) -> Ticket {
-        Ticket(self.taken + 1)
+        Ticket::of(self.taken + 1)
+    }
+
+    /// The ticket of a part of what waits now.
+    fn part(&self, part: u32) -> Ticket {
+        Ticket { part, ..self.ticket() }
+    }
+
+    /// Writes a session's row.
+    pub(super) fn save_session(&mut self, session: &StoredSession) -> Result<Ticket, Refusal> {
+        self.admit_session(self.sessions.growth_of_row(session), self.sessions.knows(&session.client_id))?;
+        self.sessions.save(session).map(|part| self.part(part))
+    }
+
+    /// Writes a subscription.
+    pub(super) fn save_subscription(&mut self, client: &str, one: &StoredSubscription) -> Result<Ticket, Refusal> {
+        self.admit_session(self.sessions.growth_of_subscription(client, &one.filter), false)?;
+        self.sessions.subscribe(client, one).map(|part| self.part(part))
+    }
+
+    fn admit_session(&self, growth: usize, always: bool) -> Result<(), Refusal> {
+        let fits =
+            || self.live() + growth as u64 * 2 <= self.budget.ceiling_for_sessions() && !self.is_disk_full(false);
+        match growth {
+            _ if self.ended => Err(Refusal::Unavailable),
+            0 => Ok(()),
+            _ if always || fits() => Ok(()),
+            _ => Err(Refusal::QuotaExceeded),
+        }
+    }
+
+    /// The disk has refused what fits by our estimate, and it is not time to try again.
+    fn is_disk_full(&self, records: bool) -> bool {
+        let closed = |no_room: &NoRoom| (no_room.records || !records) && Instant::now() < no_room.until;
+        self.no_room.as_ref().is_some_and(closed)
+    }
+
+    /// Why the disk takes no records at present.
+    pub(super) fn why_no_room(&self) -> Option<String> {
+        self.is_disk_full(true)
+            .then(|| "the disk is full, or takes less than it says: free some space on it".to_owned())
+    }
+
+    /// Whether it is time to ask the disk what it has free: after each commit, and while it has little.
+    pub(super) fn looks_at_disk(&self) -> bool {
+        self.budget.is_limited() && self.looked.is_none_or(|looked| looked.elapsed() > LOOK_AGAIN)
+    }
+
+    /// The file takes `used` bytes, and the disk has `free`.
+    pub(super) fn disk_has(&mut self, used: u64, free: Option<u64>) {
+        let Some(free) = free else { return };
+        let was_limited = self.budget.is_limited();
+        self.budget.limit_to(used, free);
+        self.looked = Some(Instant::now());
+        if self.budget.is_limited() && !was_limited {
+            tracing::warn!(
+                used,
+                free,
+                budget = self.budget.bytes_max,
+                "the disk has less free than the disk budget needs: what it has is what may be used"
+            );
+        }
     }
 
     /// Whether the committer must be told that waiting bytes rose from `before`: when the first came, and when enough have.
@@ -332,7 +399,7 @@ impl State {
     /// Estimate of what the database takes, and will take with what was admitted.
     pub(super) fn live(&self) -> u64 {
         let records = self.record_bytes + (self.pending.bytes + self.in_flight_bytes) as u64;
-        Budget::live(records, self.retained_bytes)
+        Budget::live(records, self.retained_bytes + self.sessions.bytes())
     }
 
     /// Waiting bytes leave room for so many more.
@@ -341,7 +408,7 @@ impl State {
     }
 
     fn has_room_on_disk(&self, bytes: usize) -> bool {
-        self.live() + bytes as u64 * 2 <= self.budget.ceiling()
+        self.live() + bytes as u64 * 2 <= self.budget.ceiling() && !self.is_disk_full(true)
     }
 
     /// Whether what was held may be offered again.
@@ -379,6 +446,9 @@ impl State {
                 return Admitted(Admission::Refused(Refusal::TooLarge));
             }
             bytes += record;
+        }
+        if packet.is_some() && !self.sessions.has_room_for_packet(session.client_id) {
+            return Admitted(Admission::Refused(Refusal::QuotaExceeded));
         }
         let memory = stream.filter(|(_, rule)| rule.memory_bytes.is_some());
         if let Some((index, rule)) = memory
@@ -436,15 +506,14 @@ impl State {
             bytes += 2 * (publish.topic.len() + publish.payload.len());
         }
         if let Some(packet_id) = packet {
-            self.pending.sessions.push(SessionChange::AddPacket(session.client_id.to_owned(), packet_id));
+            self.sessions.add_packet(session.client_id, packet_id);
         }
         self.pending.bytes += bytes;
         self.pending.messages += 1;
-        Admitted(Admission::Stored(self.ticket()))
+        Admitted(Admission::Stored(self.part(RECORDS_PART)))
     }
 
     fn retain(&mut self, publish: &Publish<'_>) {
-        let topic = self.hasher.hash_one(publish.topic);
         let message = (!publish.payload.is_empty()).then(|| StoredRetained {
             topic: publish.topic.to_owned(),
             properties_and_payload: encode_retained(publish),
@@ -452,21 +521,36 @@ impl State {
             stored_ms: publish.now_ms,
         });
         let size = message.as_ref().map_or(0, |one| (one.topic.len() + one.properties_and_payload.len()) as u32);
+        self.count_retained(publish.topic, size);
+        self.pending.retained.insert(publish.topic.to_owned(), message);
+    }
+
+    /// Deletes a retained message.
+    pub(super) fn forget_retained(&mut self, topic: &str) {
+        self.count_retained(topic, 0);
+        self.pending.retained.insert(topic.to_owned(), None);
+    }
+
+    fn count_retained(&mut self, topic: &str, size: u32) {
+        let topic = self.hasher.hash_one(topic);
         let before = if size > 0 { self.retained.insert(topic, size) } else { self.retained.remove(&topic) };
         self.retained_bytes =
             self.retained_bytes.saturating_sub(u64::from(before.unwrap_or(0))).saturating_add(u64::from(size));
-        self.pending.retained.insert(publish.topic.to_owned(), message);
     }
 
     /// How soon the committer should run.
     pub(super) fn urgency(&self) -> Urgency {
         let pending = &self.pending;
-        if pending.urgent || pending.messages > 0 || !pending.sessions.is_empty() {
-            return Urgency::Now { bytes: pending.bytes };
+        if pending.urgent || pending.messages > 0 || self.sessions.has_pending() {
+            return Urgency::Now { bytes: pending.bytes + self.sessions.pending_bytes() };
         }
         let old = self.last_commit.elapsed() > IDLE_TRIM
             && self.in_database().any(|stream| stream.retention_age_ms.is_some() && stream.bytes_safe() > 0);
-        if old || self.in_database().any(|stream| stream.dirty) { Urgency::Later } else { Urgency::None }
+        if old || self.in_database().any(|stream| stream.dirty) || !pending.retained.is_empty() {
+            Urgency::Later
+        } else {
+            Urgency::None
+        }
     }
 
     /// Whether somebody waits for room that a trim could make.
@@ -501,7 +585,7 @@ impl State {
         self.taken += 1;
         let pending = std::mem::take(&mut self.pending);
         commit.retained = pending.retained;
-        commit.sessions = pending.sessions;
+        commit.sessions = self.sessions.take();
         self.in_flight_bytes = pending.bytes;
         self.in_flight_messages = pending.messages;
         let mut open = Vec::new();
@@ -522,19 +606,14 @@ impl State {
 
     /// What was taken is durable.
     pub(super) fn committed(&mut self, commit: Commit, trimmed: &[Trimmed], took: Duration) {
-        for append in &commit.appends {
+        for append in commit.appends() {
             let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == append.stream) else { continue };
-            let record = &mut stream.record;
-            let (Some(first), Some(last)) = (append.entries.first(), append.entries.last()) else { continue };
-            if stream.oldest_unsent_ms.is_none() {
+            if let (None, Some(first)) = (stream.oldest_unsent_ms, append.entries.first()) {
                 stream.oldest_unsent_ms = Some(first.batch.base_timestamp());
             }
-            record.next = last.next();
-            record.next_chain = last.chain;
-            record.next_bytes = append.bytes_before + append.entries.iter().map(Stored::stored_bytes).sum::<u64>();
-            let youngest = append.entries.iter().map(|entry| entry.batch.max_timestamp()).max();
-            record.last_timestamp = record.last_timestamp.max(youngest.unwrap_or(i64::MIN));
+            apply_append(&mut stream.record, append);
         }
+        self.settle_room(&commit);
         for trim in trimmed {
             let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == trim.stream) else { continue };
             let (gap, unsent_from) = (stream.record.gap, stream.record.first.max(stream.record.confirmed));
@@ -563,6 +642,27 @@ impl State {
     }
 }
 
+/// The timestamp of the next record. Kafka searches by time and expects it to rise, so a clock that is set back a little does
+/// not show. One that is set back further was wrong before: it must not mark all records that follow.
+fn next_timestamp(last: TimestampMs, now: TimestampMs) -> TimestampMs {
+    if now >= last || last.saturating_sub(now) <= STEP_BACK_MS { now.max(last) } else { now }
+}
+
+impl State {
+    /// What found no room in a commit closes the door for a while; what did opens it.
+    fn settle_room(&mut self, commit: &Commit) {
+        self.sessions.not_stored(&commit.sessions, &commit.shed);
+        if commit.shed.is_empty() {
+            if !commit.appends.is_empty() {
+                self.no_room = None;
+            }
+            return;
+        }
+        let pause = self.no_room.as_ref().map_or(FULL_PAUSE.0, |before| (before.pause * 2).min(FULL_PAUSE.1));
+        self.no_room = Some(NoRoom { records: commit.shed.records, until: Instant::now() + pause, pause });
+    }
+}
+
 impl Stream {
     fn in_use(&self) -> StreamUse {
         StreamUse {
@@ -587,11 +687,13 @@ impl Stream {
         publish: &Publish<'_>,
         bound: usize,
     ) -> usize {
-        if !self.open.is_empty() && self.open.len() + bound > BATCH_BYTES_TARGET {
+        let timestamp = next_timestamp(self.last_timestamp, publish.now_ms);
+        // Within a batch time rises, so that its greatest timestamp is its last.
+        let cut = self.open.len() + bound > BATCH_BYTES_TARGET || timestamp < self.last_timestamp;
+        if !self.open.is_empty() && cut {
             self.full.push(std::mem::take(&mut self.open));
         }
-        // Kafka searches by time and expects it to rise.
-        self.last_timestamp = self.last_timestamp.max(publish.now_ms);
+        self.last_timestamp = timestamp;
         let before = self.open.len();
         rule.push(&mut self.open, self.last_timestamp, &core.edge, session.client_id, publish);
         self.open.len() - before

@@ -30,14 +30,27 @@ pub struct StoreStatus {
     pub disk_budget_ratio: f64,
     /// No record is admitted for want of room.
     pub full: bool,
+    /// What kept sessions, their subscriptions and QoS 2 packet ids take.
+    pub session_bytes: u64,
+    /// Its bound: beyond it new sessions and subscriptions are refused.
+    pub session_bytes_max: u64,
     /// Messages taken and not yet durable: their acknowledgements wait.
     pub held_acks: u64,
     /// Why the disk does not take commits at present.
     pub trouble: Option<String>,
     /// The store has failed for good.
     pub failed: bool,
-    /// Damaged databases that were set aside.
-    pub set_aside: Vec<String>,
+    /// Damaged databases that were set aside and wait for `tributary-edge salvage`.
+    pub set_aside: Vec<SetAside>,
+}
+
+/// A damaged database that was set aside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SetAside {
+    /// Where it is.
+    pub file: String,
+    /// What it takes on the disk.
+    pub bytes: u64,
 }
 
 /// A stream now.
@@ -130,8 +143,16 @@ pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> Store
         disk_budget_ratio: state.live() as f64 / state.budget.ceiling().max(1) as f64,
         full: state.is_full(),
         held_acks: state.pending.messages + state.in_flight_messages,
-        trouble: state.trouble.clone(),
+        session_bytes: state.sessions.bytes(),
+        session_bytes_max: state.sessions.bytes_max(),
+        trouble: state.trouble.clone().or_else(|| state.why_no_room()),
         failed: state.ended,
-        set_aside: state.set_aside.iter().map(|path| path.display().to_string()).collect(),
+        // One that was moved away since the start is nobody's business here any more.
+        set_aside: state
+            .set_aside
+            .iter()
+            .filter(|path| path.exists())
+            .map(|path| SetAside { file: path.display().to_string(), bytes: open::on_disk(path) })
+            .collect(),
     }
 }

@@ -1,8 +1,8 @@
 //! The store's promises, on a real file and on doubles.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use mqtt::store::{PublishProperties, StoredSubscription};
+use mqtt::store::{PublishProperties, SessionLeft, StoredSubscription};
 use shared::config::{ByteSize, Span};
 use shared::log::conformance::block_on;
 
@@ -144,12 +144,17 @@ fn sessions_retained_messages_and_packet_ids_come_back() {
     let subscription = StoredSubscription { filter: "x/#".into(), options: 1, identifier: Some(3) };
     let mut session = StoredSession {
         client_id: "dev".into(),
+        user: Some("eve".into()),
         expiry_secs: 60,
-        disconnected_ms: None,
-        subscriptions: vec![subscription],
-        inbound_packet_ids: vec![],
+        left: Some(SessionLeft { order: 3, wall_ms: CLOCK_MS }),
+        ..StoredSession::default()
     };
-    store.save_session(&session);
+    store.save_session(&session).unwrap();
+    for filter in ["x/#", "gone"] {
+        let one = StoredSubscription { filter: filter.into(), ..subscription.clone() };
+        store.save_subscription("dev", &one).unwrap();
+    }
+    store.delete_subscription("dev", "gone");
     let mut exact = publish("a/1", b"x");
     (exact.qos, exact.packet_id) = (2, Some(7));
     let mut second = exact.clone();
@@ -171,7 +176,7 @@ fn sessions_retained_messages_and_packet_ids_come_back() {
     drop(store);
 
     let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
-    session.inbound_packet_ids = vec![8];
+    (session.inbound_packet_ids, session.subscriptions) = (vec![8], vec![subscription]);
     assert_eq!(store.load_sessions().unwrap(), [session]);
     let retained = store.load_retained().unwrap();
     assert_eq!(retained.iter().map(|one| one.topic.as_str()).collect::<Vec<_>>(), ["a/r", "z"]);
@@ -182,25 +187,157 @@ fn sessions_retained_messages_and_packet_ids_come_back() {
 }
 
 #[test]
-fn timestamps_never_fall_whatever_the_clock_does() {
+fn sessions_have_a_bound_in_bytes_and_nobody_elses_puback_waits_for_it() {
     let dir = tempfile::tempdir().unwrap();
-    let streams = vec![stream("a", "#")];
-    let mut last = i64::MIN;
-    for round in [[CLOCK_MS, 0, 4_070_908_800_000], [CLOCK_MS, CLOCK_MS - 31_536_000_000, 5]] {
-        let store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
-        for now_ms in round {
-            let mut one = publish("t", b"x");
-            one.now_ms = now_ms;
-            let Admission::Stored(ticket) = offer(&store, &[one])[0] else { panic!("refused") };
-            block_on(store.wait(ticket)).unwrap();
+    let store = EdgeStore::open(small(dir.path()), vec![stream("a", "#")]).unwrap();
+    let max = store.status().session_bytes_max;
+    let (mut taken, mut refused) = (0, 0);
+    for client in 0..40 {
+        let client = format!("c{client}");
+        let session = StoredSession { client_id: client.clone(), expiry_secs: 60, ..StoredSession::default() };
+        if store.save_session(&session).is_err() {
+            refused += 1;
+            continue;
+        }
+        for n in 0..24 {
+            let filter = format!("{n}/{}", "x".repeat(60_000));
+            let one = StoredSubscription { filter, options: 0, identifier: None };
+            match store.save_subscription(&client, &one) {
+                Ok(ticket) => {
+                    block_on(store.wait(ticket)).unwrap();
+                    taken += 1;
+                }
+                Err(refusal) => {
+                    assert_eq!(refusal, Refusal::QuotaExceeded);
+                    refused += 1;
+                }
+            }
+        }
+        put(&store, "t", b"an innocent");
+    }
+    let status = store.status();
+    assert!(taken >= 8 && refused > 800, "{taken} taken, {refused} refused");
+    assert!(status.session_bytes <= max && max < status.disk_budget_bytes / 8, "{status:?}");
+    assert_eq!(status.trouble, None);
+    // Who is known can leave, and come back; and what is deleted makes room.
+    let left = Some(SessionLeft { order: 1, wall_ms: CLOCK_MS });
+    let known = StoredSession { client_id: "c0".into(), expiry_secs: 60, left, ..StoredSession::default() };
+    block_on(store.wait(store.save_session(&known).unwrap())).unwrap();
+    drop(store);
+    let store = EdgeStore::open(small(dir.path()), vec![stream("a", "#")]).unwrap();
+    assert_eq!(store.status().session_bytes, status.session_bytes, "counted the same after a start");
+    store.delete_session("c0");
+    let new = StoredSession { client_id: "new".into(), expiry_secs: 60, ..StoredSession::default() };
+    block_on(store.wait(store.save_session(&new).unwrap())).unwrap();
+    assert!(store.status().session_bytes < status.session_bytes);
+}
+
+#[test]
+fn packet_ids_count_and_are_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
+    let dev = StoredSession { client_id: "dev".into(), expiry_secs: 60, ..StoredSession::default() };
+    block_on(store.wait(store.save_session(&dev).unwrap())).unwrap();
+    let empty = store.status().session_bytes;
+    let mut ids = 0..=u16::MAX;
+    let refused = ids.find(|id| {
+        let mut exact = publish("t", b"x");
+        (exact.qos, exact.packet_id) = (2, Some(*id));
+        loop {
+            match offer(&store, std::slice::from_ref(&exact))[..] {
+                [Admission::Stored(_)] => return false,
+                [Admission::Refused(Refusal::QuotaExceeded)] => return true,
+                [] => block_on(store.room()),
+                ref other => panic!("{other:?}"),
+            }
+        }
+    });
+    let refused = refused.expect("one client must not fill the database with packet ids");
+    assert!(refused > 5_000, "{refused}");
+    let released: Vec<_> = (0..refused).map(|id| store.release("dev", id)).collect();
+    block_on(store.wait(released[released.len() - 1])).unwrap();
+    assert_eq!(store.status().session_bytes, empty);
+}
+
+#[test]
+fn a_subscribe_writes_its_own_row_and_not_the_session_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
+    let dev = StoredSession { client_id: "dev".into(), expiry_secs: 60, ..StoredSession::default() };
+    store.save_session(&dev).unwrap();
+    let one = |filter: String| StoredSubscription { filter, options: 0, identifier: None };
+    for n in 0..15 {
+        let long = one(format!("{n}/{}", "x".repeat(60_000)));
+        block_on(store.wait(store.save_subscription("dev", &long).unwrap())).unwrap();
+    }
+    let before = store.status().written_bytes_total;
+    for n in 0..10 {
+        block_on(store.wait(store.save_subscription("dev", &one(format!("z/{n}"))).unwrap())).unwrap();
+    }
+    let each = (store.status().written_bytes_total - before) / 10;
+    assert!(each < 200_000, "{each} bytes for each short subscription");
+}
+
+#[test]
+fn a_clock_that_was_wrong_marks_what_came_meanwhile_and_nothing_after_it() {
+    const HOUR: i64 = 3_600_000;
+    const DAY: i64 = 24 * HOUR;
+    // What the clock shows for a moment, and whether that moment is behind the records before it by more than an hour.
+    for (what, wrong) in [
+        ("-400 d", CLOCK_MS - 400 * DAY),
+        ("-1 d", CLOCK_MS - DAY),
+        ("+20 h", CLOCK_MS + 20 * HOUR),
+        ("+8 d", CLOCK_MS + 8 * DAY),
+        ("+1 y", CLOCK_MS + 365 * DAY),
+        ("2099", 4_070_908_800_000),
+        ("1970", 0),
+    ] {
+        for restart in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let streams = vec![stream("a", "#")];
+            let mut store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+            let right = [CLOCK_MS + 2, CLOCK_MS + 1, CLOCK_MS + 3];
+            for now_ms in [CLOCK_MS, wrong, wrong + 1].into_iter().chain(right) {
+                let mut one = publish("t", b"x");
+                one.now_ms = now_ms;
+                // Two in one batch, and a third in the next: a step back never lies within a batch.
+                let ticket = offer(&store, &[one.clone(), one.clone()]);
+                let [.., Admission::Stored(ticket)] = ticket[..] else { panic!("refused") };
+                block_on(store.wait(ticket)).unwrap();
+                if restart {
+                    drop(store);
+                    store = EdgeStore::open(settings(dir.path()), streams.clone()).unwrap();
+                }
+            }
+            let mut got = Vec::new();
+            for stored in store.read(&name("a"), 0, usize::MAX).unwrap() {
+                let times: Vec<i64> = stored.batch.records(1 << 20).unwrap().map(|r| r.unwrap().timestamp).collect();
+                assert!(times.is_sorted(), "{what}: {times:?}");
+                assert_eq!(stored.batch.max_timestamp(), times[times.len() - 1]);
+                got.extend(times);
+            }
+            got.dedup();
+            // Small steps back do not show.
+            assert_eq!(got, [CLOCK_MS, wrong, wrong + 1, CLOCK_MS + 2, CLOCK_MS + 3], "{what}, restarts: {restart}");
         }
     }
-    let store = EdgeStore::open(settings(dir.path()), streams).unwrap();
-    for stored in store.read(&name("a"), 0, usize::MAX).unwrap() {
-        assert!(stored.batch.base_timestamp() >= last);
-        last = stored.batch.max_timestamp();
-    }
-    assert_eq!(last, 4_070_908_800_000);
+}
+
+#[test]
+fn a_step_back_within_one_read_buffer_begins_a_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
+    let at = |now_ms| Publish { now_ms, ..publish("t", b"x") };
+    let admitted = offer(&store, &[at(CLOCK_MS), at(4_070_908_800_000), at(CLOCK_MS + 1), at(CLOCK_MS)]);
+    let [.., Admission::Stored(ticket)] = admitted[..] else { panic!("{admitted:?}") };
+    block_on(store.wait(ticket)).unwrap();
+    let times: Vec<(i64, i64)> = store
+        .read(&name("a"), 0, usize::MAX)
+        .unwrap()
+        .iter()
+        .map(|stored| (stored.batch.base_timestamp(), stored.batch.max_timestamp()))
+        .collect();
+    assert_eq!(times, [(CLOCK_MS, 4_070_908_800_000), (CLOCK_MS + 1, CLOCK_MS + 1)]);
 }
 
 #[test]
@@ -446,62 +583,88 @@ fn retention_deletes_what_is_safe_and_only_that() {
 }
 
 #[test]
-fn a_newer_database_ends_the_start_with_the_remedy() {
-    let dir = tempfile::tempdir().unwrap();
-    drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
-    {
-        let database = redb::Database::create(dir.path().join("edge.redb")).unwrap();
-        let transaction = database.begin_write().unwrap();
-        let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
-        transaction.open_table(meta).unwrap().insert("format", &99u32.to_le_bytes()[..]).unwrap();
-        transaction.commit().unwrap();
+fn a_database_of_another_format_ends_the_start_with_the_remedy() {
+    for format in [1u32, 2, 99] {
+        let dir = tempfile::tempdir().unwrap();
+        drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
+        {
+            let database = redb::Database::create(dir.path().join("edge.redb")).unwrap();
+            let transaction = database.begin_write().unwrap();
+            let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
+            transaction.open_table(meta).unwrap().insert("format", &format.to_le_bytes()[..]).unwrap();
+            transaction.commit().unwrap();
+        }
+        let error = EdgeStore::open(settings(dir.path()), vec![]).unwrap_err().to_string();
+        assert!(error.contains(&format!("format {format}")) && error.contains("install the version"), "{error}");
+        assert!(error.contains("salvage"), "{error}");
+        assert!(dir.path().join("edge.redb").exists());
     }
-    let error = EdgeStore::open(settings(dir.path()), vec![]).unwrap_err().to_string();
-    assert!(error.contains("format 99") && error.contains("install the version"), "{error}");
-    assert!(dir.path().join("edge.redb").exists());
 }
 
 #[test]
-fn a_database_of_format_1_is_taken_over_and_refused_to_the_version_before() {
-    let meta: redb::TableDefinition<'_, &str, &[u8]> = redb::TableDefinition::new("meta");
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("edge.redb");
-    drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
-    {
-        let database = redb::Database::create(&path).unwrap();
-        let transaction = database.begin_write().unwrap();
-        transaction.open_table(meta).unwrap().insert("format", &1u32.to_le_bytes()[..]).unwrap();
-        transaction.commit().unwrap();
+fn whatever_is_damaged_and_how_often_nothing_acknowledged_is_deleted_and_every_start_works() {
+    for disk_budget in [None, Some(64 << 20), Some(32 << 20), Some(crate::retention::BUDGET_BYTES_MIN)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("edge.redb");
+        // Once the clock stands still, once a name is taken by something else.
+        std::fs::create_dir(dir.path().join(format!("edge.redb.bad-{}", CLOCK_MS / 1000 + 1))).unwrap();
+        let bad = || -> BTreeMap<PathBuf, Vec<u8>> {
+            let paths = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+            let bad = paths.filter(|path| path.is_file() && path.to_string_lossy().contains(".bad-"));
+            bad.map(|path| (path.clone(), std::fs::read(path).unwrap())).collect()
+        };
+        let (mut incarnations, mut damaged) = (Vec::new(), Vec::new());
+        for round in 0..6 {
+            let settings = StoreSettings { disk_budget, ..settings(dir.path()) };
+            let store = EdgeStore::open(settings, vec![stream("a", "#")]).unwrap();
+            // More than a tenth of the budget each time: together they are larger than all of it.
+            let payload = vec![round as u8 + 1; 400_000];
+            for _ in 0..10 {
+                match offer(&store, &[publish("t", &payload)])[..] {
+                    [Admission::Stored(ticket)] => block_on(store.wait(ticket)).unwrap(),
+                    [] if store.status().full => break,
+                    ref other => panic!("{other:?}"),
+                }
+            }
+            put(&store, "t", b"the smallest budget still takes records");
+            incarnations.push(store.position(&name("a")).unwrap().incarnation);
+            let status = store.status();
+            assert_eq!(status.set_aside.len(), round);
+            assert!(status.disk_budget_bytes >= crate::retention::BUDGET_BYTES_MIN, "{status:?}");
+            drop(store);
+            let found = bad();
+            assert_eq!(found.len(), round);
+            for bytes in &damaged {
+                assert!(found.values().any(|one| one == bytes), "a database with acknowledged records is gone");
+            }
+            let mut bytes = std::fs::read(&path).unwrap();
+            bytes.iter_mut().skip(4096).for_each(|byte| *byte = !*byte);
+            std::fs::write(&path, &bytes).unwrap();
+            damaged.push(bytes);
+        }
+        incarnations.dedup();
+        assert_eq!(incarnations.len(), 6, "a new life each time");
     }
-    drop(EdgeStore::open(settings(dir.path()), vec![]).unwrap());
-    let database = redb::Database::create(&path).unwrap();
-    let transaction = redb::ReadableDatabase::begin_read(&database).unwrap();
-    let format = transaction.open_table(meta).unwrap().get("format").unwrap().unwrap().value().to_vec();
-    assert_eq!(format, 2u32.to_le_bytes());
 }
 
 #[test]
-fn only_proven_damage_sets_a_database_aside() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("edge.redb");
-    let bad = || {
-        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_string_lossy().contains(".bad-")).count()
+fn a_setting_ends_a_start_and_what_the_program_left_does_not() {
+    let budget = |path: &Path, disk_budget, aside: &[PathBuf]| {
+        let settings = StoreSettings { disk_budget, ..settings(path) };
+        open::disk_budget(&settings, &path.join("edge.redb"), aside)
     };
-    let mut incarnations = Vec::new();
-    for _ in 0..4 {
-        let store = EdgeStore::open(settings(dir.path()), vec![stream("a", "#")]).unwrap();
-        put(&store, "t", &vec![1; 100_000]);
-        incarnations.push(store.position(&name("a")).unwrap().incarnation);
-        assert_eq!(store.status().set_aside.len(), bad());
-        drop(store);
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes.iter_mut().skip(4096).for_each(|byte| *byte = !*byte);
-        std::fs::write(&path, bytes).unwrap();
-    }
-    assert_eq!(bad(), 2, "at most two are kept");
-    incarnations.dedup();
-    assert_eq!(incarnations.len(), 4, "a new life each time");
+    let dir = tempfile::tempdir().unwrap();
+    let aside = dir.path().join("edge.redb.bad-1");
+    std::fs::write(&aside, vec![1; 40 << 20]).unwrap();
+    let min = crate::retention::BUDGET_BYTES_MIN;
+    assert_eq!(budget(dir.path(), Some(32 << 20), std::slice::from_ref(&aside)).unwrap(), min);
+    let left = budget(dir.path(), Some(64 << 20), std::slice::from_ref(&aside)).unwrap();
+    assert!((20 << 20..=24 << 20).contains(&left), "{left}");
+    assert!(matches!(budget(dir.path(), Some(min - 1), &[]), Err(OpenError::Budget { found }) if found == min - 1));
+    // A database that is larger than what is left keeps its place.
+    std::fs::write(dir.path().join("edge.redb"), vec![1; 30 << 20]).unwrap();
+    let kept = budget(dir.path(), Some(64 << 20), std::slice::from_ref(&aside)).unwrap();
+    assert!(kept >= 30 << 20, "{kept}");
 }
 
 #[test]

@@ -56,6 +56,8 @@ pub struct Front {
     pub(crate) counters: stats::Counters,
     connections: Mutex<HashMap<u64, Arc<Handle>>>,
     next_number: AtomicU64,
+    /// Counts sessions that were left, over all starts.
+    pub(crate) times_left: AtomicU64,
     started: Instant,
     closing: AtomicBool,
     changed: Notify,
@@ -112,6 +114,7 @@ impl Front {
             counters: stats::Counters::default(),
             connections: Mutex::default(),
             next_number: AtomicU64::new(1),
+            times_left: AtomicU64::new(0),
             started: Instant::now(),
             closing: AtomicBool::new(false),
             changed: Notify::new(),

@@ -69,12 +69,15 @@ impl Retained {
             .collect()
     }
 
-    /// Drops what has expired.
-    pub fn expire(&mut self, now_ms: i64) {
+    /// Drops what has expired, and tells its topics.
+    pub fn expire(&mut self, now_ms: i64, mut gone: impl FnMut(&str)) {
         let bytes = &mut self.bytes;
-        self.by_topic.retain(|_, message| {
+        self.by_topic.retain(|topic, message| {
             let fresh = message.expiry_left(now_ms).is_ok();
-            *bytes -= if fresh { 0 } else { message.cost() };
+            if !fresh {
+                *bytes -= message.cost();
+                gone(topic);
+            }
             fresh
         });
     }

@@ -6,9 +6,26 @@ pub mod memory;
 
 use shared::log::BoxFuture;
 
-/// A place in the order of commits. Once [`Store::durable`] has reached it, what it stands for survives a power cut.
+use crate::codec::Reason;
+
+/// A place in the order of commits, and what of that commit it stands for. Commits become durable in order, each as a
+/// whole, but for the parts that found no room: [`Store::durable`] answers for one ticket.
+///
+/// The default stands for what nobody has to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Ticket(pub u64);
+pub struct Ticket {
+    /// The commit's number.
+    pub commit: u64,
+    /// 0 is what the commit holds for all; any other number is what it holds for one session.
+    pub part: u32,
+}
+
+impl Ticket {
+    /// What the commit holds for all.
+    pub fn of(commit: u64) -> Self {
+        Self { commit, part: 0 }
+    }
+}
 
 /// Keeps messages, retained messages and sessions durably.
 pub trait Store: Send + Sync + 'static {
@@ -26,11 +43,11 @@ pub trait Store: Send + Sync + 'static {
     /// PUBREL of a kept session: forgets the packet id. PUBCOMP may leave once the ticket is durable.
     fn release(&self, client_id: &str, packet_id: u16) -> Ticket;
 
-    /// The newest ticket that is durable.
-    fn durable(&self) -> Ticket;
+    /// Whether `ticket` is durable by now. It fails if it never will be: there was no room for it on the disk, or the store
+    /// has failed. Then the connection must be closed without the acknowledgements that waited for it.
+    fn durable(&self, ticket: Ticket) -> Result<bool, StoreFailed>;
 
-    /// Resolves when `ticket` is durable; fails when the store cannot say so any more, and then the connection must be
-    /// closed without the acknowledgements that waited.
+    /// Resolves when `ticket` is durable; fails as [`Store::durable`] does.
     fn wait(&self, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>>;
 
     /// Every kept session, for the start.
@@ -39,8 +56,18 @@ pub trait Store: Send + Sync + 'static {
     /// Every retained message, for the start.
     fn load_retained(&self) -> Result<Vec<StoredRetained>, StoreFailed>;
 
-    /// Writes a kept session's subscriptions and expiry (not its packet ids); SUBACK and CONNACK wait for the ticket.
-    fn save_session(&self, session: &StoredSession) -> Ticket;
+    /// Deletes a retained message that has expired. Nobody waits for it.
+    fn delete_retained(&self, topic: &str);
+
+    /// Writes the row of a kept session: user, expiry and when it was left. Subscriptions and packet ids have rows of their
+    /// own and stay as they are. CONNACK waits for the ticket. A session that was saved before is never refused.
+    fn save_session(&self, session: &StoredSession) -> Result<Ticket, Refusal>;
+
+    /// Writes one subscription of a saved session; SUBACK waits for the ticket. Refused: sessions have reached their bound.
+    fn save_subscription(&self, client_id: &str, subscription: &StoredSubscription) -> Result<Ticket, Refusal>;
+
+    /// Deletes one subscription; UNSUBACK waits for the ticket.
+    fn delete_subscription(&self, client_id: &str, filter: &str) -> Ticket;
 
     /// Deletes a session and all it holds.
     fn delete_session(&self, client_id: &str) -> Ticket;
@@ -113,6 +140,16 @@ pub enum Refusal {
     Unavailable,
 }
 
+impl Refusal {
+    /// How a client is told.
+    pub fn reason(self) -> Reason {
+        match self {
+            Self::QuotaExceeded => Reason::QUOTA_EXCEEDED,
+            Self::TooLarge | Self::Unavailable => Reason::IMPLEMENTATION_SPECIFIC_ERROR,
+        }
+    }
+}
+
 /// The store failed; nothing that was not durable yet is known to be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the store failed: {0}")]
@@ -123,14 +160,25 @@ pub struct StoreFailed(pub String);
 pub struct StoredSession {
     /// The client identifier.
     pub client_id: String,
+    /// The user it belongs to; `None`: it was begun without one.
+    pub user: Option<String>,
     /// Seconds it lives after its connection ends; `u32::MAX`: for ever (and MQTT 3.1.1 with clean session 0).
     pub expiry_secs: u32,
-    /// When its last connection ended; `None`: connected, or the broker was killed.
-    pub disconnected_ms: Option<i64>,
-    /// Its subscriptions.
+    /// When its last connection ended; `None`: connected, or the broker was killed meanwhile.
+    pub left: Option<SessionLeft>,
+    /// Its subscriptions. Written by [`Store::save_subscription`] and [`Store::delete_subscription`] only.
     pub subscriptions: Vec<StoredSubscription>,
     /// QoS 2 packet ids received and not yet released. Written by [`Store::publish`] and [`Store::release`] only.
     pub inbound_packet_ids: Vec<u16>,
+}
+
+/// When a session was left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SessionLeft {
+    /// Its place among all that were left, whatever the clock said: the longest absent session has the lowest.
+    pub order: u64,
+    /// Milliseconds since 1970.
+    pub wall_ms: i64,
 }
 
 /// A subscription of a kept session.
@@ -153,6 +201,7 @@ pub struct StoredRetained {
     pub properties_and_payload: Vec<u8>,
     /// 0, 1 or 2.
     pub qos: u8,
-    /// When it arrived.
+    /// When it arrived. From [`Store::load_retained`]: when it would have arrived if the clock had always been as it is now,
+    /// so that a clock that was, or is, wrong does not make it older.
     pub stored_ms: i64,
 }

@@ -27,6 +27,9 @@ struct DiskState {
     record: Option<Vec<Op>>,
     /// What the disk answers to the next syncs or writes.
     failing: Option<Failing>,
+    /// Pages that were ever written, and how many more the disk has room for.
+    written: std::collections::BTreeSet<usize>,
+    room: Option<usize>,
     /// Syncs wait while this is set.
     stalled: bool,
     /// Syncs that wait.
@@ -88,6 +91,15 @@ impl Disk {
             (Op::Write(..), Some(Failing::Full)) => return failed(io::ErrorKind::StorageFull),
             _ => {}
         }
+        if let Op::Write(at, data) = &op {
+            let pages = *at as usize / 4096..=(*at as usize + data.len() - 1) / 4096;
+            let new = pages.clone().filter(|page| !state.written.contains(page)).count();
+            if state.room.is_some_and(|room| new > room) {
+                return failed(io::ErrorKind::StorageFull);
+            }
+            state.room = state.room.map(|room| room - new);
+            state.written.extend(pages);
+        }
         op.apply(&mut state.bytes);
         if let Some(record) = &mut state.record {
             record.push(op);
@@ -128,6 +140,208 @@ impl StorageBackend for Disk {
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.operate(Op::Write(offset, data.to_vec()))
     }
+}
+
+impl Disk {
+    /// From now on it has room for `more` bytes beside all that was ever written.
+    fn fill_up(&self, more: usize) {
+        self.0.state.lock().room = Some(more / 4096);
+    }
+
+    /// It has room again.
+    fn make_room(&self) {
+        self.0.state.lock().room = None;
+    }
+
+    /// Does `now` while a commit is held at its sync, so that all of it shares the next one.
+    fn while_stalled<T>(&self, store: &EdgeStore, now: impl FnOnce() -> T) -> T {
+        self.0.state.lock().stalled = true;
+        offer(store, &[publish("a/1", b"holds the committer")]);
+        {
+            let mut state = self.0.state.lock();
+            while state.waiting == 0 {
+                self.0.moved.wait(&mut state);
+            }
+        }
+        let done = now();
+        self.0.state.lock().stalled = false;
+        self.0.moved.notify_all();
+        done
+    }
+}
+
+fn session(client_id: &str) -> StoredSession {
+    StoredSession { client_id: client_id.into(), expiry_secs: u32::MAX, ..StoredSession::default() }
+}
+
+fn subscription(filter: String) -> StoredSubscription {
+    StoredSubscription { filter, options: 1, identifier: None }
+}
+
+fn stored(store: &EdgeStore, publishes: &[Publish<'_>]) -> Ticket {
+    match offer(store, publishes)[..] {
+        [.., Admission::Stored(ticket)] => ticket,
+        ref other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_commit_that_stays_full_goes_without_what_does_not_fit_and_only_that_fails() {
+    let disk = Disk::default();
+    let store = disk.store(&rules());
+    for client in ["dev", "eve", "bob"] {
+        block_on(store.wait(store.save_session(&session(client)).unwrap())).unwrap();
+    }
+    put(&store, "a/1", b"x");
+    let (greedy, modest, record) = disk.while_stalled(&store, || {
+        let mut greedy = Vec::new();
+        for n in 0..14 {
+            let one = subscription(format!("{n}/{}", "x".repeat(60_000)));
+            greedy.push(store.save_subscription("eve", &one).unwrap());
+        }
+        let modest = store.save_subscription("bob", &subscription("b".into())).unwrap();
+        let mut exact = publish("b/1", b"1");
+        (exact.qos, exact.packet_id) = (2, Some(7));
+        disk.fill_up(200_000);
+        (greedy, modest, stored(&store, &[publish("a/1", b"y"), exact]))
+    });
+    block_on(store.wait(record)).unwrap();
+    block_on(store.wait(modest)).unwrap();
+    assert_eq!((greedy[0].commit, modest.commit), (record.commit, record.commit), "one commit");
+    for ticket in greedy {
+        assert!(store.durable(ticket).is_err());
+        assert!(block_on(store.wait(ticket)).unwrap_err().0.contains("no room"));
+    }
+    // Everybody goes on, and so does the greedy one when there is room.
+    put(&store, "a/1", b"z");
+    let filters = |store: &EdgeStore| -> Vec<(String, usize, usize)> {
+        let all = store.load_sessions().unwrap().into_iter();
+        all.map(|one| (one.client_id, one.subscriptions.len(), one.inbound_packet_ids.len())).collect()
+    };
+    let of = |client: &str, subscriptions, packets| (client.to_owned(), subscriptions, packets);
+    assert_eq!(filters(&store), [of("bob", 1, 0), of("dev", 0, 1), of("eve", 0, 0)]);
+    disk.make_room();
+    let again = loop {
+        // Not before the pause after a full disk is over.
+        if let Ok(ticket) = store.save_subscription("eve", &subscription(format!("0/{}", "x".repeat(60_000)))) {
+            break ticket;
+        }
+        std::thread::yield_now();
+    };
+    block_on(store.wait(again)).unwrap();
+    drop(store);
+    let store = disk.store(&rules());
+    assert_eq!(filters(&store), [of("bob", 1, 0), of("dev", 0, 1), of("eve", 1, 0)]);
+    assert_eq!(values(&store, "a").len(), 4);
+    assert_eq!(values(&store, "b").len(), 1);
+}
+
+#[test]
+fn on_a_full_disk_records_fail_and_what_frees_room_goes_on_until_there_is_room() {
+    let disk = Disk::default();
+    let store = disk.store(&rules());
+    for client in ["dev", "eve"] {
+        block_on(store.wait(store.save_session(&session(client)).unwrap())).unwrap();
+        let filters = (0..20).map(|n| format!("{n}/{}", "x".repeat(20_000)));
+        let tickets: Vec<_> = filters.map(|one| store.save_subscription(client, &subscription(one)).unwrap()).collect();
+        block_on(store.wait(tickets[19])).unwrap();
+    }
+    let payload = vec![7; 50_000];
+    for _ in 0..20 {
+        put(&store, "a/1", &payload);
+    }
+    let large = vec![8u8; 2_000_000];
+    let (lost, ended, cursor) = disk.while_stalled(&store, || {
+        disk.fill_up(150_000);
+        let mut exact = publish("b/1", &large[..900_000]);
+        (exact.qos, exact.packet_id, exact.retain) = (2, Some(9), true);
+        let lost = stored(&store, &[publish("a/1", &large[..900_000]), exact]);
+        store.set_confirmed(&name("a"), 15);
+        (lost, store.delete_session("eve"), store.position(&name("a")).unwrap().next)
+    });
+    assert!(block_on(store.wait(lost)).is_err());
+    block_on(store.wait(ended)).unwrap();
+    let status = store.status();
+    assert!(status.full && status.trouble.as_ref().is_some_and(|why| why.contains("free some space")), "{status:?}");
+    assert_eq!(offer(&store, &[publish("a/1", b"held")]), [], "on_full decides");
+    assert_eq!(offer(&store, &[publish("a/1", b"held")]), [], "on_full decides");
+    // What is already there is kept and read, and what frees room goes through.
+    assert_eq!(store.read(&name("a"), 0, usize::MAX).unwrap().len(), 21);
+    store.set_safe(&name("a"), 10);
+    block_on(store.wait(store.delete_subscription("dev", &format!("0/{}", "x".repeat(20_000))))).unwrap();
+    disk.make_room();
+    let ticket = loop {
+        if let [Admission::Stored(ticket)] = offer(&store, &[publish("a/1", b"again")])[..] {
+            break ticket;
+        }
+        std::thread::yield_now();
+    };
+    block_on(store.wait(ticket)).unwrap();
+    assert_eq!(store.status().trouble, None);
+    drop(store);
+    let store = disk.store(&rules());
+    let at = store.position(&name("a")).unwrap();
+    assert_eq!((at.next, at.confirmed), (cursor + 2, 15), "no offset was used twice or left out");
+    assert_eq!((values(&store, "b").len(), store.load_retained().unwrap().len()), (0, 0));
+    let sessions = store.load_sessions().unwrap();
+    assert_eq!(sessions.len(), 1);
+    assert_eq!((sessions[0].subscriptions.len(), sessions[0].inbound_packet_ids.len()), (19, 0));
+}
+
+#[test]
+fn a_disk_that_others_filled_holds_records_before_a_commit_fails() {
+    use std::sync::atomic::AtomicU64;
+    let disk = Disk::default();
+    let free = Arc::new(AtomicU64::new(1 << 30));
+    let told = free.clone();
+    let bound = DiskBound::on_disk(64 << 20, 8 << 20, Box::new(move || Some(told.load(Ordering::Relaxed))));
+    let store = EdgeStore::open_on(settings(Path::new("double")), &rules(), &disk.opener(), bound).unwrap();
+    put(&store, "a/1", b"x");
+    assert!(!store.status().full);
+    free.store(0, Ordering::Relaxed);
+    put(&store, "a/1", b"the disk is asked after each commit");
+    assert!(store.status().full);
+    assert_eq!(offer(&store, &[publish("a/1", b"held")]), []);
+    block_on(store.wait(store.delete_session("dev"))).unwrap();
+    free.store(1 << 30, Ordering::Relaxed);
+    // Asked at most once a second.
+    while offer(&store, &[publish("a/1", b"goes on")]).is_empty() {
+        std::thread::yield_now();
+    }
+    assert_eq!(store.status().trouble, None);
+}
+
+#[test]
+fn what_waits_for_a_stalled_disk_is_bounded_however_sessions_change() {
+    let disk = Disk::default();
+    let store = disk.store(&rules());
+    let (taken, waiting) = disk.while_stalled(&store, || {
+        let mut taken = 0;
+        for n in 0..400u32 {
+            // New names again and again, and old ones changed again and again.
+            for client in ["eve".to_owned(), format!("c{n}")] {
+                let _ = store.save_session(&session(&client));
+                for _ in 0..3 {
+                    let one = subscription(format!("{n}/{}", "x".repeat(60_000)));
+                    taken += usize::from(store.save_subscription(&client, &one).is_ok());
+                    if client != "eve" {
+                        store.delete_subscription(&client, &one.filter);
+                    }
+                }
+                if client != "eve" {
+                    store.delete_session(&client);
+                }
+            }
+        }
+        (taken, store.core.state.lock().sessions.pending_bytes())
+    });
+    assert!(taken > 10, "{taken}");
+    assert!(waiting < 6 << 20, "{waiting} bytes wait");
+    put(&store, "a/1", b"goes on");
+    let bytes = store.core.state.lock().sessions.bytes();
+    assert!(bytes <= 1 << 20, "{bytes}");
+    let filters = store.load_sessions().unwrap().into_iter().find(|one| one.client_id == "eve").unwrap().subscriptions;
+    assert_eq!(filters.len(), 17, "a session has its bound");
 }
 
 fn rules() -> Vec<StreamSettings> {
@@ -199,7 +413,7 @@ fn a_power_cut_at_any_sync_loses_nothing_acknowledged() {
     let disk = Disk::default();
     let store = disk.store(&rules());
     let session = StoredSession { client_id: "dev".into(), expiry_secs: u32::MAX, ..StoredSession::default() };
-    block_on(store.wait(store.save_session(&session))).unwrap();
+    block_on(store.wait(store.save_session(&session).unwrap())).unwrap();
     let mut synced = {
         // Making the database is not cut here: a real one is made under another name first.
         let mut state = disk.0.state.lock();
@@ -266,13 +480,11 @@ fn a_power_cut_at_any_sync_loses_nothing_acknowledged() {
 
 #[test]
 fn nothing_is_acknowledged_between_an_error_and_the_reopening() {
-    for (failing, lost) in
-        [(Failing::Sync, false), (Failing::Sync, true), (Failing::Write, false), (Failing::Full, false)]
-    {
+    for (failing, lost) in [(Failing::Sync, false), (Failing::Sync, true), (Failing::Write, false)] {
         let disk = Disk::default();
         let store = disk.store(&rules());
         let session = StoredSession { client_id: "dev".into(), expiry_secs: u32::MAX, ..StoredSession::default() };
-        block_on(store.wait(store.save_session(&session))).unwrap();
+        block_on(store.wait(store.save_session(&session).unwrap())).unwrap();
         block_on(store.wait(put_together(&store, 0))).unwrap();
         let image = disk.0.state.lock().bytes.clone();
         disk.set_failing(Some(failing));
@@ -281,19 +493,38 @@ fn nothing_is_acknowledged_between_an_error_and_the_reopening() {
             std::thread::yield_now();
         }
         let second = put_together(&store, 2);
-        assert!(store.durable() < first && first < second, "{failing:?}");
+        assert_eq!((store.durable(first), store.durable(second)), (Ok(false), Ok(false)), "{failing:?}");
+        assert!(first < second);
         if lost {
             // The pages of the failed sync never reached the disk.
             disk.0.state.lock().bytes = image;
         }
         disk.set_failing(None);
         block_on(store.wait(second)).unwrap();
-        assert!(store.durable() >= second);
+        assert_eq!((store.durable(first), store.durable(second)), (Ok(true), Ok(true)));
         assert_eq!(check(&store, 3), 3, "{failing:?}");
         assert_eq!(store.status().trouble, None);
         drop(store);
         assert_eq!(check(&disk.store(&rules()), 3), 3, "{failing:?}");
     }
+}
+
+#[test]
+fn a_disk_that_takes_nothing_at_all_fails_nobody_for_nothing() {
+    let disk = Disk::default();
+    let store = disk.store(&rules());
+    block_on(store.wait(store.save_session(&session("dev")).unwrap())).unwrap();
+    disk.set_failing(Some(Failing::Full));
+    let mut all = vec![put_together(&store, 0)];
+    while store.status().trouble.is_none() {
+        std::thread::yield_now();
+    }
+    all.push(put_together(&store, 1));
+    disk.set_failing(None);
+    // The disk came back while it was tried with more or with less: what was refused is not there, all else is.
+    let there = all.iter().filter(|ticket| block_on(store.wait(**ticket)).is_ok()).count();
+    assert_eq!((values(&store, "a").len(), values(&store, "b").len()), (there, there));
+    assert!(store.durable(all[1]).is_ok(), "what came later was never tried");
 }
 
 #[test]
@@ -314,7 +545,7 @@ fn a_database_that_comes_back_older_ends_the_store() {
     disk.set_failing(None);
     let failed = block_on(store.wait(ticket)).unwrap_err();
     assert!(failed.0.contains("came back with commit"), "{failed}");
-    assert!(store.durable() < ticket);
+    assert!(store.durable(ticket).is_err());
     assert_eq!(offer(&store, &[publish("a/1", b"x")]), [Admission::Refused(Refusal::Unavailable)]);
     assert_eq!(block_on(store.failed()), failed);
     block_on(store.room());
@@ -337,12 +568,15 @@ fn what_comes_during_a_commit_shares_the_next_one() {
         }
     }
     let tickets: Vec<Admission> = (0..100).flat_map(|_| offer(&store, &[publish("a/1", b"later")])).collect();
-    assert!(tickets.iter().all(|one| *one == Admission::Stored(Ticket(first.0 + 1))), "{tickets:?}");
-    assert!(store.durable() < first, "not before its sync returned");
+    assert!(
+        tickets.iter().all(|one| *one == Admission::Stored(Ticket { commit: first.commit + 1, ..first })),
+        "{tickets:?}"
+    );
+    assert_eq!(store.durable(first), Ok(false), "not before its sync returned");
     assert_eq!(store.status().held_acks, 101);
     disk.0.state.lock().stalled = false;
     disk.0.moved.notify_all();
-    block_on(store.wait(Ticket(first.0 + 1))).unwrap();
+    block_on(store.wait(Ticket { commit: first.commit + 1, ..first })).unwrap();
     assert_eq!(store.status().held_acks, 0);
     assert_eq!(values(&store, "a").len(), 102);
 }
@@ -410,7 +644,7 @@ fn a_flipped_bit_is_harmless_or_found_named_and_contained() {
     let open = || EdgeStore::open(settings(dir.path()), rules());
     let store = open().unwrap();
     let session = StoredSession { client_id: "dev".into(), expiry_secs: u32::MAX, ..StoredSession::default() };
-    block_on(store.wait(store.save_session(&session))).unwrap();
+    block_on(store.wait(store.save_session(&session).unwrap())).unwrap();
     for n in 0..200 {
         block_on(store.wait(put_together(&store, n))).unwrap();
     }
@@ -464,7 +698,7 @@ fn a_flipped_bit_is_harmless_or_found_named_and_contained() {
         };
         if let [bad] = &store.status().set_aside[..] {
             aside += 1;
-            assert!(Path::new(bad).exists());
+            assert!(Path::new(&bad.file).exists());
             assert_ne!(store.position(&name("a")).unwrap().incarnation, expected.positions[0].0, "a life of its own");
             put(&store, "a/1", b"goes on");
             continue;

@@ -313,8 +313,16 @@ impl Connection {
                 Err(Close::Refused)
             }
             Ok(session) => {
-                let (ticket, present) = self.front.open(&session, terms, self.will.take());
+                let opened = self.front.open(&session, terms, self.will.take());
+                // Ours from here on: what is refused now is given back like any other.
                 self.session = Some(session);
+                let (ticket, present) = match opened {
+                    Ok(opened) => opened,
+                    Err(refusal) => {
+                        self.refuse_connect(refusal.reason());
+                        return Err(Close::Refused);
+                    }
+                };
                 self.stage = Stage::Opening;
                 self.answers.push(ticket, Answer::Other(Reply::ConnAck { present }));
                 Ok(())
@@ -351,9 +359,8 @@ impl Connection {
     /// Lets go the answers whose tickets are durable; asks to be woken for the first that is not.
     fn poll_commits(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
         while let Some(ticket) = self.answers.waits_for() {
-            let durable = if ticket == Ticket::default() { ticket } else { self.front.store.durable() };
-            if ticket <= durable {
-                while let Some(answer) = self.answers.pop(durable) {
+            if ticket == Ticket::default() || self.front.store.durable(ticket)? {
+                if let Some(answer) = self.answers.pop() {
                     self.answer(answer);
                 }
                 continue;
@@ -368,7 +375,7 @@ impl Connection {
                     self.commit = None;
                     result?;
                     // It said so for this ticket, whatever `durable` says a moment later.
-                    while let Some(answer) = self.answers.pop(ticket) {
+                    if let Some(answer) = self.answers.pop() {
                         self.answer(answer);
                     }
                 }

@@ -16,7 +16,7 @@ use crate::codec::{QoS, Reason, SubscribeOptions, decode_properties_and_payload}
 use crate::message::Message;
 use crate::session::connect::Terms;
 use crate::session::inbound::ReceivedIds;
-use crate::store::{Admission, Publish, SessionRef, StoreFailed, Ticket};
+use crate::store::{Admission, Publish, Refusal, SessionLeft, SessionRef, StoreFailed, Ticket};
 use crate::topic::TopicFilter;
 use crate::tree::Subscription;
 
@@ -33,7 +33,11 @@ impl Front {
             let mut state = session.state.lock();
             state.known = true;
             state.stored = true;
+            state.user = stored.user;
             state.expiry_secs = stored.expiry_secs;
+            state.left = stored.left;
+            let order = stored.left.map_or(0, |left| left.order);
+            self.times_left.fetch_max(order, Ordering::Relaxed);
             state.received = ReceivedIds::restored(&stored.inbound_packet_ids);
             for subscription in &stored.subscriptions {
                 let Ok(filter) = TopicFilter::parse(&subscription.filter) else {
@@ -106,7 +110,12 @@ impl Front {
     }
 
     /// Begins or resumes the claimed session on the agreed terms. CONNACK waits for the ticket.
-    pub(super) fn open(&self, session: &Arc<Session>, terms: &Terms, will: Option<Will>) -> (Ticket, bool) {
+    pub(super) fn open(
+        &self,
+        session: &Arc<Session>,
+        terms: &Terms,
+        will: Option<Will>,
+    ) -> Result<(Ticket, bool), Refusal> {
         let mut state = session.state.lock();
         let mut ticket = Ticket::default();
         let mut lost_will = None;
@@ -130,19 +139,29 @@ impl Front {
         });
         drop(timers);
         state.expiry_secs = terms.session_expiry_secs;
+        state.left = None;
         state.will = will.map(Arc::new);
         state.received.reconnected();
         state.outbound.connected(terms.version, terms.window, terms.packet_bytes_max, terms.session_expiry_secs > 0);
+        let mut refused = None;
         if state.expiry_secs > 0 || state.stored {
-            let stored = state.to_stored(&session.client_id, None);
-            state.stored = true;
-            ticket = ticket.max(self.store.save_session(&stored));
+            match self.store.save_session(&state.to_stored(&session.client_id)) {
+                Ok(saved) => {
+                    state.stored = true;
+                    ticket = ticket.max(saved);
+                }
+                Err(refusal) => {
+                    // There was none before: it ends with this connection, and its will says nothing.
+                    (state.known, state.will) = (false, None);
+                    refused = Some(refusal);
+                }
+            }
         }
         drop(state);
         if let Some(will) = lost_will {
             self.publish_will(session.client_id.clone(), will);
         }
-        (ticket, present)
+        refused.map_or(Ok((ticket, present)), Err)
     }
 
     /// The connection is over. Returns the bytes it had not written, if it is known where they end.
@@ -158,6 +177,8 @@ impl Front {
             return None;
         }
         let rest = state.disconnect();
+        // What found no room on the disk was not acknowledged: the client sends it again.
+        state.received.forget(|ticket| self.store.durable(ticket).is_err());
         let mut will = None;
         if !publish_will {
             state.will = None;
@@ -176,9 +197,10 @@ impl Front {
                 None => {}
             }
             self.schedule_end(session, &mut state, now);
-            let stored = state.to_stored(&session.client_id, Some(now.wall_ms));
+            let order = self.times_left.fetch_add(1, Ordering::Relaxed) + 1;
+            state.left = Some(SessionLeft { order, wall_ms: now.wall_ms });
             // Nobody waits for it: after a crash the session merely counts as left at the restart.
-            let _ = self.store.save_session(&stored);
+            let _ = self.store.save_session(&state.to_stored(&session.client_id));
             drop(state);
         }
         session.released.notify_waiters();
@@ -351,7 +373,8 @@ impl Front {
                     front.pool.trim();
                 }
                 if ticks.is_multiple_of(60) {
-                    front.retained.lock().expire(front.now().ms);
+                    // The store's goes too, under the same lock: nobody retains a new one in between.
+                    front.retained.lock().expire(front.now().ms, |topic| front.store.delete_retained(topic));
                 }
             }
         });

@@ -16,7 +16,7 @@ use crate::codec::{
 use crate::message::{Content, Message, encode_properties};
 use crate::session::connect::{granted, is_reserved, negotiate};
 use crate::session::inbound::Answer;
-use crate::store::{Admission, Publish, Refusal, SessionRef, Ticket};
+use crate::store::{Admission, Publish, Refusal, SessionRef, StoredSubscription, Ticket};
 use crate::topic::TopicFilter;
 use crate::tree::Subscription;
 
@@ -454,6 +454,7 @@ impl Connection {
         let front = self.front.clone();
         let mut reasons = Vec::with_capacity(subscribe.filters.len());
         let mut retained: Vec<RetainedDelivery> = Vec::new();
+        let mut ticket = Ticket::default();
         let mut state = session.state.lock();
         for &(text, options) in &subscribe.filters {
             let filter = match TopicFilter::parse(text) {
@@ -473,6 +474,16 @@ impl Connection {
             if full || state.backlog.len() + retained.len() > front.settings.retained_messages_max {
                 reasons.push(Reason::QUOTA_EXCEEDED);
                 continue;
+            }
+            if state.stored {
+                let stored = StoredSubscription { filter: text.to_owned(), options: options.byte(), identifier };
+                match front.store.save_subscription(&session.client_id, &stored) {
+                    Ok(saved) => ticket = ticket.max(saved),
+                    Err(refusal) => {
+                        reasons.push(refusal.reason());
+                        continue;
+                    }
+                }
             }
             front.subscribe(&session, &mut state, &filter, Subscription { options, identifier });
             reasons.push(Reason(options.qos as u8));
@@ -494,11 +505,6 @@ impl Connection {
             reasons.iter_mut().filter(|reason| reason.is_error()).for_each(|reason| *reason = Reason(0x80));
         }
         let ack = Packet::SubAck(SubAck { packet_id: subscribe.packet_id, properties: None, reasons });
-        let ticket = if state.expiry_secs > 0 {
-            front.store.save_session(&state.to_stored(&session.client_id, None))
-        } else {
-            Ticket::default()
-        };
         if ticket == Ticket::default() && self.answers.is_empty() {
             // Nothing to wait for: SUBACK goes before anything the new subscription brings. The standard allows either,
             // simple clients expect this.
@@ -518,24 +524,24 @@ impl Connection {
     fn unsubscribe(&mut self, unsubscribe: &Unsubscribe<'_>, version: Version) {
         let Some(session) = self.session.clone() else { return };
         let mut state = session.state.lock();
-        let mut reasons: Vec<Reason> = unsubscribe
-            .filters
-            .iter()
-            .map(|text| match TopicFilter::parse(text) {
+        let mut ticket = Ticket::default();
+        let mut reasons = Vec::with_capacity(unsubscribe.filters.len());
+        for text in &unsubscribe.filters {
+            reasons.push(match TopicFilter::parse(text) {
                 Err(_) => Reason::TOPIC_FILTER_INVALID,
                 Ok(filter) if filter.share().is_some() => Reason::NO_SUBSCRIPTION_EXISTED,
-                Ok(filter) if self.front.unsubscribe(&session, &mut state, &filter) => Reason::SUCCESS,
+                Ok(filter) if self.front.unsubscribe(&session, &mut state, &filter) => {
+                    if state.stored {
+                        ticket = ticket.max(self.front.store.delete_subscription(&session.client_id, text));
+                    }
+                    Reason::SUCCESS
+                }
                 Ok(_) => Reason::NO_SUBSCRIPTION_EXISTED,
-            })
-            .collect();
+            });
+        }
         if version == Version::V4 {
             reasons.clear();
         }
-        let ticket = if state.expiry_secs > 0 {
-            self.front.store.save_session(&state.to_stored(&session.client_id, None))
-        } else {
-            Ticket::default()
-        };
         drop(state);
         let mut bytes = Vec::new();
         let ack = SubAck { packet_id: unsubscribe.packet_id, properties: None, reasons };

@@ -16,7 +16,7 @@ use crate::codec::{QoS, Reason};
 use crate::message::{Envelope, Message};
 use crate::session::inbound::ReceivedIds;
 use crate::session::outbound::{Delivered, Outbound};
-use crate::store::{StoredSession, StoredSubscription};
+use crate::store::{SessionLeft, StoredSession};
 use crate::tree::Subscription;
 
 /// One session. The number orders sessions in the topic tree.
@@ -41,8 +41,12 @@ pub(crate) struct SessionState {
     pub known: bool,
     /// The store has it.
     pub stored: bool,
+    /// The user it belongs to.
+    pub user: Option<String>,
     /// Seconds it outlives its connection; `u32::MAX`: for ever.
     pub expiry_secs: u32,
+    /// When its last connection ended; only while nobody is connected, and not if the broker was killed meanwhile.
+    pub left: Option<SessionLeft>,
     /// When it ends; only while nobody is connected.
     pub expires_ms: Option<i64>,
     pub subscriptions: BTreeMap<Box<str>, Subscription>,
@@ -171,7 +175,9 @@ impl Session {
             ended: false,
             known: false,
             stored: false,
+            user: None,
             expiry_secs: 0,
+            left: None,
             expires_ms: None,
             subscriptions: BTreeMap::new(),
             outbound: Outbound::new(),
@@ -419,21 +425,14 @@ impl SessionState {
         Some(rest)
     }
 
-    pub fn to_stored(&self, client_id: &str, disconnected_ms: Option<i64>) -> StoredSession {
+    /// Its own row; subscriptions and packet ids have theirs.
+    pub fn to_stored(&self, client_id: &str) -> StoredSession {
         StoredSession {
             client_id: client_id.to_owned(),
+            user: self.user.clone(),
             expiry_secs: self.expiry_secs,
-            disconnected_ms,
-            subscriptions: self
-                .subscriptions
-                .iter()
-                .map(|(filter, subscription)| StoredSubscription {
-                    filter: filter.to_string(),
-                    options: subscription.options.byte(),
-                    identifier: subscription.identifier,
-                })
-                .collect(),
-            inbound_packet_ids: self.received.ids(),
+            left: self.left,
+            ..StoredSession::default()
         }
     }
 }

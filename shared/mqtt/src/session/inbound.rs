@@ -42,11 +42,8 @@ impl<R> Answers<R> {
         self.waiting.push_back((ticket, answer));
     }
 
-    /// The next answer, if it may leave.
-    pub fn pop(&mut self, durable: Ticket) -> Option<Answer<R>> {
-        if self.waiting.front()?.0 > durable {
-            return None;
-        }
+    /// The next answer, which may leave: what it waits for is durable.
+    pub fn pop(&mut self) -> Option<Answer<R>> {
         let (_, answer) = self.waiting.pop_front()?;
         if self.waiting.is_empty() && self.waiting.capacity() > 64 {
             self.waiting = VecDeque::new();
@@ -100,12 +97,13 @@ impl ReceivedIds {
         self.open.values_mut().for_each(|received| received.counted = false);
     }
 
-    pub fn clear(&mut self) {
-        self.open.clear();
+    /// Forgets the ids that were never stored: a PUBLISH that comes again under one of them is a new one.
+    pub fn forget(&mut self, lost: impl Fn(Ticket) -> bool) {
+        self.open.retain(|_, received| !lost(received.ticket));
     }
 
-    pub fn ids(&self) -> Vec<u16> {
-        self.open.keys().copied().collect()
+    pub fn clear(&mut self) {
+        self.open.clear();
     }
 }
 
@@ -136,14 +134,13 @@ mod tests {
     #[test]
     fn answers_leave_in_order_whatever_becomes_durable_first() {
         let mut answers = Answers::<()>::default();
-        answers.push(Ticket(5), Answer::PubAck(1, Reason::SUCCESS));
-        answers.push(Ticket(0), Answer::PubAck(2, Reason::SUCCESS));
-        answers.push(Ticket(3), Answer::PubRec(3, Reason::SUCCESS));
-        assert!(answers.pop(Ticket(4)).is_none());
-        assert_eq!(answers.waits_for(), Some(Ticket(5)));
-        for id in 1..=3 {
-            let answer = answers.pop(Ticket(5)).unwrap();
-            assert!(matches!(answer, Answer::PubAck(i, _) | Answer::PubRec(i, _) if i == id), "{answer:?}");
+        for (ticket, id) in [(5, 1), (0, 2), (3, 3)] {
+            answers.push(Ticket::of(ticket), Answer::PubAck(id, Reason::SUCCESS));
+        }
+        for (ticket, id) in [(5, 1), (0, 2), (3, 3)] {
+            assert_eq!(answers.waits_for(), Some(Ticket::of(ticket)));
+            let answer = answers.pop().unwrap();
+            assert!(matches!(answer, Answer::PubAck(i, _) if i == id), "{answer:?}");
         }
         assert!(answers.is_empty());
     }
@@ -152,10 +149,10 @@ mod tests {
     fn a_repeated_publish_is_known_until_it_is_released() {
         let mut ids = ReceivedIds::default();
         assert_eq!(ids.repeated(7), None);
-        ids.insert(7, Ticket(4));
-        assert_eq!(ids.repeated(7), Some((Ticket(4), false)));
+        ids.insert(7, Ticket::of(4));
+        assert_eq!(ids.repeated(7), Some((Ticket::of(4), false)));
         ids.reconnected();
-        assert_eq!(ids.repeated(7), Some((Ticket(4), true)));
+        assert_eq!(ids.repeated(7), Some((Ticket::of(4), true)));
         assert_eq!(ids.release(7), Some(true));
         assert_eq!((ids.release(7), ids.repeated(7)), (None, None));
     }

@@ -1,7 +1,7 @@
 //! A store that forgets: for tests, which decide when a ticket becomes durable and what has no room, and for measuring
 //! the front alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -45,6 +45,9 @@ struct State {
     /// Tickets are durable as soon as they are given out.
     at_once: bool,
     failed: Option<String>,
+    /// Tickets that found no room.
+    refused: BTreeSet<u64>,
+    sessions_full: bool,
     verdict: Box<dyn FnMut(&str) -> Verdict + Send>,
     published: Vec<Published>,
     sessions: BTreeMap<String, StoredSession>,
@@ -52,12 +55,20 @@ struct State {
 }
 
 impl State {
+    fn durable(&self, ticket: Ticket) -> Result<bool, StoreFailed> {
+        match &self.failed {
+            Some(why) => Err(StoreFailed(why.clone())),
+            None if self.refused.contains(&ticket.commit) => Err(StoreFailed("no room".to_owned())),
+            None => Ok(self.durable >= ticket.commit),
+        }
+    }
+
     fn ticket(&mut self) -> Ticket {
         self.newest += 1;
         if self.at_once {
             self.durable = self.newest;
         }
-        Ticket(self.newest)
+        Ticket::of(self.newest)
     }
 }
 
@@ -69,6 +80,8 @@ impl MemoryStore {
             durable: 0,
             at_once: false,
             failed: None,
+            refused: BTreeSet::new(),
+            sessions_full: false,
             verdict: Box::new(verdict),
             published: Vec::new(),
             sessions: BTreeMap::new(),
@@ -103,10 +116,31 @@ impl MemoryStore {
         self.commit();
     }
 
+    /// Nothing that comes becomes durable by itself any more.
+    pub fn commit_never(&self) {
+        self.shared.state.lock().at_once = false;
+    }
+
     /// Fails every wait.
     pub fn fail(&self, why: &str) {
         self.shared.state.lock().failed = Some(why.to_owned());
         self.shared.durable.notify_waiters();
+    }
+
+    /// Fails one ticket, as if its commit had found no room for it, and makes all others up to it durable.
+    pub fn refuse_ticket(&self, ticket: u64) {
+        self.shared.state.lock().refused.insert(ticket);
+        self.commit_to(ticket);
+    }
+
+    /// From now on there is, or is no, room for more sessions and subscriptions.
+    pub fn set_sessions_full(&self, full: bool) {
+        self.shared.state.lock().sessions_full = full;
+    }
+
+    /// A kept session, as it is stored.
+    pub fn session(&self, client_id: &str) -> Option<StoredSession> {
+        self.shared.state.lock().sessions.get(client_id).cloned()
     }
 
     /// Decides differently from now on, and says that there may be room.
@@ -182,8 +216,8 @@ impl Store for MemoryStore {
         state.ticket()
     }
 
-    fn durable(&self) -> Ticket {
-        Ticket(self.shared.state.lock().durable)
+    fn durable(&self, ticket: Ticket) -> Result<bool, StoreFailed> {
+        self.shared.state.lock().durable(ticket)
     }
 
     fn wait(&self, ticket: Ticket) -> BoxFuture<'static, Result<(), StoreFailed>> {
@@ -193,14 +227,8 @@ impl Store for MemoryStore {
                 let changed = shared.durable.notified();
                 tokio::pin!(changed);
                 changed.as_mut().enable();
-                {
-                    let state = shared.state.lock();
-                    if let Some(why) = &state.failed {
-                        return Err(StoreFailed(why.clone()));
-                    }
-                    if state.durable >= ticket.0 {
-                        return Ok(());
-                    }
+                if shared.state.lock().durable(ticket)? {
+                    return Ok(());
                 }
                 changed.await;
             }
@@ -215,11 +243,39 @@ impl Store for MemoryStore {
         Ok(self.shared.state.lock().retained.values().cloned().collect())
     }
 
-    fn save_session(&self, session: &StoredSession) -> Ticket {
+    fn delete_retained(&self, topic: &str) {
+        self.shared.state.lock().retained.remove(topic);
+    }
+
+    fn save_session(&self, session: &StoredSession) -> Result<Ticket, Refusal> {
         let mut state = self.shared.state.lock();
-        let ids = state.sessions.remove(&session.client_id).map(|old| old.inbound_packet_ids).unwrap_or_default();
-        let session = StoredSession { inbound_packet_ids: ids, ..session.clone() };
+        let (subscriptions, inbound_packet_ids) = match state.sessions.remove(&session.client_id) {
+            Some(old) => (old.subscriptions, old.inbound_packet_ids),
+            None if state.sessions_full => return Err(Refusal::QuotaExceeded),
+            None => Default::default(),
+        };
+        let session = StoredSession { subscriptions, inbound_packet_ids, ..session.clone() };
         state.sessions.insert(session.client_id.clone(), session);
+        Ok(state.ticket())
+    }
+
+    fn save_subscription(&self, client_id: &str, subscription: &StoredSubscription) -> Result<Ticket, Refusal> {
+        let mut state = self.shared.state.lock();
+        if state.sessions_full {
+            return Err(Refusal::QuotaExceeded);
+        }
+        if let Some(session) = state.sessions.get_mut(client_id) {
+            session.subscriptions.retain(|one| one.filter != subscription.filter);
+            session.subscriptions.push(subscription.clone());
+        }
+        Ok(state.ticket())
+    }
+
+    fn delete_subscription(&self, client_id: &str, filter: &str) -> Ticket {
+        let mut state = self.shared.state.lock();
+        if let Some(session) = state.sessions.get_mut(client_id) {
+            session.subscriptions.retain(|one| one.filter != filter);
+        }
         state.ticket()
     }
 

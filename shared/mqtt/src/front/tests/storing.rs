@@ -239,3 +239,88 @@ async fn shutdown_lets_acknowledgements_leave_first() {
     tokio::join!(stop, client);
     assert_eq!(server.front.stats().connections, 0);
 }
+
+#[tokio::test]
+async fn what_found_no_room_on_the_disk_is_not_acknowledged_and_is_taken_again_when_it_comes_again() {
+    let store = MemoryStore::at_once(|_| Verdict::Store);
+    let server = Server::start(&store).await;
+    let (mut device, _) = server.connect_with(kept(V5, "d")).await;
+    let mut other = server.connect(V5, "o").await;
+    store.commit_never();
+    device.publish("t", b"x", ExactlyOnce, 5).await;
+    device.ping().await;
+    let refused = store.tickets();
+    other.publish("t", b"y", AtLeastOnce, 1).await;
+    other.ping().await;
+    store.refuse_ticket(refused);
+    device.expect_end(Reason::IMPLEMENTATION_SPECIFIC_ERROR).await;
+    store.commit_always();
+    other.expect_puback(1).await;
+    let (mut device, present) = server.connect_with(kept(V5, "d")).await;
+    assert!(present);
+    // The device sends it again: it was never stored, so it is no repetition.
+    let mut again = publish("t", b"x", ExactlyOnce, 5);
+    again.dup = true;
+    device.send(&Packet::Publish(again)).await;
+    device.expect(Packet::PubRec(Ack::new(5, Reason::SUCCESS))).await;
+    assert_eq!(store.published().len(), 3);
+}
+
+#[tokio::test]
+async fn when_sessions_have_reached_their_bound_new_ones_are_refused_and_the_others_go_on() {
+    let store = MemoryStore::at_once(|_| Verdict::Store);
+    let server = Server::start(&store).await;
+    let (mut known, _) = server.connect_with(kept(V5, "known")).await;
+    known.subscribe("a", AtLeastOnce).await;
+    let (mut old, _) = server.connect_with(kept(V4, "old")).await;
+    store.set_sessions_full(true);
+    let filters = [("b", SubscribeOptions::default()), ("c", SubscribeOptions::default())];
+    assert_eq!(known.subscribe_with(3, &filters, None).await, [Reason::QUOTA_EXCEEDED; 2]);
+    assert_eq!(old.subscribe_with(3, &filters, None).await, [Reason(0x80); 2]);
+    assert_eq!(server.front.stats().subscriptions, 1, "what was refused is not subscribed to");
+    for (version, code) in [(V5, 0x97), (V4, 3)] {
+        let mut new = server.raw().await;
+        new.version = version;
+        new.send(&Packet::Connect(Box::new(kept(version, "new")))).await;
+        let frame = new.recv().await;
+        let Packet::ConnAck(ack) = new.read(&frame) else { panic!("{frame:?}") };
+        assert_eq!((ack.reason, ack.session_present), (Reason(code), false));
+        assert_eq!(new.try_recv().await, None);
+    }
+    // Who leaves nothing behind, and who is known, is served.
+    let mut clean = server.connect(V5, "clean").await;
+    clean.subscribe("b", AtLeastOnce).await;
+    drop(known);
+    let (mut known, present) = server.connect_with(kept(V5, "known")).await;
+    assert!(present);
+    clean.publish("a", b"1", AtLeastOnce, 1).await;
+    assert_eq!(known.got_payload().await, "1");
+    assert_eq!(server.stats(|stats| stats.sessions == 3).await.sessions, 3, "what was refused is not kept");
+}
+
+#[tokio::test]
+async fn each_change_of_a_session_is_a_row_of_its_own_and_the_order_of_leaving_outlives_a_restart() {
+    let store = MemoryStore::at_once(|_| Verdict::Store);
+    let server = Server::start(&store).await;
+    let (mut first, _) = server.connect_with(kept(V5, "first")).await;
+    let (second, _) = server.connect_with(kept(V5, "second")).await;
+    first.subscribe("a", AtLeastOnce).await;
+    let before = store.tickets();
+    first.subscribe("b", AtLeastOnce).await;
+    assert_eq!(store.tickets(), before + 1);
+    drop(second);
+    server.stats(|stats| stats.connections == 1).await;
+    drop(first);
+    server.stats(|stats| stats.connections == 0).await;
+    let left = |store: &MemoryStore, client: &str| store.session(client).unwrap().left.map(|left| left.order);
+    assert_eq!((left(&store, "second"), left(&store, "first")), (Some(1), Some(2)));
+    let filters: Vec<_> = store.session("first").unwrap().subscriptions.into_iter().map(|one| one.filter).collect();
+    assert_eq!(filters, ["a", "b"]);
+    // The next start goes on counting.
+    let server = Server::start(&store).await;
+    let (second, _) = server.connect_with(kept(V5, "second")).await;
+    assert_eq!(left(&store, "second"), None);
+    drop(second);
+    server.stats(|stats| stats.connections == 0).await;
+    assert_eq!(left(&store, "second"), Some(3));
+}
