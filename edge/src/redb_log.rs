@@ -16,16 +16,18 @@ use std::time::{Duration, Instant};
 use mqtt::store::{SessionLeft, StoredRetained, StoredSession, StoredSubscription};
 use parking_lot::{Mutex, RwLock};
 use redb::{Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
+use shared::clock::ClockState;
 use shared::log::Chain;
 use shared::name::{Incarnation, Offset, TimestampMs};
 use tracing::{info, warn};
 
 use backend::{AnyStorage, OpenStorage};
-pub use tables::{Damage, StoredBatch, StreamRecord, chain_after};
 use tables::{
-    FORMAT, META, META_COMMIT, META_FORMAT, META_INCARNATION, PACKETS, PacketRow, RETAINED, ROWS, RetainedRow, Row,
-    SESSIONS, STREAMS, SUBSCRIPTIONS, SessionRow, StreamRow, SubscriptionRow, TAIL, encode_row, row_key,
+    ClockRow, FORMAT, META, META_CLOCK, META_COMMIT, META_FORMAT, META_INCARNATION, PACKETS, PacketRow, RETAINED, ROWS,
+    RetainedRow, Row, SESSIONS, STREAMS, SUBSCRIPTIONS, SessionRow, StreamRow, SubscriptionRow, TAIL, encode_row,
+    row_key,
 };
+pub use tables::{Damage, StoredBatch, StreamRecord, chain_after};
 use tail::Tail;
 
 /// Why the database could not do what it was asked.
@@ -106,6 +108,8 @@ pub struct Commit {
     pub retained: BTreeMap<String, Option<StoredRetained>>,
     /// Changes of sessions, by client id.
     pub sessions: BTreeMap<String, SessionChange>,
+    /// How far the count of running time is.
+    pub clock: Option<ClockState>,
     /// What is left out of it: there was no room.
     pub shed: Shed,
 }
@@ -176,8 +180,8 @@ pub struct Trim {
     pub below: Offset,
     /// Delete until so many bytes are gone.
     pub bytes: u64,
-    /// And rows whose last record is older than this.
-    pub older_than: Option<TimestampMs>,
+    /// And whole rows below this.
+    pub old: Offset,
 }
 
 /// What changes of one session. What is deleted goes first.
@@ -232,6 +236,8 @@ pub struct Contents {
     pub incarnation: Incarnation,
     /// Number of the last commit.
     pub commit: u64,
+    /// How far the count of running time was.
+    pub clock: Option<ClockState>,
     /// Its streams, with `next` as the rows say.
     pub streams: BTreeMap<u32, StreamRecord>,
     /// Topics of retained messages, and the bytes these take.
@@ -348,6 +354,9 @@ impl RedbLog {
         {
             let mut meta = transaction.open_table(META).map_err(failed)?;
             meta.insert(META_COMMIT, &commit.number.to_le_bytes()[..])?;
+            if let Some(clock) = commit.clock {
+                meta.insert(META_CLOCK, &encode(&ClockRow::V1(clock))?[..])?;
+            }
             if !appends.is_empty() || !commit.trims.is_empty() {
                 let mut rows = transaction.open_table(ROWS).map_err(failed)?;
                 for row in &plan.rows {
@@ -592,7 +601,7 @@ fn trim_rows(rows: &mut redb::Table<'_, (u32, u64), &'static [u8]>, trim: &Trim)
                 }
                 (Err(_), None) => break,
             };
-            let wanted = bytes < trim.bytes || trim.older_than.is_some_and(|limit| youngest < limit);
+            let wanted = bytes < trim.bytes || next <= trim.old;
             if next > trim.below || !wanted {
                 break;
             }
@@ -758,6 +767,13 @@ fn read_contents(database: &Database) -> Result<(Contents, Tail), LogError> {
     };
     let commit = u64::from_le_bytes(fixed(&value(META_COMMIT)?, META_COMMIT)?);
     let incarnation = Incarnation(fixed(&value(META_INCARNATION)?, META_INCARNATION)?);
+    let clock = match meta.get(META_CLOCK)? {
+        Some(value) => {
+            let ClockRow::V1(clock) = decode(value.value(), "the clock")?;
+            Some(clock)
+        }
+        None => None,
+    };
     let mut streams = BTreeMap::new();
     for row in transaction.open_table(STREAMS).map_err(failed)?.iter()? {
         let (key, value) = row?;
@@ -798,7 +814,7 @@ fn read_contents(database: &Database) -> Result<(Contents, Tail), LogError> {
         let (key, value) = row?;
         retained.push((key.value().to_owned(), (key.value().len() + value.value().len()) as u32));
     }
-    Ok((Contents { incarnation, commit, streams, retained }, tail))
+    Ok((Contents { incarnation, commit, clock, streams, retained }, tail))
 }
 
 /// Moves a stream's end to that of a row above it.

@@ -4,9 +4,10 @@
 //! `retention_bytes`, its `retention_age`, and the one disk budget. When the budget is reached and nothing is safe, the
 //! stream's `on_full` decides about new messages; `drop-oldest` alone may delete what the cloud does not have.
 //!
-//! The clock is only ever asked how old *safe* records are. A clock at 1970 makes nothing old; a clock at 2099 makes all
-//! that is safe old; neither touches what is not safe.
+//! How old records are is counted, not read from a wall clock (see [`shared::clock`]): a clock that is wrong makes nothing
+//! older than it is. [`Ages`] remembers where a stream's end was at what count.
 
+use serde::{Deserialize, Serialize};
 use shared::name::{Offset, TimestampMs};
 
 use crate::redb_log::Trim;
@@ -109,11 +110,45 @@ pub fn wants_compaction(used: u64, live: u64) -> bool {
 /// Dead bytes below which a start does not compact.
 pub const COMPACTION_BYTES_MIN: u64 = 16 << 20;
 
+/// Where a stream's end was when: what lies below an offset is at least as old as its count. Few entries, coarser for a
+/// longer `retention_age`: what must go goes at most a sixteenth of it late.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Ages(Vec<(TimestampMs, Offset)>);
+
+/// The finest step of [`Ages`].
+const AGE_STEP_MS_MIN: i64 = 1_000;
+
+impl Ages {
+    /// All records below `next` are there at `now_ms`. True if that is worth storing.
+    pub fn note(&mut self, now_ms: TimestampMs, next: Offset, age_ms: i64) -> bool {
+        let step = (age_ms / 16).max(AGE_STEP_MS_MIN);
+        let due = match self.0.last() {
+            Some((at, end)) => *end < next && now_ms.saturating_sub(*at) >= step,
+            None => next > 0,
+        };
+        if due {
+            self.0.push((now_ms, next));
+            // Of those that are over the age only the last says anything.
+            let old = self.0.iter().filter(|(at, _)| now_ms.saturating_sub(*at) >= age_ms).count();
+            self.0.drain(..old.saturating_sub(1));
+        }
+        due
+    }
+
+    /// Everything below this is older than `age_ms`.
+    pub fn older_than(&self, now_ms: TimestampMs, age_ms: i64) -> Offset {
+        let old = self.0.iter().rev().find(|(at, _)| now_ms.saturating_sub(*at) >= age_ms);
+        old.map_or(0, |(_, offset)| *offset)
+    }
+}
+
 /// What the decision needs to know of a stream.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StreamUse {
     /// Its id.
     pub stream: u32,
+    /// Its first record.
+    pub first: Offset,
     /// The offset after its last durable record.
     pub next: Offset,
     /// Below this all is safe.
@@ -124,8 +159,8 @@ pub struct StreamUse {
     pub bytes_safe: u64,
     /// Its setting.
     pub retention_bytes: Option<u64>,
-    /// Its setting.
-    pub retention_age_ms: Option<i64>,
+    /// Below this all is older than its `retention_age`.
+    pub old: Offset,
     /// Its setting.
     pub on_full: OnFull,
     /// Bytes of new records that were admitted on the promise that the oldest go.
@@ -133,15 +168,14 @@ pub struct StreamUse {
 }
 
 /// What to delete now, `excess` being the bytes above the budget's trim line.
-pub fn trims(now_ms: TimestampMs, streams: &[StreamUse], excess: u64) -> Vec<Trim> {
+pub fn trims(streams: &[StreamUse], excess: u64) -> Vec<Trim> {
     let mut trims: Vec<Trim> = Vec::new();
     let mut excess = excess;
     for stream in streams {
         let over = stream.retention_bytes.map_or(0, |max| stream.bytes.saturating_sub(max)).min(stream.bytes_safe);
-        let older_than = stream.retention_age_ms.map(|age| now_ms.saturating_sub(age));
-        if stream.bytes_safe > 0 && (over > 0 || older_than.is_some()) {
+        if stream.bytes_safe > 0 && (over > 0 || stream.old > stream.first) {
             excess = excess.saturating_sub(over);
-            trims.push(Trim { stream: stream.stream, below: stream.safe, bytes: over, older_than });
+            trims.push(Trim { stream: stream.stream, below: stream.safe, bytes: over, old: stream.old });
         }
     }
     // The rest of the excess comes from whoever has most that is safe.
@@ -155,7 +189,7 @@ pub fn trims(now_ms: TimestampMs, streams: &[StreamUse], excess: u64) -> Vec<Tri
         excess -= take;
         match trims.iter_mut().find(|trim| trim.stream == stream.stream) {
             Some(trim) => trim.bytes = trim.bytes.saturating_add(take),
-            None => trims.push(Trim { stream: stream.stream, below: stream.safe, bytes: take, older_than: None }),
+            None => trims.push(Trim { stream: stream.stream, below: stream.safe, bytes: take, old: 0 }),
         }
     }
     // What was promised room by dropping, after all that is safe went.
@@ -166,7 +200,7 @@ pub fn trims(now_ms: TimestampMs, streams: &[StreamUse], excess: u64) -> Vec<Tri
                 trim.bytes = trim.bytes.saturating_add(bytes);
                 trim.below = stream.next;
             }
-            None => trims.push(Trim { stream: stream.stream, below: stream.next, bytes, older_than: None }),
+            None => trims.push(Trim { stream: stream.stream, below: stream.next, bytes, old: 0 }),
         }
     }
     trims
@@ -179,12 +213,13 @@ mod tests {
     fn stream(id: u32, bytes: u64, bytes_safe: u64) -> StreamUse {
         StreamUse {
             stream: id,
+            first: 0,
             next: 100,
             safe: 40,
             bytes,
             bytes_safe,
             retention_bytes: None,
-            retention_age_ms: None,
+            old: 0,
             on_full: OnFull::Hold,
             drop_bytes: 0,
         }
@@ -192,15 +227,15 @@ mod tests {
 
     #[test]
     fn nothing_unsafe_is_ever_deleted_unless_the_stream_says_so() {
-        for now_ms in [0, 1_700_000_000_000, 4_070_908_800_000, i64::MIN, i64::MAX] {
+        for old in [0, 10, 40, 100] {
             for on_full in [OnFull::Hold, OnFull::Reject, OnFull::DropOldest] {
                 let mut one = stream(1, 1000, 400);
-                (one.retention_bytes, one.retention_age_ms, one.on_full) = (Some(10), Some(1000), on_full);
-                for trim in trims(now_ms, &[one.clone()], u64::MAX) {
+                (one.retention_bytes, one.old, one.on_full) = (Some(10), old, on_full);
+                for trim in trims(&[one.clone()], u64::MAX) {
                     assert_eq!(trim.below, 40);
                 }
                 one.drop_bytes = 10;
-                let below = trims(now_ms, &[one], u64::MAX)[0].below;
+                let below = trims(&[one], u64::MAX)[0].below;
                 assert_eq!(below, if on_full == OnFull::DropOldest { 100 } else { 40 });
             }
         }
@@ -209,21 +244,43 @@ mod tests {
     #[test]
     fn the_budget_takes_from_whoever_has_most_that_is_safe() {
         let streams = [stream(1, 1000, 100), stream(2, 1000, 700), stream(3, 1000, 0)];
-        let got = trims(0, &streams, 750);
+        let got = trims(&streams, 750);
         assert_eq!(got.iter().map(|t| (t.stream, t.bytes)).collect::<Vec<_>>(), [(2, 700), (1, 50)]);
-        assert!(trims(0, &streams, 0).is_empty());
-        assert!(trims(0, &streams[2..], 500).is_empty());
+        assert!(trims(&streams, 0).is_empty());
+        assert!(trims(&streams[2..], 500).is_empty());
     }
 
     #[test]
     fn a_streams_own_bounds_come_first() {
         let mut one = stream(1, 1000, 500);
         one.retention_bytes = Some(800);
-        assert_eq!(trims(0, &[one.clone()], 0), [Trim { stream: 1, below: 40, bytes: 200, older_than: None }]);
+        assert_eq!(trims(&[one.clone()], 0), [Trim { stream: 1, below: 40, bytes: 200, old: 0 }]);
         one.retention_bytes = None;
-        one.retention_age_ms = Some(60_000);
-        let expected = Trim { stream: 1, below: 40, bytes: 0, older_than: Some(40_000) };
-        assert_eq!(trims(100_000, &[one], 0), [expected]);
+        one.old = 30;
+        assert_eq!(trims(&[one.clone()], 0), [Trim { stream: 1, below: 40, bytes: 0, old: 30 }]);
+        one.first = 30;
+        assert!(trims(&[one], 0).is_empty(), "nothing that is there is old");
+    }
+
+    #[test]
+    fn ages_are_few_and_nothing_is_old_before_its_time() {
+        const AGE: i64 = 3_600_000;
+        let mut ages = Ages::default();
+        let ends: Vec<Offset> = (0..20_000).map(|second| second * 3).collect();
+        for (second, next) in ends.iter().enumerate() {
+            let now = second as i64 * 1000;
+            ages.note(now, *next, AGE);
+            assert!(ages.0.len() <= 18, "{ages:?}");
+            let old = ages.older_than(now, AGE);
+            // No younger than the age, and gone when it is a sixteenth over it.
+            let second = second as i64;
+            assert!(old <= (second - AGE / 1000).max(0) * 3, "{old} at {second}");
+            assert!(old >= (second - AGE / 1000 * 18 / 16).max(0) * 3, "{old} at {second}");
+        }
+        // The end of a stream at rest is noted once, and nothing is written for it any more.
+        assert!(ages.note(20_300_000, ends[19_999], AGE));
+        assert!(!ages.note(40_000_000, ends[19_999], AGE));
+        assert_eq!(ages.older_than(60_000_000, AGE), ends[19_999]);
     }
 
     #[test]

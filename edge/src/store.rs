@@ -33,7 +33,7 @@ use crate::redb_log::{Commit, LogError, RedbLog, StoredBatch as Stored, Trimmed}
 use crate::streams::{OnFull, RuleError, Rules};
 
 pub use crate::redb_log::StoredBatch;
-pub use open::{OpenError, StoreSettings, lock};
+pub use open::{Clock, OpenError, StoreSettings, lock};
 use state::{State, Verdict};
 pub use status::{SetAside, StoreStatus, StreamStatus};
 
@@ -59,7 +59,7 @@ struct Core {
     room: watch::Sender<u64>,
     bell: Bell,
     bound: Arc<DiskBound>,
-    clock: fn() -> TimestampMs,
+    clock: Clock,
 }
 
 /// Commits of which refused parts are remembered. Whoever waits for one asks at the very next commit.
@@ -299,12 +299,12 @@ impl EdgeStore {
 
     /// Numbers for status and metrics.
     pub fn status(&self) -> StoreStatus {
-        let now_ms = (self.core.clock)();
+        let reading = (self.core.clock)();
         let mut state = self.core.state.lock();
         if state.looks_at_disk() {
             self.core.look_at_disk(&mut state);
         }
-        status::of(&state, &self.core.bound, now_ms)
+        status::of(&state, &self.core.bound, reading)
     }
 
     /// Makes durable what waits and closes the database cleanly. Blocks for a commit; also done on drop.
@@ -445,7 +445,7 @@ impl Store for EdgeStore {
             }
         }
         let ring = state.rings(was_waiting);
-        let shown = state.seal_memory();
+        let shown = state.seal_memory((core.clock)().at);
         drop(state);
         if shown {
             // Wakes those who wait for records; nothing became durable.
@@ -493,7 +493,12 @@ impl Store for EdgeStore {
     }
 
     fn load_retained(&self) -> Result<Vec<StoredRetained>, StoreFailed> {
-        self.core.log.retained().map_err(|error| StoreFailed(error.to_string()))
+        let mut all = self.core.log.retained().map_err(|error| StoreFailed(error.to_string()))?;
+        let (reading, state) = ((self.core.clock)(), self.core.state.lock());
+        for one in &mut all {
+            one.stored_ms = reading.wall_ms.saturating_sub(state.age_ms(reading.at, one.stored_ms));
+        }
+        Ok(all)
     }
 
     fn delete_retained(&self, topic: &str) {
@@ -551,7 +556,7 @@ impl Work for Core {
         if self.bound.used() + (1 << 20) >= self.bound.bytes_max() {
             state.budget.overestimated();
         }
-        commit.trims = state.plan_trims((self.clock)());
+        commit.trims = state.plan_trims((self.clock)().at);
         for trim in &commit.trims {
             if let Some(stream) = state.streams.iter().find(|stream| stream.id == trim.stream) {
                 commit.records.entry(trim.stream).or_insert_with(|| stream.record.clone());

@@ -1,7 +1,7 @@
 //! What rests in the database: tables, keys and values.
 //!
 //! ```text
-//! meta           "format" -> u32 LE      "commit" -> u64 LE      "incarnation" -> 16 bytes
+//! meta           "format" -> u32 LE      "commit" -> u64 LE      "incarnation" -> 16 bytes      "clock" -> postcard ClockRow
 //! streams        u32 stream id                    -> postcard StreamRow
 //! rows           (u32 stream id, u64 base offset) -> row
 //! tail           u64 commit                       -> parts
@@ -23,8 +23,8 @@
 //! | u64   | (names its own length)      |
 //! +-------+-----------------------------+
 //! ```
-//! Each postcard row begins with its version: the variant number, one byte. `StreamRow` is V1, a [`StreamRecord`], or V2: a
-//! `StreamRecord` and the offset where the stream's incarnation began. The others are V1. A database of another format is
+//! Each postcard row begins with its version: the variant number, one byte. `StreamRow` is V1, a [`StreamRecord`]; V2, with
+//! the offset where the stream's incarnation began; or V3, with that and the stream's [`Ages`]. V3 is written. The others are V1. A database of another format is
 //! not opened.
 //!
 //! Integers of rows, parts and entries are big-endian, as in RecordBatch v2. `bytes before` counts the bytes of all
@@ -39,8 +39,11 @@ use bytes::{Buf, BufMut, Bytes};
 use redb::TableDefinition;
 use serde::{Deserialize, Serialize};
 use shared::batch::{Batch, HEADER_BYTES};
+use shared::clock::ClockState;
 use shared::log::Chain;
 use shared::name::{Incarnation, Offset, StreamName, TimestampMs, TopicName};
+
+use crate::retention::Ages;
 
 /// What this build reads and writes. A database with another number is not opened.
 pub(super) const FORMAT: u32 = 3;
@@ -57,6 +60,13 @@ pub(super) const PACKETS: TableDefinition<'_, (&str, u16), &[u8]> = TableDefinit
 pub(super) const META_FORMAT: &str = "format";
 pub(super) const META_COMMIT: &str = "commit";
 pub(super) const META_INCARNATION: &str = "incarnation";
+pub(super) const META_CLOCK: &str = "clock";
+
+/// How far the count of running time is.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) enum ClockRow {
+    V1(ClockState),
+}
 
 /// A stream's record. Never edited: what changes becomes a new variant.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -64,6 +74,8 @@ pub(super) enum StreamRow {
     V1(StreamRecord),
     /// With [`StreamRecord::renewed_at`].
     V2(StreamRecord, Offset),
+    /// With [`StreamRecord::ages`] too.
+    V3(StreamRecord, Offset, Ages),
 }
 
 impl StreamRow {
@@ -72,14 +84,15 @@ impl StreamRow {
         match self {
             Self::V1(record) => record,
             Self::V2(record, renewed_at) => StreamRecord { renewed_at, ..record },
+            Self::V3(record, renewed_at, ages) => StreamRecord { renewed_at, ages, ..record },
         }
     }
 }
 
 impl From<StreamRecord> for StreamRow {
     fn from(record: StreamRecord) -> Self {
-        let renewed_at = record.renewed_at;
-        Self::V2(record, renewed_at)
+        let (renewed_at, ages) = (record.renewed_at, record.ages.clone());
+        Self::V3(record, renewed_at, ages)
     }
 }
 
@@ -116,6 +129,9 @@ pub struct StreamRecord {
     /// fields, see [`StreamRow`].
     #[serde(skip)]
     pub renewed_at: Offset,
+    /// How old its records are, for `retention_age`. Stored beside these fields too.
+    #[serde(skip)]
+    pub ages: Ages,
 }
 
 impl StreamRecord {
@@ -136,6 +152,7 @@ impl StreamRecord {
             safe: 0,
             gap: None,
             renewed_at: 0,
+            ages: Ages::default(),
         }
     }
 }
@@ -426,10 +443,19 @@ mod tests {
         assert_eq!(v1, [&[0][..], &fields].concat());
         let read: StreamRow = postcard::from_bytes(&v1).unwrap();
         assert_eq!(read.into_record(), StreamRecord { renewed_at: 0, ..record.clone() });
-        let v2 = bytes(&StreamRow::from(record.clone()));
+        let v2 = bytes(&StreamRow::V2(record.clone(), 5));
         assert_eq!(v2, [&[1][..], &fields, &[10]].concat());
         let read: StreamRow = postcard::from_bytes(&v2).unwrap();
         assert_eq!(read.into_record(), record);
+        let mut record = record;
+        assert!(record.ages.note(1_700_000_000_000, 64, 60_000));
+        let v3 = bytes(&StreamRow::from(record.clone()));
+        let ages = [1, 0x80, 0xa0, 0xab, 0xfe, 0xf9, 0x62, 0x80, 1];
+        assert_eq!(v3, [&[2][..], &fields, &[10], &ages].concat());
+        let read: StreamRow = postcard::from_bytes(&v3).unwrap();
+        assert_eq!(read.into_record(), record);
+        let clock = ClockRow::V1(ClockState { counted_ms: 1_700_000_000_000, ahead_ms: -1 });
+        assert_eq!(postcard::to_stdvec(&clock).unwrap(), [0, 0x80, 0xa0, 0xab, 0xfe, 0xf9, 0x62, 1]);
     }
 
     #[test]

@@ -111,7 +111,7 @@ impl View {
         record.confirmed = record.next;
         let commit = Commit {
             number: *number + 1,
-            trims: vec![Trim { stream, below: before, bytes: u64::MAX, older_than: None }],
+            trims: vec![Trim { stream, below: before, bytes: u64::MAX, old: 0 }],
             records: BTreeMap::from([(stream, record.clone())]),
             ..Commit::default()
         };

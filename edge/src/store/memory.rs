@@ -66,7 +66,7 @@ impl MemoryRows {
 
 impl Stream {
     /// Makes room for a record of at most `bytes`, or says that there is none.
-    pub(super) fn memory_room(&mut self, bytes: usize) -> Room {
+    pub(super) fn memory_room(&mut self, bytes: usize, now_ms: TimestampMs) -> Room {
         let bytes = bytes as u64;
         while !self.memory_fits(bytes) {
             match self.on_full {
@@ -74,7 +74,7 @@ impl Stream {
                 OnFull::DropOldest => {
                     if !self.drop_first() {
                         // All there is came in this very buffer.
-                        self.seal_memory();
+                        self.seal_memory(now_ms);
                     }
                 }
                 OnFull::Hold => {
@@ -101,14 +101,17 @@ impl Stream {
     }
 
     /// Seals what is open: from now on the uplink sees it.
-    pub(super) fn seal_memory(&mut self) {
+    pub(super) fn seal_memory(&mut self, now_ms: TimestampMs) {
         if self.memory.is_none() {
             return;
         }
         for builder in self.take_builders() {
             let batch = builder.finish(self.record.next, Compression::None);
             let row = StoredBatch { chain: chain_after(self.record.next_chain, &batch), batch };
-            self.oldest_unsent_ms.get_or_insert(row.batch.base_timestamp());
+            if self.oldest_unsent_ms.is_none() {
+                self.oldest_unsent_ms = Some(row.batch.base_timestamp());
+                self.unsent_since_ms = now_ms;
+            }
             let record = &mut self.record;
             (record.next, record.next_chain) = (row.next(), row.chain);
             record.next_bytes += row.stored_bytes();

@@ -6,8 +6,9 @@ use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use shared::clock::ClockReading;
 use tracing::{error, info, warn};
 
 use super::*;
@@ -18,7 +19,7 @@ use crate::retention::{BUDGET_BYTES_MIN, Budget, wants_compaction};
 use crate::streams::StreamSettings;
 
 /// Settings of the store.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct StoreSettings {
     /// This gateway's identity, for the header `tributary.edge`.
     pub edge: EdgeId,
@@ -34,8 +35,20 @@ pub struct StoreSettings {
     pub disk_budget: Option<u64>,
     /// Largest batch the cloud takes, until it says otherwise.
     pub batch_bytes_max: usize,
-    /// Milliseconds since 1970, for retention by age and for status.
-    pub clock: fn() -> TimestampMs,
+    /// Both clocks: the wall's for names and status, the other one for what expires.
+    pub clock: Clock,
+}
+
+/// Reads both clocks of the machine.
+pub type Clock = Arc<dyn Fn() -> ClockReading + Send + Sync>;
+
+impl std::fmt::Debug for StoreSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreSettings")
+            .field("edge", &self.edge)
+            .field("data_dir", &self.data_dir)
+            .finish_non_exhaustive()
+    }
 }
 
 impl StoreSettings {
@@ -49,16 +62,17 @@ impl StoreSettings {
             commit_bytes: 1 << 20,
             disk_budget: None,
             batch_bytes_max: shared::limits::BATCH_BYTES_MAX,
-            clock: system_clock,
+            clock: Arc::new(system_clock),
         }
     }
 }
 
-fn system_clock() -> TimestampMs {
-    match SystemTime::now().duration_since(UNIX_EPOCH) {
+fn system_clock() -> ClockReading {
+    let wall_ms = match SystemTime::now().duration_since(UNIX_EPOCH) {
         Ok(since) => i64::try_from(since.as_millis()).unwrap_or(i64::MAX),
         Err(before) => -i64::try_from(before.duration().as_millis()).unwrap_or(i64::MAX),
-    }
+    };
+    ClockReading { wall_ms, at: Instant::now() }
 }
 
 /// Why the store did not open, and what to do.
@@ -116,6 +130,8 @@ pub enum OpenError {
 const DATABASE: &str = "edge.redb";
 const LOCK: &str = "lock";
 const SET_ASIDE: &str = "edge.redb.bad-";
+/// Files set aside that a start names in its log; status names all.
+const SET_ASIDE_NAMED: usize = 20;
 /// Free bytes on the disk without which nothing is compacted.
 const COMPACTION_FREE_MIN: u64 = 8 << 20;
 
@@ -153,7 +169,7 @@ impl EdgeStore {
         let opened = match open_log(&storage, &settings, &bound) {
             Err(LogError::Damaged(what)) => {
                 prove_damage(&path, &storage, &settings, &what)?;
-                let bad = free_name(&dir, (settings.clock)());
+                let bad = free_name(&dir, (settings.clock)().wall_ms);
                 fs::rename(&path, &bad).map_err(|error| io(&path, error, writable))?;
                 error!(%what, moved_to = %bad.display(), "the database is damaged and was set aside; what it had not sent stays there");
                 aside.push(bad);
@@ -162,10 +178,11 @@ impl EdgeStore {
             }
             other => other,
         };
-        for file in &aside {
+        for file in aside.iter().take(SET_ASIDE_NAMED) {
             error!(
                 file = %file.display(),
                 bytes = on_disk(file),
+                files = aside.len(),
                 "a damaged database waits for its records to be sent: stop the broker and run tributary-edge salvage FILE --remove"
             );
         }
@@ -221,8 +238,15 @@ impl EdgeStore {
             error,
             remedy: "look at the disk and start again; nothing was deleted",
         })?;
-        let mut state =
-            State::new(contents, &sessions, &rules, budget, settings.batch_bytes_max, settings.commit_bytes);
+        let mut state = State::new(
+            contents,
+            &sessions,
+            (settings.clock)(),
+            &rules,
+            budget,
+            settings.batch_bytes_max,
+            settings.commit_bytes,
+        );
         drop(sessions);
         state.disk_has(bound.used(), bound.free());
         state.set_aside = aside;
@@ -310,7 +334,7 @@ fn leave_database(log: &RedbLog, contents: &mut crate::redb_log::Contents, rules
             return Err(OpenError::Engine { stream: record.name.clone(), records: record.next - unsafe_from });
         }
         loop {
-            let trim = Trim { stream: *id, below: record.next, bytes: u64::MAX, older_than: None };
+            let trim = Trim { stream: *id, below: record.next, bytes: u64::MAX, old: 0 };
             let commit = Commit {
                 number: contents.commit + 1,
                 trims: vec![trim],

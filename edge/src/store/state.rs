@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use shared::batch::{BatchBuilder, Compression, HEADER_BYTES};
+use shared::clock::{ClockJump, ClockReading, ExpiryClock};
 
 use super::memory::{MemoryRows, Room};
 use super::sessions::SessionBooks;
@@ -39,6 +40,10 @@ pub(super) struct State {
     no_room: Option<NoRoom>,
     /// When the disk was last asked what it has free.
     looked: Option<Instant>,
+    /// How old things are.
+    clock: ExpiryClock,
+    /// The count when the last commit was taken.
+    taken_ms: TimestampMs,
     pub(super) budget: Budget,
     pub(super) batch_bytes_max: usize,
     pending_bytes_max: usize,
@@ -91,6 +96,8 @@ pub(super) struct Stream {
     bytes_at_confirmed: u64,
     bytes_at_safe: u64,
     pub(super) oldest_unsent_ms: Option<TimestampMs>,
+    /// Since when, by the count of running time, there is always something that is not confirmed.
+    pub(super) unsent_since_ms: TimestampMs,
     pub(super) parked: Option<String>,
     /// Records dropped before they were sent, since the start.
     pub(super) dropped_records: u64,
@@ -145,6 +152,7 @@ impl Stream {
             bytes_at_confirmed: record.next_bytes,
             bytes_at_safe: record.next_bytes,
             oldest_unsent_ms: None,
+            unsent_since_ms: 0,
             parked: None,
             dropped_records: 0,
             drop_bytes: 0,
@@ -236,11 +244,14 @@ impl State {
     pub(super) fn new(
         contents: Contents,
         sessions: &[StoredSession],
+        reading: ClockReading,
         rules: &Rules,
         budget: Budget,
         batch_bytes_max: usize,
         commit_bytes: usize,
     ) -> Self {
+        let mut clock = ExpiryClock::new(contents.clock, reading);
+        say_jump(clock.look(reading));
         let mut stored = contents.streams;
         let mut streams = Vec::new();
         let mut next_id = stored.keys().next_back().map_or(0, |id| id.saturating_add(1));
@@ -287,6 +298,8 @@ impl State {
             sessions: SessionBooks::new(sessions, budget.session_bytes_max()),
             no_room: None,
             looked: None,
+            taken_ms: clock.now(reading.at),
+            clock,
             budget,
             batch_bytes_max,
             pending_bytes_max: PENDING_BYTES_MAX.max(commit_bytes.saturating_mul(2)),
@@ -313,6 +326,7 @@ impl State {
         stream.bytes_at_confirmed = bytes(record.confirmed, confirmed);
         stream.bytes_at_safe = bytes(record.safe, safe);
         stream.oldest_unsent_ms = confirmed.map(|place| place.timestamp).filter(|_| record.confirmed < record.next);
+        stream.unsent_since_ms = self.taken_ms;
     }
 
     pub(super) fn by_name(&self, name: &StreamName) -> Option<&Stream> {
@@ -450,11 +464,12 @@ impl State {
         if packet.is_some() && !self.sessions.has_room_for_packet(session.client_id) {
             return Admitted(Admission::Refused(Refusal::QuotaExceeded));
         }
+        let now_ms = self.taken_ms;
         let memory = stream.filter(|(_, rule)| rule.memory_bytes.is_some());
         if let Some((index, rule)) = memory
             && let Some(found) = self.streams.get_mut(index)
         {
-            match found.memory_room(bytes) {
+            match found.memory_room(bytes, now_ms) {
                 Room::Held => return Held,
                 Room::Refused => return Admitted(Admission::Refused(Refusal::QuotaExceeded)),
                 Room::Yes => {}
@@ -502,7 +517,7 @@ impl State {
             bytes = if memory.is_some() { OVERHEAD_BYTES } else { taken + OVERHEAD_BYTES };
         }
         if publish.retain {
-            self.retain(publish);
+            self.retain(publish, (core.clock)().at);
             bytes += 2 * (publish.topic.len() + publish.payload.len());
         }
         if let Some(packet_id) = packet {
@@ -513,12 +528,12 @@ impl State {
         Admitted(Admission::Stored(self.part(RECORDS_PART)))
     }
 
-    fn retain(&mut self, publish: &Publish<'_>) {
+    fn retain(&mut self, publish: &Publish<'_>, at: Instant) {
         let message = (!publish.payload.is_empty()).then(|| StoredRetained {
             topic: publish.topic.to_owned(),
             properties_and_payload: encode_retained(publish),
             qos: publish.qos,
-            stored_ms: publish.now_ms,
+            stored_ms: self.clock.now(at),
         });
         let size = message.as_ref().map_or(0, |one| (one.topic.len() + one.properties_and_payload.len()) as u32);
         self.count_retained(publish.topic, size);
@@ -563,9 +578,10 @@ impl State {
     }
 
     /// Shows what came for streams in memory. True if anything did.
-    pub(super) fn seal_memory(&mut self) -> bool {
+    pub(super) fn seal_memory(&mut self, at: Instant) -> bool {
         let before: Offset = self.streams.iter().map(|stream| stream.record.next).sum();
-        self.streams.iter_mut().for_each(Stream::seal_memory);
+        let now_ms = self.clock.now(at);
+        self.streams.iter_mut().for_each(|stream| stream.seal_memory(now_ms));
         self.streams.iter().map(|stream| stream.record.next).sum::<Offset>() != before
     }
 
@@ -574,14 +590,29 @@ impl State {
     }
 
     /// Decides what the next commit deletes.
-    pub(super) fn plan_trims(&mut self, now_ms: TimestampMs) -> Vec<Trim> {
-        let uses: Vec<StreamUse> = self.in_database().map(Stream::in_use).collect();
-        trims(now_ms, &uses, self.excess())
+    pub(super) fn plan_trims(&mut self, at: Instant) -> Vec<Trim> {
+        let now_ms = self.clock.now(at);
+        let uses: Vec<StreamUse> = self.in_database().map(|stream| stream.in_use(now_ms)).collect();
+        trims(&uses, self.excess())
+    }
+
+    /// How long ago that was, by the count of running time.
+    pub(super) fn age_ms(&self, at: Instant, counted_ms: TimestampMs) -> i64 {
+        self.clock.now(at).saturating_sub(counted_ms).max(0)
     }
 
     /// Takes what waits: a commit without its appends, and these unsealed.
-    pub(super) fn take(&mut self, now_ms: TimestampMs) -> (Commit, Vec<OpenStream>) {
-        let mut commit = Commit { number: self.taken + 1, trims: self.plan_trims(now_ms), ..Commit::default() };
+    pub(super) fn take(&mut self, reading: ClockReading) -> (Commit, Vec<OpenStream>) {
+        say_jump(self.clock.look(reading));
+        let now_ms = self.clock.now(reading.at);
+        self.taken_ms = now_ms;
+        for stream in self.streams.iter_mut().filter(|stream| stream.memory.is_none()) {
+            if let Some(age_ms) = stream.retention_age_ms {
+                stream.dirty |= stream.record.ages.note(now_ms, stream.record.next, age_ms);
+            }
+        }
+        let (trims, clock) = (self.plan_trims(reading.at), Some(self.clock.state(reading.at)));
+        let mut commit = Commit { number: self.taken + 1, trims, clock, ..Commit::default() };
         self.taken += 1;
         let pending = std::mem::take(&mut self.pending);
         commit.retained = pending.retained;
@@ -610,6 +641,7 @@ impl State {
             let Some(stream) = self.streams.iter_mut().find(|stream| stream.id == append.stream) else { continue };
             if let (None, Some(first)) = (stream.oldest_unsent_ms, append.entries.first()) {
                 stream.oldest_unsent_ms = Some(first.batch.base_timestamp());
+                stream.unsent_since_ms = self.taken_ms;
             }
             apply_append(&mut stream.record, append);
         }
@@ -642,6 +674,16 @@ impl State {
     }
 }
 
+fn say_jump(jump: Option<ClockJump>) {
+    if let Some(ClockJump { clock_ms, expected_ms }) = jump {
+        tracing::warn!(
+            clock_ms,
+            expected_ms,
+            "the clock jumped, or this was off for so long: nothing is deleted sooner for it, and what it marks meanwhile has its time"
+        );
+    }
+}
+
 /// The timestamp of the next record. Kafka searches by time and expects it to rise, so a clock that is set back a little does
 /// not show. One that is set back further was wrong before: it must not mark all records that follow.
 fn next_timestamp(last: TimestampMs, now: TimestampMs) -> TimestampMs {
@@ -664,15 +706,16 @@ impl State {
 }
 
 impl Stream {
-    fn in_use(&self) -> StreamUse {
+    fn in_use(&self, now_ms: TimestampMs) -> StreamUse {
         StreamUse {
             stream: self.id,
+            first: self.record.first,
             next: self.record.next,
             safe: self.record.safe,
             bytes: self.bytes(),
             bytes_safe: self.bytes_safe(),
             retention_bytes: self.retention_bytes,
-            retention_age_ms: self.retention_age_ms,
+            old: self.retention_age_ms.map_or(0, |age_ms| self.record.ages.older_than(now_ms, age_ms)),
             on_full: self.on_full,
             drop_bytes: self.drop_bytes,
         }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use shared::clock::ClockReading;
 use shared::histogram::Histogram;
 
 use super::*;
@@ -108,7 +109,7 @@ impl Counters {
     }
 }
 
-pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> StoreStatus {
+pub(super) fn of(state: &State, bound: &DiskBound, reading: ClockReading) -> StoreStatus {
     let stream = |stream: &state::Stream| {
         let at = stream.positions();
         StreamStatus {
@@ -122,10 +123,13 @@ pub(super) fn of(state: &State, bound: &DiskBound, now_ms: TimestampMs) -> Store
             safe: at.safe,
             bytes: at.bytes,
             unsent_bytes: at.unsent_bytes,
-            // A clock that jumped back must not show an age from before the record.
-            oldest_unsent_seconds: at
-                .oldest_unsent_ms
-                .map_or(0.0, |oldest| now_ms.saturating_sub(oldest).max(0) as f64 / 1000.0),
+            // A record from a time to come was marked by a clock that was wrong: then the running time says how long
+            // something has waited.
+            oldest_unsent_seconds: at.oldest_unsent_ms.map_or(0, |oldest| match reading.wall_ms.checked_sub(oldest) {
+                Some(age_ms) if age_ms >= 0 => age_ms,
+                _ => state.age_ms(reading.at, stream.unsent_since_ms),
+            }) as f64
+                / 1000.0,
             parked: at.parked,
             gap: at.gap,
             dropped_records_total: stream.dropped_records,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mqtt::store::{PublishProperties, SessionLeft, StoredSubscription};
+use shared::clock::ClockReading;
 use shared::config::{ByteSize, Span};
 use shared::log::conformance::block_on;
 
@@ -14,13 +15,36 @@ mod power;
 
 const CLOCK_MS: TimestampMs = 1_700_000_000_000;
 
-fn clock() -> TimestampMs {
-    CLOCK_MS
+/// A wall clock and a monotonic one that a test sets.
+#[derive(Clone)]
+struct Hands(Arc<Mutex<ClockReading>>);
+
+impl Hands {
+    fn new(wall_ms: TimestampMs) -> Self {
+        Self(Arc::new(Mutex::new(ClockReading { wall_ms, at: std::time::Instant::now() })))
+    }
+
+    /// Time passes, and the wall clock shows it.
+    fn pass(&self, ms: i64) {
+        let mut hands = self.0.lock();
+        hands.at += Duration::from_millis(ms.unsigned_abs());
+        hands.wall_ms += ms;
+    }
+
+    /// The wall clock is set.
+    fn set(&self, wall_ms: TimestampMs) {
+        self.0.lock().wall_ms = wall_ms;
+    }
+
+    fn clock(&self) -> Clock {
+        let hands = self.0.clone();
+        Arc::new(move || *hands.lock())
+    }
 }
 
 fn settings(dir: &Path) -> StoreSettings {
     let edge = EdgeId::parse("gw-1").unwrap();
-    StoreSettings { disk_budget: Some(64 << 20), clock, ..StoreSettings::new(edge, dir) }
+    StoreSettings { disk_budget: Some(64 << 20), clock: Hands::new(CLOCK_MS).clock(), ..StoreSettings::new(edge, dir) }
 }
 
 fn stream(name: &str, filter: &str) -> StreamSettings {
@@ -560,14 +584,14 @@ fn retention_deletes_what_is_safe_and_only_that() {
     by_bytes.retention_bytes = Some(ByteSize(200_000));
     let mut by_age = stream("a", "a");
     by_age.retention_age = Some(Span::secs(60));
-    let store = EdgeStore::open(settings(dir.path()), vec![by_bytes, by_age]).unwrap();
+    let hands = Hands::new(CLOCK_MS);
+    let settings = StoreSettings { clock: hands.clock(), ..settings(dir.path()) };
+    let store = EdgeStore::open(settings, vec![by_bytes, by_age]).unwrap();
     let payload = vec![1u8; 50_000];
-    for n in 0..20 {
+    for _ in 0..20 {
         put(&store, "b", &payload);
-        let mut old = publish("a", &payload);
-        old.now_ms = CLOCK_MS - 120_000 + n * 6_000;
-        let Admission::Stored(ticket) = offer(&store, &[old])[0] else { panic!("refused") };
-        block_on(store.wait(ticket)).unwrap();
+        put(&store, "a", &payload);
+        hands.pass(6_000);
     }
     for stream in ["a", "b"] {
         assert_eq!(store.position(&name(stream)).unwrap().first, 0);
@@ -580,6 +604,77 @@ fn retention_deletes_what_is_safe_and_only_that() {
     assert_eq!(b.first, 15, "{b:?}");
     let a = store.position(&name("a")).unwrap();
     assert_eq!(a.first, 10, "records 0 to 9 are older than a minute");
+}
+
+#[test]
+fn whatever_the_clock_shows_retention_by_age_counts_what_passed() {
+    const HOUR: i64 = 3_600_000;
+    const DAY: i64 = 24 * HOUR;
+    for (what, wrong) in [
+        ("-400 d", CLOCK_MS - 400 * DAY),
+        ("-1 d", CLOCK_MS - DAY),
+        ("+20 h", CLOCK_MS + 20 * HOUR),
+        ("+8 d", CLOCK_MS + 8 * DAY),
+        ("+1 y", CLOCK_MS + 365 * DAY),
+        ("2099", 4_070_908_800_000),
+        ("1970", 0),
+    ] {
+        for (comes_back, restarts) in [(true, false), (false, false), (true, true), (false, true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rule = stream("a", "a");
+            rule.retention_age = Some(Span::secs(3600));
+            let hands = Hands::new(CLOCK_MS);
+            let open = || {
+                let settings = StoreSettings { clock: hands.clock(), ..settings(dir.path()) };
+                EdgeStore::open(settings, vec![rule.clone()]).unwrap()
+            };
+            let mut store = open();
+            let payload = vec![1u8; 50_000];
+            let mut kept = publish("kept", b"r");
+            (kept.retain, kept.properties.expiry_secs) = (true, Some(3600));
+            offer(&store, &[kept]);
+            let again = |store: Arc<EdgeStore>| {
+                if !restarts {
+                    return store;
+                }
+                drop(store);
+                open()
+            };
+            for _ in 0..5 {
+                put(&store, "a", &payload);
+                hands.pass(60_000);
+            }
+            store.set_safe(&name("a"), 5);
+            store = again(store);
+            let right = hands.0.lock().wall_ms;
+            hands.set(wrong);
+            store = again(store);
+            for _ in 0..5 {
+                put(&store, "a", &payload);
+                hands.pass(60_000);
+            }
+            store.set_safe(&name("a"), 10);
+            put(&store, "a", &payload);
+            assert_eq!(store.position(&name("a")).unwrap().first, 0, "{what}: nothing is an hour old");
+            let stored_ms = store.load_retained().unwrap()[0].stored_ms;
+            let age = hands.0.lock().wall_ms - stored_ms;
+            assert!((9 * 60_000..=10 * 60_000).contains(&age), "{what}: the retained message is {age} ms old");
+            if comes_back {
+                hands.set(right + 5 * 60_000);
+            }
+            store = again(store);
+            put(&store, "a", &payload);
+            assert_eq!(store.position(&name("a")).unwrap().first, 0, "{what}: nothing is an hour old");
+            // An hour passes: what is older goes, whatever the clock shows.
+            for _ in 0..12 {
+                hands.pass(6 * 60_000);
+                put(&store, "a", b"x");
+                store = again(store);
+            }
+            let at = store.position(&name("a")).unwrap();
+            assert_eq!((at.first, at.safe), (10, 10), "{what}, comes back: {comes_back}, restarts: {restarts}");
+        }
+    }
 }
 
 #[test]
