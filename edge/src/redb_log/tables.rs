@@ -23,9 +23,34 @@
 //! | u64   | (names its own length)      |
 //! +-------+-----------------------------+
 //! ```
+//!
+//! ```text
+//! SessionRow          0         1
+//!                    +---------+-----------------------+-------------+------------------------------------+
+//!                    | version | user                  | expiry secs | left: option of                    |
+//!                    | u8 = 0  | option of text        | u32         | (order u64, ms since 1970 i64)     |
+//!                    +---------+-----------------------+-------------+------------------------------------+
+//! SubscriptionRow    +---------+-----------------------+-----------------------+
+//!                    | version | options byte of       | identifier            |
+//!                    | u8 = 0  | SUBSCRIBE u8          | option of u32         |
+//!                    +---------+-----------------------+-----------------------+
+//! PacketRow          +---------+
+//!                    | version |   the packet id is received and not released
+//!                    | u8 = 0  |
+//!                    +---------+
+//! RetainedRow        +---------+-----------------------+---------+-------------------+
+//!                    | version | MQTT 5 properties     | QoS     | stored at, ms     |
+//!                    | u8 = 0  | and payload, bytes    | u8      | of the count i64  |
+//!                    +---------+-----------------------+---------+-------------------+
+//! ClockRow           +---------+-----------------------+------------------+
+//!                    | version | running time that was | wall clock ahead |
+//!                    | u8 = 0  | counted, ms i64       | of it, ms i64    |
+//!                    +---------+-----------------------+------------------+
+//! ```
+//!
 //! Each postcard row begins with its version: the variant number, one byte. `StreamRow` is V1, a [`StreamRecord`]; V2, with
-//! the offset where the stream's incarnation began; or V3, with that and the stream's [`Ages`]. V3 is written. The others are V1. A database of another format is
-//! not opened.
+//! the offset where the stream's incarnation began; or V3, with that and the stream's [`Ages`]. V3 is written. The others
+//! are V1. A database of another format is not opened.
 //!
 //! Integers of rows, parts and entries are big-endian, as in RecordBatch v2. `bytes before` counts the bytes of all
 //! entries that were ever stored in the stream before this row, trimmed ones included, so that two reads say how much
