@@ -10,13 +10,14 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use serde::Serialize;
 use shared::name::{EdgeId, Offset, StreamName, TimestampMs, TopicName};
+use tokio::sync::watch;
 
 use crate::archive::{Archive, ArchiveStatus, CacheStatus};
 use crate::front::{Broker, FrontStatus};
 use crate::groups::GroupsStatus;
 use crate::ingest::Safety as _;
 use crate::ingest::{Ingest, IngestStatus};
-use crate::shard::{PartitionStatus, ShardStatus};
+use crate::shard::{PartitionStatus, ROOM_BYTES, ShardStatus};
 use crate::shards::{Member, Shards};
 use crate::state::{CoordinatorSlot, Engine, State, StateLog as _, read_state};
 
@@ -35,6 +36,8 @@ pub struct Node {
     pub broker: Arc<Broker>,
     /// The link.
     pub ingest: Arc<Ingest>,
+    /// True once the node is told to stop.
+    pub stopping: watch::Receiver<bool>,
 }
 
 #[derive(Serialize)]
@@ -43,6 +46,7 @@ struct Status {
     node_id: i32,
     cluster_id: String,
     ready: Result<(), String>,
+    ready_for_produce: Result<(), String>,
     shards: Vec<ShardRow>,
     kafka: FrontStatus,
     groups: GroupsStatus,
@@ -156,17 +160,26 @@ impl Node {
 
 impl Observed for Node {
     fn ready(&self) -> Result<(), String> {
+        if *self.stopping.borrow() {
+            return Err("the node is stopping".to_owned());
+        }
         for Member { number, engine, shard } in self.shards.members() {
-            let status = shard.status();
-            if let Some(why) = status.stopped {
-                return Err(format!("shard {number} ({engine}) takes nothing more: {why}"));
-            }
-            if status.wal.bytes >= status.wal.bytes_max && *engine != Engine::Memory {
-                let bytes = status.wal.bytes;
-                return Err(format!("shard {number} ({engine}) is full ({bytes} bytes): is the archive reachable?"));
+            if let Some(why) = shard.status().stopped {
+                return Err(format!("shard {number} ({engine}) has stopped: {why}"));
             }
         }
         Ok(())
+    }
+
+    fn ready_for(&self, what: &str) -> Option<Result<(), String>> {
+        if what != "produce" {
+            return None;
+        }
+        let room = |Member { number, engine, shard }: &Member| {
+            let refused = |why| format!("shard {number} ({engine}) takes no records now: {why}");
+            shard.produce_room(ROOM_BYTES).map_err(refused)
+        };
+        Some(self.ready().and_then(|()| self.shards.members().iter().try_for_each(room)))
     }
 
     fn status(&self) -> serde_json::Value {
@@ -175,6 +188,7 @@ impl Observed for Node {
             node_id: self.node_id,
             cluster_id: self.cluster_id.clone(),
             ready: self.ready(),
+            ready_for_produce: self.ready_for("produce").unwrap_or(Ok(())),
             shards: self.shards(),
             kafka: self.broker.status(),
             groups: self.broker.groups.status(),
@@ -204,19 +218,38 @@ impl Collector for Node {
 impl Node {
     fn shard_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
         let ready = if self.ready().is_ok() { 1.0 } else { 0.0 };
-        metrics.gauge("tributary_cloud_ready", "1 while records can be stored", ready)?;
+        metrics.gauge("tributary_cloud_ready", "1 while clients can be served", ready)?;
         let shards = PerShard(self.shards.members().iter().map(|m| (labels(m), m.shard.status())).collect());
         shards.gauge(metrics, "tributary_cloud_leader_epoch", "The newest leader epoch", |s| s.leader_epoch.into())?;
         shards.gauge(metrics, "tributary_cloud_wal_bytes", "Bytes of blocks in the log", |s| s.wal.bytes as f64)?;
-        let ratio = |s: &ShardStatus| s.wal.bytes as f64 / s.wal.bytes_max.max(1) as f64;
-        shards.gauge(metrics, "tributary_cloud_wal_budget_ratio", "Part of the log's bound that is taken", ratio)?;
+        let help = "1 while the next MiB of records would be taken";
+        let takes = |s: &ShardStatus| if s.no_room.is_none() { 1.0 } else { 0.0 };
+        shards.gauge(metrics, "tributary_cloud_produce_ready", help, takes)?;
+        let help = "Part of the room for records that is taken; at 1 the next MiB is refused";
+        shards.gauge(metrics, "tributary_cloud_wal_budget_ratio", help, |s| s.full_ratio)?;
+        let refused = shards.0.iter().flat_map(|(labels, status)| {
+            status.refused_batches.by_reason().map(|(reason, count)| {
+                let mut labels = borrowed(labels);
+                labels.push(("reason", reason));
+                (labels, count)
+            })
+        });
+        let help = "Batches refused although nothing was wrong with them";
+        metrics.counters("tributary_cloud_produce_refused", help, refused)?;
+        let free =
+            shards.0.iter().filter_map(|(labels, status)| Some((borrowed(labels), status.disk_free_bytes? as f64)));
+        metrics.gauges("tributary_cloud_disk_free_bytes", "What the log's disk has left", free)?;
         let waits = |s: &ShardStatus| s.in_flight_bytes as f64;
         shards.gauge(metrics, "tributary_cloud_in_flight_bytes", "Bytes that wait for durability", waits)?;
         shards.counter(metrics, "tributary_cloud_written_bytes", "Bytes of blocks made durable", |s| s.block_bytes)?;
         shards.counter(metrics, "tributary_cloud_batches", "Batches made durable", |s| s.batches)?;
-        shards
-            .counter(metrics, "tributary_cloud_refused_full", "Appends refused for lack of room", |s| s.refused_full)?;
+        let help = "Commits of changes refused because too many wait for durability";
+        shards.counter(metrics, "tributary_cloud_refused_changes", help, |s| s.refused_changes)?;
         let slots = PerShard(self.shards.members().iter().map(|m| (labels(m), self.slots(m).len())).collect());
+        let help = "Age of the oldest block that is in no bucket yet";
+        shards.gauge(metrics, "tributary_cloud_archive_lag_seconds", help, |s| s.unshipped_ms as f64 / 1e3)?;
+        let help = "Bytes of blocks that are in no bucket yet";
+        shards.gauge(metrics, "tributary_cloud_archive_waiting_bytes", help, |s| s.unshipped_bytes as f64)?;
         let help = "Coordinator slots whose groups' offsets are in the shard";
         slots.gauge(metrics, "tributary_cloud_coordinator_slots", help, |slots| *slots as f64)?;
         metrics.histograms(
@@ -230,8 +263,6 @@ impl Node {
         let members = self.shards.members().iter();
         let archived = members.filter_map(|m| Some((labels(m), self.archives.get(&m.number)?.status())));
         let archives = PerShard(archived.collect());
-        let lag = |a: &ArchiveStatus| a.lag_ms as f64 / 1e3;
-        archives.gauge(metrics, "tributary_cloud_archive_lag_seconds", "How far the bucket is behind the log", lag)?;
         let claimed = |a: &ArchiveStatus| if a.state == "claimed" { 1.0 } else { 0.0 };
         let help = "1 while this node owns the shard in the bucket";
         archives.gauge(metrics, "tributary_cloud_archive_claimed", help, claimed)?;
@@ -346,6 +377,8 @@ pub fn render(status: &serde_json::Value) -> String {
     let _ = writeln!(out, "node {}  cluster {}", text(&status["node_id"]), text(&status["cluster_id"]));
     if let Some(why) = status["ready"]["Err"].as_str() {
         let _ = writeln!(out, "NOT READY: {why}");
+    } else if let Some(why) = status["ready_for_produce"]["Err"].as_str() {
+        let _ = writeln!(out, "NOT READY FOR PRODUCE: {why}");
     }
     let mut rows =
         vec![heading(&["SHARD", "ENGINE", "EPOCH", "SLOTS", "BLOCKS", "WAL BYTES", "ARCHIVE", "STATE", "LAG MS"])];
@@ -365,7 +398,7 @@ pub fn render(status: &serde_json::Value) -> String {
             text(&shard["wal"]["bytes"]),
             text(&archive["archive"]),
             state,
-            text(&archive["lag_ms"]),
+            text(&shard["unshipped_ms"]),
         ]);
     }
     let _ = write!(out, "\n{}", table(&rows));

@@ -18,6 +18,8 @@ mod store;
 pub(crate) mod tests;
 pub mod tool;
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use shared::log::{BoxFuture, ReadError, ReadLimits, TimePoint};
 use shared::name::{Offset, Partition, TimestampMs};
@@ -134,6 +136,9 @@ pub trait Source: Send + Sync + 'static {
     /// Where the WAL stands. Never waits.
     fn durable(&self) -> Durable;
 
+    /// Durable blocks that [`Source::shipped`] has not reported; `None` when there is none. Never waits.
+    fn backlog(&self) -> Option<Backlog>;
+
     /// Resolves when the WAL's next sequence number is above `seq`, or the shard is closed.
     fn wait(&self, seq: u64) -> BoxFuture<'static, ()>;
 
@@ -169,6 +174,15 @@ pub struct Durable {
     pub wal_bytes: u64,
     /// Their budget: beyond it producers are refused.
     pub wal_bytes_max: u64,
+}
+
+/// What waits to be shipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backlog {
+    /// Bytes of blocks.
+    pub bytes: u64,
+    /// How long the oldest block has been durable.
+    pub age: Duration,
 }
 
 /// One block as stored.

@@ -107,6 +107,8 @@ fn grants(config: &CloudConfig) -> anyhow::Result<Grants> {
 struct Started {
     node: Node,
     stop: watch::Sender<bool>,
+    /// Ends the admin port, which tells to the end what the node does.
+    closed: watch::Sender<bool>,
     tasks: JoinSet<anyhow::Result<()>>,
 }
 
@@ -129,8 +131,9 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
     started.stop.send_replace(true);
     shards.members().iter().for_each(|member| member.shard.hurry());
     started.node.ingest.close();
-    while let Some(ended) = started.tasks.join_next().await {
-        if let Ok(Err(cause)) = ended {
+    // All but the admin port, unless that is what ended.
+    while started.tasks.len() > 1 {
+        if let Some(Ok(Err(cause))) = started.tasks.join_next().await {
             warn!("{cause:#}");
         }
     }
@@ -140,6 +143,12 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
         closing.spawn_blocking(move || member.shard.close());
     }
     closing.join_all().await;
+    started.closed.send_replace(true);
+    while let Some(ended) = started.tasks.join_next().await {
+        if let Ok(Err(cause)) = ended {
+            warn!("{cause:#}");
+        }
+    }
     info!("stopped");
     result
 }
@@ -175,13 +184,14 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     let broker = kafka(config, &shards, &cluster_id, &catalogue, &mut tasks, &stopping).await?;
     let ingest = link(config, &shards, &catalogue, &mut tasks, &stopping).await?;
 
-    let node = Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest };
+    let node = Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest, stopping };
     let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(node.clone()), Box::new(node.clone()));
-    let serving = daemon::admin::serve(admin, observed, collector, axum::Router::new(), stopping);
+    let (closed, closing) = watch::channel(false);
+    let serving = daemon::admin::serve(admin, observed, collector, axum::Router::new(), closing);
     tasks.spawn(async move { serving.await.context("[admin] listen") });
-    Ok(Started { node, stop, tasks })
+    Ok(Started { node, stop, closed, tasks })
 }
 
 /// Credentials, region and endpoint of an `s3://` store.

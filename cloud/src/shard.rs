@@ -42,6 +42,7 @@ mod recover;
 mod retention;
 mod source;
 mod tail;
+mod unshipped;
 mod waits;
 
 use flight::Inner;
@@ -201,6 +202,10 @@ pub struct ShardStatus {
     pub next_seq: u64,
     /// Blocks below this number are in the bucket.
     pub shipped_seq: u64,
+    /// Bytes of durable blocks that are in no bucket yet; 0 where blocks are not shipped.
+    pub unshipped_bytes: u64,
+    /// For how long the oldest of them has been durable, milliseconds; 0 if there is none.
+    pub unshipped_ms: u64,
     /// What the WAL holds.
     pub wal: Usage,
     /// Index entries for blocks in the WAL.
@@ -217,9 +222,86 @@ pub struct ShardStatus {
     pub batches: u64,
     /// Seconds an append to the WAL took.
     pub commit_seconds: Histogram,
-    /// Appends that were refused because something was full.
-    pub refused_full: u64,
+    /// Batches that were refused, by reason.
+    pub refused_batches: RefusedBatches,
+    /// Commits of changes that were refused because too many wait for durability.
+    pub refused_changes: u64,
+    /// How much the log's disk has left; `None` where there is none.
+    pub disk_free_bytes: Option<u64>,
+    /// What is taken of the room for records, of whatever ends first: the log's bound, its disk, its index. 1 when the next
+    /// MiB would be refused.
+    pub full_ratio: f64,
+    /// Why the next MiB of records would be refused; `None` while it would be taken.
+    pub no_room: Option<String>,
 }
+
+/// Batches that were refused although nothing was wrong with them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct RefusedBatches {
+    /// Too much waits for durability.
+    pub in_flight: u64,
+    /// The log is as large as it may be.
+    pub wal_full: u64,
+    /// The disk is full.
+    pub disk_full: u64,
+    /// The index of what is not archived yet is as large as it may be.
+    pub index_full: u64,
+    /// Offsets of a shard in memory are not reserved yet.
+    pub offsets: u64,
+    /// The shard takes nothing more.
+    pub stopped: u64,
+}
+
+impl RefusedBatches {
+    /// Each reason by its name.
+    pub fn by_reason(&self) -> [(&'static str, u64); 6] {
+        [
+            ("in-flight", self.in_flight),
+            ("wal-full", self.wal_full),
+            ("disk-full", self.disk_full),
+            ("index-full", self.index_full),
+            ("offsets", self.offsets),
+            ("stopped", self.stopped),
+        ]
+    }
+
+    fn of(&mut self, why: &Refused) -> &mut u64 {
+        match why {
+            Refused::InFlight(_) => &mut self.in_flight,
+            Refused::Wal(_) => &mut self.wal_full,
+            Refused::Disk(_) => &mut self.disk_full,
+            Refused::Index(_) => &mut self.index_full,
+            Refused::Offsets(_) => &mut self.offsets,
+            Refused::Stopped(_) => &mut self.stopped,
+        }
+    }
+}
+
+/// Why a batch is refused although nothing is wrong with it. The texts say what is full.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too much waits for durability.
+    #[error("{0}")]
+    InFlight(String),
+    /// The log is as large as it may be.
+    #[error("{0}")]
+    Wal(String),
+    /// The disk is full.
+    #[error("{0}")]
+    Disk(String),
+    /// The index of what is not archived yet is as large as it may be.
+    #[error("{0}")]
+    Index(String),
+    /// Offsets of a shard in memory are not reserved yet.
+    #[error("{0}")]
+    Offsets(String),
+    /// The shard takes nothing more.
+    #[error("{0}")]
+    Stopped(String),
+}
+
+/// What is asked for when somebody asks whether records would be taken.
+pub const ROOM_BYTES: usize = 1 << 20;
 
 /// A partition, for people.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -316,8 +398,11 @@ impl Shard {
 
     /// Counters and gauges.
     pub fn status(&self) -> ShardStatus {
-        let wal = self.core.wal.usage();
+        let (wal, disk_free_bytes) = (self.core.wal.usage(), self.core.wal.disk_free_bytes());
+        let no_room = self.produce_room(ROOM_BYTES).err();
+        let full_ratio = if no_room.is_some() { 1.0 } else { self.core.taken_ratio(&wal, disk_free_bytes) };
         let inner = self.core.inner.lock();
+        let backlog = inner.unshipped.backlog();
         ShardStatus {
             shard: self.core.settings.shard,
             epoch: self.core.epoch,
@@ -325,12 +410,33 @@ impl Shard {
             stopped: inner.stopped.as_ref().map(ToString::to_string),
             next_seq: inner.next_seq,
             shipped_seq: inner.shipped_seq,
+            unshipped_bytes: backlog.map_or(0, |backlog| backlog.bytes),
+            unshipped_ms: backlog.map_or(0, |backlog| backlog.age.as_millis() as u64),
             wal,
             index_entries: inner.index.entries(),
             tail_bytes: inner.tail.bytes(),
             in_flight_bytes: inner.in_flight_bytes,
+            disk_free_bytes,
+            full_ratio,
+            no_room: no_room.map(|refused| refused.to_string()),
             ..inner.counters.clone()
         }
+    }
+
+    /// Whether the next `bytes` bytes of batches would be taken, as far as that can be told without taking them.
+    pub fn produce_room(&self, bytes: usize) -> Result<(), Refused> {
+        {
+            let inner = self.core.inner.lock();
+            if let Some(error) = inner.refuses() {
+                return Err(Refused::Stopped(error.to_string()));
+            }
+            // Where the oldest records make room, who was refused once is taken when it tries again.
+            if self.core.settings.drops_oldest {
+                return Ok(());
+            }
+            self.core.full(&inner, bytes)?;
+        }
+        self.core.wal_room(bytes)
     }
 
     /// All partitions, by topic name and number.

@@ -88,6 +88,18 @@ pub trait BlockLog: Send + Sync + 'static {
     /// How much is kept.
     fn usage(&self) -> Usage;
 
+    /// Whether a block of `bytes` bytes would be taken now, as far as that can be told without writing it. Asks the disk, where
+    /// there is one, how much it has left.
+    fn room(&self, bytes: u64) -> Result<(), NoRoom> {
+        let free = self.usage().free_bytes;
+        if free < bytes { Err(NoRoom::Bound(format!("the log has room for {free} bytes more"))) } else { Ok(()) }
+    }
+
+    /// How much the disk has left that the log grows on; `None` where there is none, or it does not say.
+    fn disk_free_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// The log is about to be closed: an append that may never end has a few seconds left.
     fn hurry(&self) {}
 
@@ -117,6 +129,17 @@ pub struct Usage {
     pub bytes_max: u64,
     /// How much can be appended before the log is full, about: frames and rounding are not counted.
     pub free_bytes: u64,
+}
+
+/// Why a block would not be taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoRoom {
+    /// The bound in the settings.
+    #[error("{0}")]
+    Bound(String),
+    /// The disk itself.
+    #[error("{0}")]
+    Disk(String),
 }
 
 /// Why a block log did not do what was asked.

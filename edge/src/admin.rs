@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use shared::batch::Record;
 use shared::limits::BATCH_UNPACKED_BYTES_MAX;
 use shared::name::{EdgeId, Offset, StreamName};
+use tokio::sync::watch;
 
 use crate::store::{EdgeStore, StoreStatus, StreamError, StreamStatus};
 use crate::uplink::{Uplink, UplinkStatus};
@@ -40,6 +41,8 @@ pub struct Gateway {
     pub front: Arc<Front>,
     /// The link, if there is one.
     pub uplink: Option<Arc<Uplink>>,
+    /// True once the process is told to stop.
+    pub stopping: watch::Receiver<bool>,
 }
 
 #[derive(Serialize)]
@@ -47,6 +50,7 @@ struct Status {
     version: &'static str,
     id: EdgeId,
     ready: Result<(), String>,
+    ready_for_publish: Result<(), String>,
     link: Option<UplinkStatus>,
     streams: Vec<StreamStatus>,
     store: StoreStatus,
@@ -55,13 +59,17 @@ struct Status {
 
 impl Observed for Gateway {
     fn ready(&self) -> Result<(), String> {
-        let status = self.store.status();
-        match status.trouble {
-            Some(why) => Err(format!("records cannot be stored: {why}")),
-            None if status.failed => Err("the store has failed: the process must start again".to_owned()),
-            None if status.full => Err("the disk budget is used up by records the cloud has not made safe".to_owned()),
-            None => Ok(()),
+        if *self.stopping.borrow() {
+            return Err("the gateway is stopping".to_owned());
         }
+        match self.store.status().failed {
+            true => Err("the store has failed: the process must start again".to_owned()),
+            false => Ok(()),
+        }
+    }
+
+    fn ready_for(&self, what: &str) -> Option<Result<(), String>> {
+        (what == "publish").then(|| self.ready().and_then(|()| self.store.status().no_room.map_or(Ok(()), Err)))
     }
 
     fn status(&self) -> serde_json::Value {
@@ -70,6 +78,7 @@ impl Observed for Gateway {
             version: env!("CARGO_PKG_VERSION"),
             id: self.id.clone(),
             ready: self.ready(),
+            ready_for_publish: self.ready_for("publish").unwrap_or(Ok(())),
             link: self.uplink.as_ref().map(|uplink| uplink.status()),
             streams: std::mem::take(&mut store.streams),
             store,
@@ -98,7 +107,12 @@ impl Gateway {
     fn store_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
         let store = self.store.status();
         let ready = if self.ready().is_ok() { 1.0 } else { 0.0 };
-        metrics.gauge("tributary_edge_ready", "1 while records can be stored", ready)?;
+        metrics.gauge("tributary_edge_ready", "1 while clients can be served", ready)?;
+        let takes = if store.no_room.is_none() { 1.0 } else { 0.0 };
+        metrics.gauge("tributary_edge_publish_ready", "1 while the next MiB of records would be stored", takes)?;
+        if let Some(free) = store.disk_free_bytes {
+            metrics.gauge("tributary_edge_disk_free_bytes", "What the disk has left", free as f64)?;
+        }
         let mut per_stream = |name, help, value: fn(&StreamStatus) -> f64| {
             let values = store.streams.iter().map(|stream| (vec![("stream", stream.name.as_str())], value(stream)));
             metrics.gauges(name, help, values)
@@ -119,7 +133,11 @@ impl Gateway {
         metrics.histogram("tributary_edge_commit_seconds", "Time a commit took", &store.commit_seconds)?;
         metrics.histogram("tributary_edge_commit_messages", "Messages a commit stored", &store.commit_messages)?;
         let ratio = store.disk_budget_ratio;
-        metrics.gauge("tributary_edge_disk_budget_ratio", "Part of the disk budget in use", ratio)?;
+        metrics.gauge(
+            "tributary_edge_disk_budget_ratio",
+            "Part of the room for records that is taken; at 1 on_full decides",
+            ratio,
+        )?;
         metrics.gauge("tributary_edge_disk_used_bytes", "Size of the database", store.disk_used_bytes as f64)?;
         metrics.gauge("tributary_edge_disk_dead_bytes", "Freed pages in it", store.disk_dead_bytes as f64)?;
         metrics.gauge("tributary_edge_held_acks", "Messages whose PUBACK waits", store.held_acks as f64)?;
@@ -312,6 +330,8 @@ pub fn render(status: &serde_json::Value) -> String {
     let _ = writeln!(out, "  disk budget {ratio:.0} % used");
     if let Some(why) = status["ready"]["Err"].as_str() {
         let _ = writeln!(out, "NOT READY: {why}");
+    } else if let Some(why) = status["ready_for_publish"]["Err"].as_str() {
+        let _ = writeln!(out, "NOT READY FOR PUBLISH: {why}");
     }
     let aside = status["store"]["set_aside"].as_array().map_or(&[][..], Vec::as_slice);
     if !aside.is_empty() {

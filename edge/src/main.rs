@@ -127,6 +127,8 @@ fn token(uplink: &UplinkConfig) -> anyhow::Result<Option<String>> {
 /// Everything that is opened before anything is served, so that a start either works or says why not.
 struct Started {
     gateway: Gateway,
+    /// Said first: nobody else should come.
+    told: watch::Sender<bool>,
     stop: watch::Sender<bool>,
     tasks: JoinSet<anyhow::Result<()>>,
 }
@@ -148,6 +150,7 @@ async fn run(config: EdgeConfig) -> anyhow::Result<()> {
     if let Err(cause) = &result {
         error!("{cause:#}");
     }
+    started.told.send_replace(true);
     gateway.front.shutdown(GOODBYE).await;
     started.stop.send_replace(true);
     while let Some(ended) = started.tasks.join_next().await {
@@ -182,13 +185,14 @@ async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
         Some(uplink) => Some(Arc::new(Uplink::start(uplink_settings(uplink, &id)?, store.clone(), stopping.clone())?)),
         None => None,
     };
-    let gateway = Gateway { id, store, front, uplink };
+    let (told, told_to_stop) = watch::channel(false);
+    let gateway = Gateway { id, store, front, uplink, stopping: told_to_stop };
     let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(gateway.clone()), Box::new(gateway.clone()));
     let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), stopping);
     tasks.spawn(async move { serving.await.context("[admin] listen") });
-    Ok(Started { gateway, stop, tasks })
+    Ok(Started { gateway, told, stop, tasks })
 }
 
 async fn salvage(file: &Path, remove: bool, config: EdgeConfig) -> anyhow::Result<()> {

@@ -246,6 +246,8 @@ pub struct Archive {
     /// First blocks of the WAL objects that are in the store.
     pub(super) wals: Mutex<BTreeSet<u64>>,
     pub(super) shipped: watch::Sender<u64>,
+    /// A round waits for the blocks below: they are shipped without waiting for more.
+    pub(super) wanted: watch::Sender<u64>,
     pub(super) roll: Notify,
     pub(super) facts: Facts,
     held: Mutex<Option<Held>>,
@@ -261,7 +263,6 @@ pub(super) struct Facts {
     pub segments: AtomicU64,
     pub segment_bytes: AtomicU64,
     pub errors: AtomicU64,
-    pub behind_since_ms: AtomicU64,
     pub fenced_by: AtomicU32,
     pub last_error: Mutex<Option<String>>,
 }
@@ -279,8 +280,6 @@ pub struct ArchiveStatus {
     pub epoch: u32,
     /// Every block below is in the bucket.
     pub shipped_seq: u64,
-    /// Since when the oldest block that is not has been durable, milliseconds; 0 if none waits.
-    pub lag_ms: u64,
     /// Every block below is in segments.
     pub split_seq: u64,
     /// The manifest in force.
@@ -379,6 +378,7 @@ impl Archive {
             attempted: Mutex::default(),
             wals: Mutex::default(),
             shipped: watch::Sender::new(0),
+            wanted: watch::Sender::new(0),
             roll: Notify::new(),
             facts: Facts::default(),
             held: Mutex::default(),
@@ -643,7 +643,6 @@ impl Archive {
         let requests = self.store.requests();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let claimed = facts.claimed_epoch.load(Ordering::Relaxed);
-        let behind_since = load(&facts.behind_since_ms);
         ArchiveStatus {
             archive: self.store.describe(),
             ships: self.ships,
@@ -654,7 +653,6 @@ impl Archive {
             },
             epoch: claimed,
             shipped_seq: *self.shipped.borrow(),
-            lag_ms: if behind_since == 0 { 0 } else { (self.now_ms() as u64).saturating_sub(behind_since) },
             split_seq: load(&facts.trim),
             manifest_seq: load(&facts.manifest_seq),
             segments: load(&facts.segments),

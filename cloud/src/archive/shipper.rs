@@ -4,7 +4,6 @@
 //! so a restore follows them without a listing, and of two writers one collides. The first one after a claim ends with a
 //! mark of its own, so that it is nobody else's even where the blocks are the same, and is kept for ever.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,6 +15,9 @@ use crate::block::claim_mark;
 
 /// How long a stopping node goes on trying to ship what is left.
 const FINISH: Duration = Duration::from_secs(5);
+
+/// How often a block that waits for more of them looks whether they are there, at least.
+const LOOK_MAX: Duration = Duration::from_millis(100);
 
 /// Before looking again where a wait ended without a block.
 const IDLE: Duration = Duration::from_millis(100);
@@ -29,14 +31,12 @@ pub(super) struct Shipper<'a> {
     pending: Vec<StoredBlock>,
     /// What the first object after a claim ends with; it is one block, for it is kept for ever.
     mark: Option<Bytes>,
-    /// The last object was full: more is waiting.
-    full: bool,
 }
 
 impl<'a> Shipper<'a> {
     pub(super) fn new(archive: &'a Archive, source: &'a dyn Source, next: u64, epoch: u32) -> Self {
         let mark = Some(claim_mark(epoch, random()));
-        Self { archive, source, next, pending: Vec::new(), mark, full: false }
+        Self { archive, source, next, pending: Vec::new(), mark }
     }
 
     /// Ships until another owner is met.
@@ -44,12 +44,7 @@ impl<'a> Shipper<'a> {
         let mut failures = 0;
         loop {
             if self.pending.is_empty() {
-                // What another owner has shipped counts as our own until we collide with it.
-                self.source.wait(self.next).await;
-                self.archive.facts.behind_since_ms.store(self.archive.now_ms().max(1) as u64, Ordering::Relaxed);
-                if self.archive.ships && !self.archive.settings.owns_wal && !self.full && self.mark.is_none() {
-                    tokio::time::sleep(self.archive.settings.max_lag / 2).await;
-                }
+                self.wait().await;
             }
             let before = self.next;
             match self.ship().await {
@@ -74,6 +69,29 @@ impl<'a> Shipper<'a> {
                     tokio::time::sleep(backoff(pause, failures)).await;
                 }
             }
+        }
+    }
+
+    /// Waits for a block, and then for more of them: as long as they do not fill an object, the oldest may wait, and no
+    /// round of the splitter waits for them.
+    async fn wait(&self) {
+        // What another owner has shipped counts as our own until we collide with it.
+        self.source.wait(self.next).await;
+        let settings = &self.archive.settings;
+        if !self.archive.ships || settings.owns_wal || self.mark.is_some() {
+            return;
+        }
+        let patience = settings.max_lag / 2;
+        // A look now and then, and not at each block: where many small ones come, each would wake this task.
+        let look = (settings.max_lag / 64).clamp(Duration::from_millis(1), LOOK_MAX);
+        let mut wanted = self.archive.wanted.subscribe();
+        while let Some(backlog) = self.source.backlog() {
+            let left = patience.saturating_sub(backlog.age);
+            let fills = backlog.bytes >= settings.ship_bytes as u64;
+            if fills || left.is_zero() || *wanted.borrow_and_update() > self.next {
+                return;
+            }
+            let _ = tokio::time::timeout(left.min(look), wanted.changed()).await;
         }
     }
 
@@ -127,7 +145,6 @@ impl<'a> Shipper<'a> {
             Err(StoreError::Taken(_)) => return Err(self.archive.taken_by().await),
             Err(error) => return Err(error.into()),
         }
-        self.full = self.mark.is_some() || chunks.iter().map(Bytes::len).sum::<usize>() * 2 > bytes_max;
         self.mark = None;
         self.archive.wals.lock().insert(self.next);
         self.pending.clear();
@@ -139,8 +156,5 @@ impl<'a> Shipper<'a> {
         self.next = next;
         self.archive.shipped.send_replace(next);
         self.source.shipped(next);
-        if self.source.durable().next_seq <= next {
-            self.archive.facts.behind_since_ms.store(0, Ordering::Relaxed);
-        }
     }
 }

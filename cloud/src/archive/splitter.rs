@@ -218,7 +218,18 @@ impl<'a> Splitter<'a> {
             tokio::time::sleep(backoff(tick, failures)).await;
             return false;
         }
+        // Under load the next round follows at once: what it waits for is room that producers may wait for.
+        if self.has_enough() {
+            return false;
+        }
         tokio::time::timeout(tick, self.archive.roll.notified()).await.is_ok()
+    }
+
+    /// Whether what waits to be split is worth a round.
+    fn has_enough(&self) -> bool {
+        let durable = self.source.durable();
+        let enough = self.archive.settings.segment_bytes.min(durable.wal_bytes_max / 2);
+        durable.next_seq > self.root.trim && durable.wal_bytes.saturating_sub(self.wal_floor) >= enough
     }
 
     fn due(&mut self) -> bool {
@@ -228,9 +239,7 @@ impl<'a> Splitter<'a> {
             self.waiting = None;
         } else {
             let since = *self.waiting.get_or_insert_with(Instant::now);
-            let enough = settings.segment_bytes.min(durable.wal_bytes_max / 2);
-            let full = durable.wal_bytes.saturating_sub(self.wal_floor) >= enough;
-            if full || since.elapsed() >= settings.segment_age {
+            if self.has_enough() || since.elapsed() >= settings.segment_age {
                 return true;
             }
         }
@@ -299,6 +308,7 @@ impl<'a> Splitter<'a> {
     }
 
     async fn wait_shipped(&self, seq: u64) {
+        self.archive.wanted.send_replace(seq);
         // The sender lives as long as the archive, so this ends only when everything below `seq` is shipped.
         let _ = self.archive.shipped.subscribe().wait_for(|shipped| *shipped >= seq).await;
     }

@@ -4,6 +4,7 @@ pub(crate) mod faulty;
 mod node;
 mod quiet;
 pub(crate) mod s3;
+mod shipping;
 mod tiers;
 mod upkeep;
 

@@ -17,7 +17,7 @@ use tracing::{error, info, warn};
 
 use super::flight::{Encoded, Inner, OpenBlock, Outcome, Sealed, Stage};
 use super::fold::fold;
-use super::{Core, ShardSettings};
+use super::{Core, Refused, ShardSettings};
 use crate::block::{Block, BlockError, BlockHeader};
 use crate::planted::{Bug, planted};
 use crate::state::Change;
@@ -58,7 +58,7 @@ impl Core {
             let took = begun.elapsed();
             match appended {
                 Ok(()) => self.written(encoded, begun, took),
-                Err(error) => self.fail(error),
+                Err(error) => self.fail(error, encoded.block.bytes().len()),
             }
         }
     }
@@ -161,6 +161,7 @@ impl Core {
         };
         inner.sealed.push_back(Sealed {
             outcome: open.outcome.clone(),
+            batches: open.builder.batches(),
             batch_bytes: open.builder.batch_bytes(),
             committed_changes: open.committed_changes,
             producers: std::mem::take(&mut open.producers),
@@ -216,6 +217,9 @@ impl Core {
             sealed.outcome.complete(Err(error));
             return false;
         }
+        if self.settings.archived {
+            inner.unshipped.push(seq, bytes as usize, Duration::ZERO);
+        }
         // Looked at under the lock: what a trim made free meanwhile must not be forgotten, for a full WAL gets no next block.
         inner.wal_free_bytes = self.wal.usage().free_bytes;
         inner.counters.blocks += 1;
@@ -260,13 +264,18 @@ impl Core {
     }
 
     /// The block that was being written was not stored. What is durable before it is seen all the same.
-    fn fail(&self, error: WalError) {
+    fn fail(&self, error: WalError, block_bytes: usize) {
         while self.publish() {}
         match error {
             WalError::Full(full) => {
                 warn!(full, "the WAL took no block: producers are refused until there is room");
+                // The log knows that it is full; the disk says whether that is why.
+                let why = match self.wal_room(block_bytes) {
+                    Err(refused @ Refused::Disk(_)) => refused,
+                    _ => Refused::Wal(full.clone()),
+                };
                 let mut inner = self.inner.lock();
-                inner.counters.refused_full += 1;
+                inner.refuse_all(&why);
                 inner.discard(&AppendError::Full(full));
             }
             WalError::Fenced(epoch) => {
@@ -432,6 +441,7 @@ impl Inner {
     pub fn ship(&mut self, next_seq: u64) -> bool {
         let next_seq = next_seq.min(self.next_seq);
         self.shipped_seq = self.shipped_seq.max(next_seq);
+        self.unshipped.shipped(self.shipped_seq);
         let mut moved = false;
         while self.unsafe_positions.front().is_some_and(|(seq, ..)| *seq < self.shipped_seq) {
             let Some((_, key, next)) = self.unsafe_positions.pop_front() else { break };

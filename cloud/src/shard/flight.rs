@@ -18,11 +18,16 @@ use tokio::sync::Notify;
 
 use super::index::WalIndex;
 use super::tail::Tail;
+use super::unshipped::Unshipped;
 use super::waits::DiskWaits;
-use super::{Core, PartitionStatus, ShardSettings, ShardStatus};
+use super::{Core, PartitionStatus, Refused, ShardSettings, ShardStatus};
 use crate::block::{Block, BlockBuilder, Placed};
 use crate::planted::{Bug, planted};
 use crate::state::{Change, PartitionMap, State, StreamState};
+use crate::wal::{NoRoom, Usage};
+
+/// What a block takes beside its batches, generously.
+const BLOCK_OVERHEAD: u64 = 4096;
 
 /// Changes that one block takes besides batches.
 const CHANGES_MAX: usize = 10_000;
@@ -59,6 +64,8 @@ pub struct Inner {
     pub closing: bool,
     /// Blocks below are in the bucket.
     pub shipped_seq: u64,
+    /// The others, where blocks are shipped.
+    pub unshipped: Unshipped,
     /// Per stream, the edge offset below which all is in the bucket.
     pub safe: HashMap<StreamKey, Offset>,
     /// Positions in blocks that are not shipped yet, oldest first.
@@ -87,6 +94,7 @@ pub struct OpenBlock {
 /// A block between the last batch it takes and the answers.
 pub struct Sealed {
     pub outcome: Arc<Outcome>,
+    pub batches: usize,
     pub batch_bytes: usize,
     pub committed_changes: usize,
     pub producers: Vec<(Partition, i64)>,
@@ -194,6 +202,7 @@ impl Inner {
             stopped: None,
             closing: false,
             shipped_seq: next_seq,
+            unshipped: Unshipped::default(),
             safe,
             unsafe_positions: VecDeque::new(),
             waiters: PartitionMap::default(),
@@ -290,8 +299,21 @@ impl Inner {
     }
 
     /// Why nothing can be appended.
-    fn refuses(&self) -> Option<AppendError> {
+    pub fn refuses(&self) -> Option<AppendError> {
         self.stopped.clone().or(self.closing.then_some(AppendError::Closed))
+    }
+
+    /// Counts a batch that is refused, and what its sender is told.
+    fn refuse(&mut self, why: &Refused) -> AppendError {
+        *self.counters.refused_batches.of(why) += 1;
+        AppendError::Full(why.to_string())
+    }
+
+    /// Counts the batches in flight, all of which are refused.
+    pub fn refuse_all(&mut self, why: &Refused) {
+        let sealed: usize = self.sealed.iter().map(|block| block.batches).sum();
+        let open: usize = self.open.iter().map(|block| block.builder.batches()).sum();
+        *self.counters.refused_batches.of(why) += (sealed + open) as u64;
     }
 
     /// Throws away everything in flight: the durable state alone counts again.
@@ -440,16 +462,17 @@ impl Core {
         }
         let offsets_max = self.offsets_max.load(Ordering::Relaxed);
         if end.saturating_add(i64::from(append.batch.last_offset_delta())) >= offsets_max {
-            return Admitted::now(Err(AppendError::Full(format!("offsets below {offsets_max} are reserved so far"))));
+            let refused = Refused::Offsets(format!("offsets below {offsets_max} are reserved so far"));
+            return Admitted::now(Err(inner.refuse(&refused)));
         }
-        if let Some(full) = self.full(inner, append.batch.len()) {
-            inner.counters.refused_full += 1;
+        if let Err(refused) = self.full(inner, append.batch.len()) {
+            let error = inner.refuse(&refused);
             if self.settings.drops_oldest {
                 // A block with nothing in it makes room for who tries again.
                 inner.open_block(0, &self.settings);
                 self.wake_committer(inner);
             }
-            return Admitted::now(Err(AppendError::Full(full)));
+            return Admitted::now(Err(error));
         }
         let is_early = planted(Bug::EarlyAnswer) && matches!(append.source, Source::Producer);
         let mut admitted = inner.place(append, log_start, leader_epoch, end, &self.settings);
@@ -469,20 +492,42 @@ impl Core {
         }
     }
 
-    fn full(&self, inner: &Inner, bytes: usize) -> Option<String> {
+    /// Whether `bytes` bytes of batches are taken, by what is known under the lock.
+    pub fn full(&self, inner: &Inner, bytes: usize) -> Result<(), Refused> {
         let settings = &self.settings;
         if inner.in_flight_bytes > 0 && inner.in_flight_bytes + bytes > settings.in_flight_bytes_max {
-            return Some(format!("{} bytes wait for the disk", inner.in_flight_bytes));
+            return Err(Refused::InFlight(format!("{} bytes wait for the disk", inner.in_flight_bytes)));
         }
         // Changes may use what batches must leave: a full log can still be trimmed, and groups can commit.
         let needed = inner.in_flight_bytes as u64 + bytes as u64 + self.wal_reserve;
         if inner.wal_free_bytes < needed {
-            return Some(format!("the WAL has room for {} bytes more", inner.wal_free_bytes));
+            return Err(Refused::Wal(format!("the WAL has room for {} bytes more", inner.wal_free_bytes)));
         }
         if inner.index.entries() >= settings.index_entries_max {
-            return Some(format!("{} index entries wait for the archive", inner.index.entries()));
+            let entries = inner.index.entries();
+            return Err(Refused::Index(format!("{entries} index entries wait for the archive")));
         }
-        None
+        Ok(())
+    }
+
+    /// Whether the log itself would take a block with so many bytes of batches.
+    pub fn wal_room(&self, bytes: usize) -> Result<(), Refused> {
+        self.wal.room(bytes as u64 + BLOCK_OVERHEAD).map_err(|none| match none {
+            NoRoom::Bound(text) => Refused::Wal(text),
+            NoRoom::Disk(text) => Refused::Disk(text),
+        })
+    }
+
+    /// What is taken of the room for records, of whatever ends first.
+    pub fn taken_ratio(&self, wal: &Usage, disk_free: Option<u64>) -> f64 {
+        // What the log may still grow by, and on this disk can.
+        let growth = wal.bytes_max.saturating_sub(wal.held_bytes);
+        let usable = wal.held_bytes + disk_free.map_or(growth, |free| growth.min(free));
+        let free = wal.free_bytes.saturating_sub(growth) + (usable - wal.held_bytes);
+        let left = free.saturating_sub(if self.settings.drops_oldest { 0 } else { self.wal_reserve });
+        let log = 1.0 - left as f64 / usable.max(1) as f64;
+        let index = self.inner.lock().index.entries() as f64 / self.settings.index_entries_max.max(1) as f64;
+        log.max(index).clamp(0.0, 1.0)
     }
 
     /// Takes changes' place in the order.
@@ -496,7 +541,7 @@ impl Core {
         }
         let (waiting, max) = (inner.in_flight_changes, self.settings.in_flight_changes_max);
         if waiting > 0 && waiting + changes.len() > max {
-            inner.counters.refused_full += 1;
+            inner.counters.refused_changes += 1;
             let text = format!("{waiting} changes wait for durability, at most {max} may");
             return Admitted::now(Err(AppendError::Full(text)));
         }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
@@ -40,10 +41,12 @@ pub fn recover(
         None => (State::default(), 0),
         Some(Snapshot { next_seq, state }) => (State::decode(state)?, *next_seq),
     };
-    let mut recovery = Recovery { inner: Inner::new(state, start), settings: &settings, epoch, newest_ms: None };
+    let now_ms = (clock)();
+    let inner = Inner::new(state, start);
+    let mut recovery = Recovery { inner, settings: &settings, epoch, now_ms, newest_ms: None };
     match tail {
         Tail::Local => recovery.replay_local(&*wal, start)?,
-        Tail::Bucket(blocks) => recovery.restore(&*wal, start, blocks, (clock)())?,
+        Tail::Bucket(blocks) => recovery.restore(&*wal, start, blocks)?,
         Tail::Owned(blocks) => recovery.replay(blocks)?,
     }
     let Recovery { mut inner, epoch, newest_ms, .. } = recovery;
@@ -93,6 +96,8 @@ struct Recovery<'a> {
     inner: Inner,
     settings: &'a ShardSettings,
     epoch: u32,
+    /// When this start is.
+    now_ms: TimestampMs,
     /// When the newest block was appended.
     newest_ms: Option<TimestampMs>,
 }
@@ -137,7 +142,7 @@ impl Recovery<'_> {
     }
 
     /// The bucket says it all, and acknowledged blocks may have been lost: offsets go on where none was used before.
-    fn restore(&mut self, wal: &dyn BlockLog, start: u64, blocks: Vec<StoredBlock>, now: i64) -> Result<(), OpenError> {
+    fn restore(&mut self, wal: &dyn BlockLog, start: u64, blocks: Vec<StoredBlock>) -> Result<(), OpenError> {
         warn!(
             shard = self.settings.shard,
             blocks = blocks.len(),
@@ -164,17 +169,17 @@ impl Recovery<'_> {
         builder.change(Change::EpochStarted { epoch, skip });
         let seq = self.inner.next_seq;
         let ShardSettings { shard, nonce, .. } = *self.settings;
-        let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });
+        let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: self.now_ms });
         block_on(wal.append(seq, block.bytes()))?;
         self.absorb(seq, block)?;
-        self.mark_beginnings(wal, now)?;
+        self.mark_beginnings(wal)?;
         wal.settle()?;
         Ok(())
     }
 
     /// Begins the new epoch of every partition with a control record, which clients skip: a consumer that reads to the end
     /// would otherwise wait at the left out offsets for a record that nobody may ever write.
-    fn mark_beginnings(&mut self, wal: &dyn BlockLog, now: i64) -> Result<(), OpenError> {
+    fn mark_beginnings(&mut self, wal: &dyn BlockLog) -> Result<(), OpenError> {
         let mut builder = BlockBuilder::default();
         for (partition, state) in self.inner.state.partitions() {
             builder.push(Placed {
@@ -188,7 +193,7 @@ impl Recovery<'_> {
             return Ok(());
         }
         let (seq, ShardSettings { shard, nonce, .. }) = (self.inner.next_seq, self.settings);
-        let header = BlockHeader { shard: *shard, epoch: self.epoch, nonce: *nonce, seq, append_ms: now };
+        let header = BlockHeader { shard: *shard, epoch: self.epoch, nonce: *nonce, seq, append_ms: self.now_ms };
         let block = builder.finish(header);
         block_on(wal.append(seq, block.bytes()))?;
         self.absorb(seq, block)
@@ -210,6 +215,13 @@ impl Recovery<'_> {
     }
 
     fn absorb(&mut self, seq: u64, block: Block) -> Result<(), OpenError> {
-        self.inner.absorb(block, self.settings).map_err(|error| OpenError::Block { seq, error })
+        let (bytes, append_ms) = (block.bytes().len(), block.header().append_ms);
+        self.inner.absorb(block, self.settings).map_err(|error| OpenError::Block { seq, error })?;
+        if self.settings.archived {
+            // A clock that ran ahead then, or behind now, makes no block younger than now.
+            let age_ms = self.now_ms.saturating_sub(append_ms).max(0).unsigned_abs();
+            self.inner.unshipped.push(seq, bytes, Duration::from_millis(age_ms));
+        }
+        Ok(())
     }
 }

@@ -7,7 +7,7 @@ use shared::name::{Offset, Partition};
 use tracing::{error, warn};
 
 use super::{Core, Shard, retention};
-use crate::archive::{Durable, Retained, Snapshot, Source, SourceError, StoredBlock};
+use crate::archive::{Backlog, Durable, Retained, Snapshot, Source, SourceError, StoredBlock};
 use crate::ingest::Safety;
 use crate::wal::WalError;
 
@@ -86,6 +86,10 @@ impl Source for Shard {
             wal_bytes: usage.bytes.max(u64::try_from(index).unwrap_or(u64::MAX)),
             wal_bytes_max: usage.bytes_max,
         }
+    }
+
+    fn backlog(&self) -> Option<Backlog> {
+        self.core.inner.lock().unshipped.backlog()
     }
 
     fn wait(&self, seq: u64) -> BoxFuture<'static, ()> {

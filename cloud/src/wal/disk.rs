@@ -25,6 +25,10 @@ pub trait Disk: Send + Sync + 'static {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Makes names durable.
     fn sync_dir(&self) -> io::Result<()>;
+    /// Bytes that new files may still take; `None` where nobody knows.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// One file. What was written survives a power cut once [`DiskFile::sync`] returned.
@@ -99,6 +103,11 @@ impl Disk for Directory {
 
     fn sync_dir(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        let disk = rustix::fs::statvfs(&self.path).ok()?;
+        Some(disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 }
 

@@ -36,7 +36,7 @@ use shared::log::BoxFuture;
 use tracing::warn;
 
 use super::disk::{Disk, DiskFile};
-use super::{BlockLog, Part, Usage, WalError};
+use super::{BlockLog, NoRoom, Part, Usage, WalError};
 use crate::block::SEQ_MAX;
 use crate::buffers::Buffers;
 
@@ -73,6 +73,14 @@ pub struct FileWalSettings {
 impl Default for FileWalSettings {
     fn default() -> Self {
         Self { file_bytes: 256 << 20, hasty_file_bytes: 16 << 20, bytes_max: 2 << 30, background: true }
+    }
+}
+
+impl FileWalSettings {
+    /// Bytes of the file that is made while an append waits that takes `taken`.
+    fn next_file_bytes(&self, taken: u64) -> u64 {
+        let size = if self.background { self.hasty_file_bytes } else { self.file_bytes };
+        taken.max(size.min(self.file_bytes)).next_multiple_of(SECTOR)
     }
 }
 
@@ -273,9 +281,7 @@ impl FileWal {
         if let Some(place) = self.shared.place_in_ring(taken) {
             return Ok(place);
         }
-        let settings = &self.shared.settings;
-        let size = if settings.background { settings.hasty_file_bytes } else { settings.file_bytes };
-        let filled = self.shared.fill(taken.max(size.min(settings.file_bytes)).next_multiple_of(SECTOR));
+        let filled = self.shared.fill(self.shared.settings.next_file_bytes(taken));
         if filled.is_err() {
             // Perhaps a file is being filled at this moment that takes the room.
             if let Some(filler) = self.filler.lock().take() {
@@ -302,6 +308,10 @@ impl FileWal {
             return;
         }
         drop(ring);
+        // On a disk that is nearly full it would be filled again and again, and take the room of smaller files.
+        if self.disk_free_bytes().is_some_and(|free| free < settings.file_bytes) {
+            return;
+        }
         let shared = self.shared.clone();
         let fill = move || {
             if let Err(error) = shared.fill(shared.settings.file_bytes) {
@@ -535,6 +545,37 @@ impl BlockLog for FileWal {
         let (held_bytes, bytes_max) = (ring.held_bytes(), self.shared.settings.bytes_max);
         let free_bytes = ring.free_bytes() + bytes_max.saturating_sub(held_bytes);
         Usage { bytes: ring.bytes, held_bytes, bytes_max, free_bytes }
+    }
+
+    fn room(&self, bytes: u64) -> Result<(), NoRoom> {
+        let taken = Frame::taken(bytes);
+        let needed = self.shared.settings.next_file_bytes(taken);
+        {
+            let ring = self.shared.ring.lock();
+            let fits = |spare: &Spare, used: u64| used + taken <= spare.bytes;
+            if ring.live.back().is_some_and(|live| fits(&live.spare, live.used))
+                || ring.free.iter().any(|spare| fits(spare, 0))
+            {
+                return Ok(());
+            }
+            // One that is being filled will do, if the disk lets it.
+            let (held, bound) = (ring.held_bytes(), self.shared.settings.bytes_max);
+            if ring.filling < taken && held + needed > bound {
+                return Err(NoRoom::Bound(format!(
+                    "the log takes {held} of wal.bytes_max = {bound} bytes, and its next file needs {needed}"
+                )));
+            }
+        }
+        match self.disk_free_bytes() {
+            Some(free) if free < needed => Err(NoRoom::Disk(format!(
+                "the disk has {free} bytes left, and the next file of the log needs {needed}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn disk_free_bytes(&self) -> Option<u64> {
+        self.shared.disk.free_bytes()
     }
 
     fn close(&self) {

@@ -100,6 +100,11 @@ impl Stream {
         self.memory.as_ref().is_none_or(|memory| memory.held_bytes == 0 || self.memory_fits(memory.held_bytes))
     }
 
+    /// Whether `bytes` bytes more are taken, or as many as the stream takes at all.
+    pub(super) fn memory_takes(&self, bytes: u64) -> bool {
+        self.memory.as_ref().is_none_or(|memory| self.memory_fits(bytes.min(memory.bytes_max / 4)))
+    }
+
     /// Seals what is open: from now on the uplink sees it.
     pub(super) fn seal_memory(&mut self, now_ms: TimestampMs) {
         if self.memory.is_none() {

@@ -431,6 +431,25 @@ impl State {
         in_memory && self.has_room_to_wait(self.held_bytes) && self.has_room_on_disk(self.held_bytes)
     }
 
+    /// Of what the database takes by our estimate, what may go when room is needed.
+    pub(super) fn deletable_bytes(&self) -> u64 {
+        let safe: u64 = self.in_database().map(Stream::bytes_safe).sum();
+        (safe + safe / 8).min(self.live())
+    }
+
+    /// Why a stream would hold up or refuse `bytes` bytes of records, when `kept` bytes of the database may not go. One that
+    /// drops its oldest takes them.
+    pub(super) fn full_stream(&self, bytes: u64, kept: u64) -> Option<String> {
+        let on_disk = kept.saturating_add(bytes * 2) <= self.budget.ceiling();
+        let takes = |stream: &&Stream| {
+            stream.on_full == OnFull::DropOldest
+                || if stream.memory.is_some() { stream.memory_takes(bytes) } else { on_disk }
+        };
+        let full = self.streams.iter().filter(|stream| stream.rule.is_some()).find(|stream| !takes(stream))?;
+        let what = if full.memory.is_some() { "its memory_bytes" } else { "the disk budget" };
+        Some(format!("stream {} is full: {what} holds records that the cloud has not made safe", full.record.name))
+    }
+
     /// Whether nothing more fits, for status.
     pub(super) fn is_full(&self) -> bool {
         !self.has_room_on_disk(self.held_bytes)

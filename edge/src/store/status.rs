@@ -27,8 +27,13 @@ pub struct StoreStatus {
     pub disk_used_bytes: u64,
     /// Of these, what is not needed any more (estimated): freed pages that new records will fill.
     pub disk_dead_bytes: u64,
-    /// Live data, estimated, as a share of what it may take; from 1 on, `on_full` decides.
+    /// What may not be deleted, estimated, as a share of what it may take, by the budget or the disk, whichever ends first.
+    /// 1 when the next MiB of records would not be stored: then `on_full` decides.
     pub disk_budget_ratio: f64,
+    /// What the disk has left; `None` where it does not say.
+    pub disk_free_bytes: Option<u64>,
+    /// Why the next MiB of records would not be stored; `None` while it would be.
+    pub no_room: Option<String>,
     /// No record is admitted for want of room.
     pub full: bool,
     /// What kept sessions, their subscriptions and QoS 2 packet ids take.
@@ -109,7 +114,41 @@ impl Counters {
     }
 }
 
+/// What is asked for when somebody asks whether records would be stored.
+const ROOM_BYTES: u64 = 1 << 20;
+/// What a commit of as much writes anew: pages of the tree are copied, and packed loosely.
+const ROOM_ON_DISK: u64 = 4 * ROOM_BYTES;
+
+/// Room for records, and why there is none.
+struct Room {
+    /// Part of it that is taken.
+    ratio: f64,
+    none: Option<String>,
+}
+
+fn room(state: &State, bound: &DiskBound) -> Room {
+    let (live, ceiling) = (state.live(), state.budget.ceiling());
+    // What is safe goes when room is needed.
+    let kept = live.saturating_sub(state.deletable_bytes());
+    let by_budget = kept as f64 / ceiling.max(1) as f64;
+    // Freed pages are written again, the rest must come from the disk.
+    let dead = bound.used().saturating_sub(live);
+    let on_disk = bound.free().map(|free| free.saturating_add(dead).saturating_add(live - kept));
+    let by_disk = on_disk.map_or(0.0, |left| kept as f64 / left.saturating_add(kept).max(1) as f64);
+    let none = if state.ended {
+        Some("the store has failed: the process must start again".to_owned())
+    } else if let Some(why) = state.trouble.clone().or_else(|| state.why_no_room()) {
+        Some(format!("records cannot be stored: {why}"))
+    } else if let Some(left) = on_disk.filter(|left| *left < ROOM_ON_DISK) {
+        Some(format!("the disk has room for {left} bytes more, and at least {ROOM_ON_DISK} should be free"))
+    } else {
+        state.full_stream(ROOM_BYTES, kept)
+    };
+    Room { ratio: if none.is_some() { 1.0 } else { by_budget.max(by_disk).min(1.0) }, none }
+}
+
 pub(super) fn of(state: &State, bound: &DiskBound, reading: ClockReading) -> StoreStatus {
+    let room = room(state, bound);
     let stream = |stream: &state::Stream| {
         let at = stream.positions();
         StreamStatus {
@@ -144,7 +183,9 @@ pub(super) fn of(state: &State, bound: &DiskBound, reading: ClockReading) -> Sto
         disk_budget_bytes: state.budget.bytes_max,
         disk_used_bytes: bound.used(),
         disk_dead_bytes: bound.used().saturating_sub(state.live()),
-        disk_budget_ratio: state.live() as f64 / state.budget.ceiling().max(1) as f64,
+        disk_budget_ratio: room.ratio,
+        disk_free_bytes: bound.free(),
+        no_room: room.none,
         full: state.is_full(),
         held_acks: state.pending.messages + state.in_flight_messages,
         session_bytes: state.sessions.bytes(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
@@ -12,13 +12,16 @@ use axum::{Json, Router};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
+use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 /// What a broker tells about itself.
 pub trait Observed: Send + Sync + 'static {
-    /// `Err` says why messages cannot be stored now. A link that is down is still ready.
+    /// `Err` says why nobody can be served: it stops, or has failed. Being full, or without a link, is no reason.
     fn ready(&self) -> Result<(), String>;
+    /// Whether it is ready for one kind of work, which `/readyz?for=` names; `None` where there is no such kind.
+    fn ready_for(&self, what: &str) -> Option<Result<(), String>>;
     /// Everything a person wants to see.
     fn status(&self) -> serde_json::Value;
 }
@@ -60,10 +63,24 @@ pub async fn serve(
 
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-async fn readyz(State(observed): State<Arc<dyn Observed>>) -> impl IntoResponse {
-    match observed.ready() {
-        Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
-        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+/// What may be asked of `/readyz`.
+#[derive(Deserialize)]
+struct ReadyQuery {
+    r#for: Option<String>,
+}
+
+async fn readyz(State(observed): State<Arc<dyn Observed>>, Query(query): Query<ReadyQuery>) -> impl IntoResponse {
+    let ready = match &query.r#for {
+        None => Some(observed.ready()),
+        Some(what) => observed.ready_for(what),
+    };
+    match ready {
+        Some(Ok(())) => (StatusCode::OK, "ok\n".to_owned()),
+        Some(Err(why)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        None => (
+            StatusCode::BAD_REQUEST,
+            "there is no such kind of readiness; leave ?for= out, or see operating.md\n".to_owned(),
+        ),
     }
 }
 

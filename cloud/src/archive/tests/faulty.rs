@@ -41,6 +41,8 @@ pub struct Plan {
     pub silent: bool,
     /// How long a read takes.
     pub latency: Duration,
+    /// How long a write takes.
+    pub write_latency: Duration,
     /// What was asked, but for writes.
     pub asked: Asked,
 }
@@ -167,6 +169,10 @@ impl ObjectStore for Faulty {
         }
         if self.plan.lock().unconditional {
             opts.mode = PutMode::Overwrite;
+        }
+        let latency = self.plan.lock().write_latency;
+        if !latency.is_zero() {
+            tokio::time::sleep(latency).await;
         }
         let lost = self.plan.lock().lost_answers.is_some_and(|part| location.as_ref().contains(part));
         let put = self.apply(true, self.inner.put_opts(location, payload, opts)).await?.0;

@@ -14,6 +14,7 @@ use shared::name::{Offset, Partition, TopicId};
 use tempfile::TempDir;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::faulty::Faulty;
 use crate::archive::*;
@@ -30,6 +31,9 @@ type State = BTreeMap<Partition, Offset>;
 struct Content {
     epoch: u32,
     blocks: BTreeMap<u64, Bytes>,
+    /// When those were appended that are not shipped.
+    appended: BTreeMap<u64, (Instant, u64)>,
+    unshipped_bytes: u64,
     next_seq: u64,
     state: State,
     shipped: u64,
@@ -113,7 +117,19 @@ impl Shard {
         // Another node's bytes differ: its nonce does.
         let header = BlockHeader { nonce: store::random() ^ header.nonce, ..header };
         let block = builder.finish(header);
-        content.blocks.insert(seq, block.bytes().clone());
+        self.push(&mut content, block.bytes().clone());
+    }
+
+    /// Appends a block that only the shipper can read.
+    pub fn append_opaque(&self, bytes: Bytes) {
+        self.push(&mut self.content.lock(), bytes);
+    }
+
+    fn push(&self, content: &mut Content, bytes: Bytes) {
+        let (seq, size) = (content.next_seq, bytes.len() as u64);
+        content.appended.insert(seq, (Instant::now(), size));
+        content.unshipped_bytes += size;
+        content.blocks.insert(seq, bytes);
         content.next_seq += 1;
         self.next_seq.send_replace(content.next_seq);
     }
@@ -132,9 +148,7 @@ impl Shard {
         }
         let (seq, append_ms) = (content.next_seq, content.time_ms.unwrap_or(0));
         let header = BlockHeader { shard: 0, epoch: content.epoch, nonce: store::random(), seq, append_ms };
-        content.blocks.insert(seq, block.finish(header).bytes().clone());
-        content.next_seq += 1;
-        self.next_seq.send_replace(content.next_seq);
+        self.push(&mut content, block.finish(header).bytes().clone());
     }
 
     pub fn state(&self) -> BTreeMap<Partition, Offset> {
@@ -209,6 +223,12 @@ impl Source for Shard {
         Durable { next_seq: content.next_seq, wal_bytes, wal_bytes_max: 1 << 30 }
     }
 
+    fn backlog(&self) -> Option<Backlog> {
+        let content = self.content.lock();
+        let (oldest, _) = content.appended.values().next()?;
+        Some(Backlog { bytes: content.unshipped_bytes, age: oldest.elapsed() })
+    }
+
     fn wait(&self, seq: u64) -> BoxFuture<'static, ()> {
         let mut next = self.next_seq.subscribe();
         async move {
@@ -248,6 +268,10 @@ impl Source for Shard {
         let mut content = self.content.lock();
         assert!(next_seq >= content.shipped && next_seq <= content.next_seq);
         content.shipped = next_seq;
+        while let Some(entry) = content.appended.first_entry().filter(|entry| *entry.key() < next_seq) {
+            let (_, bytes) = entry.remove();
+            content.unshipped_bytes -= bytes;
+        }
         self.events.send_replace(());
     }
 
@@ -411,6 +435,11 @@ impl Node {
     pub async fn shipped(&self) {
         let next = self.shard.positions().0;
         self.shard.until(|(_, shipped, _)| shipped >= next).await;
+    }
+
+    /// Bytes of blocks that are not shipped.
+    pub fn backlog_bytes(&self) -> usize {
+        self.shard.backlog().map_or(0, |backlog| backlog.bytes as usize)
     }
 
     /// Waits until everything is in segments.
