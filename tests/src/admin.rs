@@ -53,6 +53,12 @@ pub async fn is_ready(address: SocketAddr) -> bool {
     matches!(get(address, "/readyz").await, Ok((200, _)))
 }
 
+/// Whether the edge takes nothing more: its budget is used up, or its disk does not take what was taken.
+pub async fn edge_is_full(address: SocketAddr) -> Result<bool> {
+    let status: serde_json::Value = status(address).await?;
+    Ok(status["store"]["full"] == true || status["store"]["trouble"].is_string())
+}
+
 /// What the edge's `/status` says, as far as tests read it.
 #[derive(Debug, Clone, Deserialize)]
 pub struct EdgeStatus {

@@ -84,7 +84,7 @@ impl Broker {
         Ok(())
     }
 
-    /// Starts the process and waits until `/readyz` says that it can store.
+    /// Starts the process and waits until `/readyz` says that it serves.
     pub async fn start(&mut self) -> Result<()> {
         self.spawn()?;
         self.ready().await

@@ -1,5 +1,6 @@
 //! The scenarios and their runner. Each proves one promise on real processes, in a directory of its own.
 
+mod alarms;
 mod archive;
 mod bad_input;
 mod clients;
@@ -77,6 +78,7 @@ scenarios! {
     hardship::full_edge_drops_the_oldest_and_declares_the_gap,
     hardship::full_disk_at_either_side_loses_nothing,
     hardship::read_only_disk_is_named_and_harms_nothing,
+    alarms::each_alert_rule_rings_of_a_real_process,
     bad_input::second_process_on_a_data_directory_is_refused,
     bad_input::unusable_data_directory_is_an_error_that_names_it,
     bad_input::listener_beyond_loopback_is_refused_with_both_fixes,

@@ -434,6 +434,7 @@ impl Core {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
         if let Some(error) = inner.refuses() {
+            inner.counters.refused_batches.stopped += 1;
             return Admitted::now(Err(error));
         }
         let partition = append.partition;

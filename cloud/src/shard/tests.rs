@@ -19,6 +19,7 @@ use crate::wal::memory::MemoryWal;
 mod ahead;
 mod flight;
 mod powercut;
+mod room;
 mod tiers;
 
 const WAL_BYTES: u64 = 2 << 20;

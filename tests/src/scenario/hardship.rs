@@ -19,7 +19,7 @@ use crate::process::{Broker, run_to_end};
 use crate::tools::Reader;
 use crate::{admin, kafka};
 
-const LIBFAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+pub const LIBFAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 
 pub async fn clocks_at_1970_and_2099_and_back_stop_nobody(context: &Context) -> Result<String> {
     let lab = context.lab("clocks")?;
@@ -225,7 +225,7 @@ fn set_aside(dir: &Path) -> Result<PathBuf> {
     bail!("no database was set aside in {}", dir.display())
 }
 
-fn largest_file(dir: &Path) -> Result<PathBuf> {
+pub fn largest_file(dir: &Path) -> Result<PathBuf> {
     let mut largest = None;
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
@@ -239,7 +239,7 @@ fn largest_file(dir: &Path) -> Result<PathBuf> {
 
 const PAYLOAD: usize = 16 << 10;
 
-fn payload(n: u64) -> Vec<u8> {
+pub fn payload(n: u64) -> Vec<u8> {
     let mut rng = Rng(n);
     let mut bytes = n.to_be_bytes().to_vec();
     bytes.extend((8..PAYLOAD).map(|_| rng.next() as u8));
@@ -275,7 +275,7 @@ pub async fn full_edge_holds_acknowledgements_until_there_is_room(context: &Cont
         }
     });
     until("the edge to say that it is full", PATIENCE, async || {
-        Ok((!admin::is_ready(lab.edge.admin).await).then_some(()))
+        Ok(admin::edge_is_full(lab.edge.admin).await?.then_some(()))
     })
     .await?;
     let at_full = acked.load(Ordering::Relaxed);
@@ -465,7 +465,7 @@ async fn fill(lab: &Lab, from: u64) -> Result<u64> {
         let bytes = payload(acked);
         let publish = device.publish("factory/1/telemetry/a", &bytes);
         let held = async {
-            let full = async || Ok((!admin::is_ready(lab.edge.admin).await).then_some(()));
+            let full = async || Ok(admin::edge_is_full(lab.edge.admin).await?.then_some(()));
             let _ = until("the edge to say it is full", PATIENCE, full).await;
         };
         tokio::select! {
@@ -485,10 +485,10 @@ async fn revive(broker: &mut Broker) -> Result<()> {
 }
 
 /// A small file system in memory over a data directory.
-struct SmallDisk(PathBuf);
+pub struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    fn mount(dir: &Path, mib: u32) -> Result<Option<Self>> {
+    pub fn mount(dir: &Path, mib: u32) -> Result<Option<Self>> {
         std::fs::create_dir_all(dir)?;
         let mut command = Command::new("mount");
         command.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]).arg(dir);
