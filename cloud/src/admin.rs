@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
 use std::sync::Arc;
 
-use daemon::admin::{Observed, table};
+use daemon::admin::{AdminPort, Observed, table};
 use daemon::metrics::Metrics;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use serde::Serialize;
+use shared::door::DoorStatus;
 use shared::name::{EdgeId, Offset, StreamName, TimestampMs, TopicName};
 use tokio::sync::watch;
 
@@ -38,6 +39,8 @@ pub struct Node {
     pub ingest: Arc<Ingest>,
     /// True once the node is told to stop.
     pub stopping: watch::Receiver<bool>,
+    /// The admin port itself.
+    pub admin: AdminPort,
 }
 
 #[derive(Serialize)]
@@ -211,11 +214,26 @@ impl Collector for Node {
         let mut metrics = Metrics::new(encoder);
         self.shard_metrics(&mut metrics)?;
         self.archive_metrics(&mut metrics)?;
-        self.front_metrics(&mut metrics)
+        self.front_metrics(&mut metrics)?;
+        self.door_metrics(&mut metrics)
     }
 }
 
 impl Node {
+    fn door_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
+        let doors = [("kafka", self.broker.door()), ("link", self.ingest.door()), ("admin", self.admin.door.status())];
+        let each = |count: fn(&DoorStatus) -> u64| doors.map(|(name, door)| (vec![("listener", name)], count(&door)));
+        let now = each(|door| door.connections).map(|(labels, count)| (labels, count as f64));
+        metrics.gauges("tributary_cloud_connections", "Connections by kind of listener", now)?;
+        let help = "Connections closed at once: as many were open as are allowed";
+        metrics.counters("tributary_cloud_connections_refused", help, each(|door| door.refused))?;
+        let help = "Connections that never showed who they are, closed in favour of others";
+        metrics.counters("tributary_cloud_connections_evicted", help, each(|door| door.evicted))?;
+        let failed = [("link", self.ingest.failed_logins()), ("admin", self.admin.throttle.failed_total())];
+        let failed = failed.map(|(name, count)| (vec![("listener", name)], count));
+        metrics.counters("tributary_cloud_failed_logins", "Requests with a wrong or no token", failed)
+    }
+
     fn shard_metrics(&self, metrics: &mut Metrics<'_>) -> fmt::Result {
         let ready = if self.ready().is_ok() { 1.0 } else { 0.0 };
         metrics.gauge("tributary_cloud_ready", "1 while clients can be served", ready)?;

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{FutureExt as _, Shared};
+use shared::limited;
 use shared::log::{AppendError, BoxFuture};
 use shared::name::{NameError, Partition, TimestampMs, TopicId, TopicName};
 use tokio::time::{Instant, timeout_at};
-use tracing::info;
 
 use claims::{Claim, Claims, Held};
 
@@ -274,7 +274,7 @@ impl Catalogue {
                     Box::pin(async move {
                         if let Some(stored) = stored {
                             stored.await?;
-                            info!(topic = %topic.name, partitions = topic.partitions, "topic created");
+                            limited!(info, topic = %topic.name, partitions = topic.partitions, "topic created");
                         }
                         Ok(topic)
                     })
@@ -346,7 +346,7 @@ impl Catalogue {
         let claim = self.claims.claim(&find()?.name).await;
         let topic = find()?;
         self.commit(vec![claim], vec![Change::TopicDeleted { id }]).await?;
-        info!(topic = %topic.name, "topic deleted");
+        limited!(info, topic = %topic.name, "topic deleted");
         Ok(topic)
     }
 
@@ -372,7 +372,7 @@ impl Catalogue {
             return Ok(());
         }
         self.commit(vec![claim], vec![Change::PartitionsAdded { id: topic.id, count: total }]).await?;
-        info!(topic = %topic.name, partitions = total, "partitions added");
+        limited!(info, topic = %topic.name, partitions = total, "partitions added");
         Ok(())
     }
 
@@ -394,7 +394,7 @@ impl Catalogue {
         }
         // What is so already is told again: a shard may have refused it.
         self.commit(vec![claim], vec![Change::TopicConfigured { id: topic.id, configs: configs.clone() }]).await?;
-        info!(topic = %topic.name, ?configs, "topic settings changed");
+        limited!(info, topic = %topic.name, ?configs, "topic settings changed");
         Ok(())
     }
 

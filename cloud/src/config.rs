@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use daemon::admin::DefaultPort;
+use daemon::descriptors::{DoorShare, share};
 use serde::{Deserialize, Serialize};
-use shared::config::{ByteSize, ListenAddr, Secret, Span, TlsFiles};
+use shared::config::{ByteSize, ListenAddr, Secret, Span, TlsFiles, distinct_listeners, redacted};
 use shared::name::{EdgeId, TopicName};
 
 use crate::archive::{RequestSettings, STORAGE_CLASS};
@@ -51,7 +53,7 @@ impl Default for CloudConfig {
 }
 
 /// `[kafka]`.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KafkaConfig {
     /// Short form of one plain `[[kafka.listener]]`; 127.0.0.1:9092 when neither is given.
@@ -66,6 +68,22 @@ pub struct KafkaConfig {
     pub auto_create_topics: Option<bool>,
     /// How long a new group waits for more members before its first rebalance.
     pub group_initial_rebalance_delay: Option<Span>,
+    /// Most connections at once, over all listeners.
+    pub connections_max: usize,
+}
+
+impl Default for KafkaConfig {
+    fn default() -> Self {
+        Self {
+            listen: None,
+            advertise: None,
+            allow_anonymous: false,
+            listener: Vec::new(),
+            auto_create_topics: None,
+            group_initial_rebalance_delay: None,
+            connections_max: 10_000,
+        }
+    }
 }
 
 /// `[[kafka.listener]]`.
@@ -98,13 +116,24 @@ pub struct LinkConfig {
     pub tls: Option<TlsFiles>,
     /// Takes edges without a token although others can reach it.
     pub allow_anonymous: bool,
+    /// Takes edges' tokens in plain text although others may listen.
+    pub allow_plaintext: bool,
+    /// Most connections at once.
+    pub connections_max: usize,
     /// The edges that may connect; with none, any edge on loopback (or with `allow_anonymous`).
     pub edge: Vec<LinkEdgeConfig>,
 }
 
 impl Default for LinkConfig {
     fn default() -> Self {
-        Self { listen: ListenAddr::loopback(9480), tls: None, allow_anonymous: false, edge: Vec::new() }
+        Self {
+            listen: ListenAddr::loopback(9480),
+            tls: None,
+            allow_anonymous: false,
+            allow_plaintext: false,
+            connections_max: 10_000,
+            edge: Vec::new(),
+        }
     }
 }
 
@@ -126,19 +155,14 @@ pub struct LinkEdgeConfig {
 }
 
 /// `[admin]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdminConfig {
-    /// Where it listens.
-    pub listen: ListenAddr,
-    /// Open to a network: the port shows topics, groups and edges to whoever asks.
-    pub allow_anonymous: bool,
-}
+pub type AdminConfig = daemon::admin::AdminConfig<CloudAdmin>;
 
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: ListenAddr::loopback(9482), allow_anonymous: false }
-    }
+/// The cloud's admin port.
+#[derive(Debug, Clone)]
+pub struct CloudAdmin;
+
+impl DefaultPort for CloudAdmin {
+    const PORT: u16 = 9482;
 }
 
 const DISK_CACHE_BYTES: u64 = 1 << 30;
@@ -315,6 +339,10 @@ impl ShardsConfig {
     }
 }
 
+/// Files kept for the archive's objects, the disk cache, sockets to the bucket, the log and what the runtime needs.
+const FILES: u64 = 256;
+/// Files of a WAL beyond those that hold its bound.
+const WAL_SPARE_FILES: u64 = 4;
 /// Most shards of one engine on a node: each has a committer, caches and a WAL of its own.
 const SHARDS_MAX: u32 = 64;
 /// Half of it must hold the largest batch, with room to spare.
@@ -377,6 +405,7 @@ impl CloudConfig {
             Some("off") => Ok(None),
             Some(url) if url.starts_with("file:///") || url.starts_with("s3://") => Ok(Some(url.to_owned())),
             Some(url) => {
+                let url = redacted(url);
                 Err(format!("[archive] url = {url:?}: expected file:///ABSOLUTE/PATH, s3://BUCKET/PREFIX or \"off\""))
             }
             None => {
@@ -393,6 +422,42 @@ impl CloudConfig {
         self.archive.disk_cache_bytes.map_or(default, |bytes| bytes.0)
     }
 
+    /// Files that hold a secret, by what names them.
+    pub fn secret_files(&self) -> Vec<(String, PathBuf)> {
+        let mut files = Vec::new();
+        let mut add = |key: String, path: Option<&PathBuf>| files.extend(path.map(|path| (key, path.clone())));
+        for listener in &self.kafka.listener {
+            add("[[kafka.listener]] tls.key_file".to_owned(), listener.tls.as_ref().map(|tls| &tls.key_file));
+        }
+        add("[link] tls.key_file".to_owned(), self.link.tls.as_ref().map(|tls| &tls.key_file));
+        for edge in &self.link.edge {
+            add(format!("[[link.edge]] id = \"{}\", token_file", edge.id), edge.token_file.as_ref());
+        }
+        add("[admin] token_file".to_owned(), self.admin.token_file.as_ref());
+        files
+    }
+
+    /// Whether a secret stands in the settings themselves.
+    pub fn holds_secrets(&self) -> bool {
+        self.admin.token.is_some() || self.link.edge.iter().any(|edge| edge.token.is_some())
+    }
+
+    /// How many connections each kind of listener may hold when the process may open `limit` files: Kafka's, the link's,
+    /// then the admin port's.
+    pub fn doors(&self, limit: u64) -> [DoorShare; 3] {
+        let wal = u64::from(self.shards.file) * (self.wal.bytes_max.0 / self.wal.file_bytes.0.max(1) + WAL_SPARE_FILES);
+        // More than half is never kept: a small limit must leave room for clients too.
+        let files = (FILES + wal).min(limit / 2);
+        let admin = ("admin.connections_max", self.admin.connections_max);
+        let kafka = ("kafka.connections_max", self.kafka.connections_max);
+        let link = ("link.connections_max", self.link.connections_max);
+        let shares = share(limit, files as usize, &[admin], &[kafka, link]);
+        shares
+            .try_into()
+            .map(|[admin, kafka, link]: [DoorShare; 3]| [kafka, link, admin])
+            .expect("a share for each door")
+    }
+
     /// Refuses what would be unsafe or could not work.
     pub fn check(&self) -> Result<(), String> {
         if self.node_id < 0 {
@@ -406,12 +471,24 @@ impl CloudConfig {
         let tokens = !self.link.edge.is_empty();
         let fix = "give each gateway a token with [[link.edge]] id and token_file";
         self.link.listen.check_exposure("[link] listen", tokens, fix, self.link.allow_anonymous)?;
-        self.admin.listen.check_exposure("[admin] listen", false, "listen on 127.0.0.1", self.admin.allow_anonymous)?;
+        let fix = "set [link] tls = { cert_file = FILE, key_file = FILE }";
+        let takes = tokens && self.link.tls.is_none();
+        self.link.listen.check_plaintext("[link] listen", "edges' tokens", takes, fix, self.link.allow_plaintext)?;
+        self.admin.check()?;
         for edge in &self.link.edge {
             if edge.token.is_none() && edge.token_file.is_none() {
                 return Err(format!("[[link.edge]] id = \"{}\": expected token_file (or token)", edge.id));
             }
         }
+        for (index, edge) in self.link.edge.iter().enumerate() {
+            if self.link.edge.iter().take(index).any(|other| other.id == edge.id) {
+                return Err(format!("[[link.edge]] id = \"{}\" is given twice: a gateway has one entry", edge.id));
+            }
+        }
+        let kafka = self.kafka_listeners();
+        let all = kafka.iter().map(|listener| ("[kafka] listen", listener.listen));
+        let others = [("[link] listen", self.link.listen), ("[admin] listen", self.admin.listen)];
+        distinct_listeners(all.chain(others))?;
         self.check_shards()?;
         if (1..DISK_CACHE_BYTES_MIN).contains(&self.disk_cache_bytes()) {
             let given = self.disk_cache_bytes();
@@ -486,8 +563,26 @@ mod tests {
             assert!(refused.contains("allow_anonymous = true") && refused.contains("Either"), "{refused}");
             parse(&format!("{text}\nallow_anonymous = true")).check().unwrap();
         }
-        let tokens = "[link]\nlisten = \"0.0.0.0:9480\"\n[[link.edge]]\nid = \"gw\"\ntoken = \"x\"";
-        parse(tokens).check().unwrap();
+        let edge = "\n[[link.edge]]\nid = \"gw\"\ntoken = \"x\"";
+        let open = "[link]\nlisten = \"0.0.0.0:9480\"";
+        let refused = parse(&format!("{open}{edge}")).check().unwrap_err();
+        assert!(refused.contains("Either set [link] tls") && refused.contains("allow_plaintext = true"), "{refused}");
+        parse(&format!("{open}\nallow_plaintext = true{edge}")).check().unwrap();
+        parse(&format!("{open}\ntls = {{ cert_file = \"c\", key_file = \"k\" }}{edge}")).check().unwrap();
+    }
+
+    #[test]
+    fn what_is_given_twice_is_refused() {
+        let edge = "[[link.edge]]\nid = \"gw\"\ntoken = \"x\"\n";
+        let refused = parse(&format!("{edge}{edge}")).check().unwrap_err();
+        assert!(refused.contains("\"gw\" is given twice"), "{refused}");
+        for text in [
+            "[link]\nlisten = \"127.0.0.1:9092\"",
+            "[admin]\nlisten = \"127.0.0.1:9480\"",
+            "[[kafka.listener]]\nlisten = \"127.0.0.1:1\"\n[[kafka.listener]]\nlisten = \"127.0.0.1:1\"",
+        ] {
+            assert!(parse(text).check().unwrap_err().contains("are one address"), "{text}");
+        }
     }
 
     #[test]

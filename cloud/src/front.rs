@@ -17,12 +17,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use kafka_wire::Uuid;
+use shared::door::{Door, DoorStatus, Seat};
+use shared::limited;
 use shared::log::Log;
 use shared::name::{TopicId, TopicName};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
-use tracing::{Instrument as _, debug, info, info_span, warn};
+use tracing::{Instrument as _, debug, info_span};
 
 use crate::catalogue::Catalogue;
 use crate::groups::Groups;
@@ -86,7 +88,7 @@ pub struct Broker {
     /// What happened so far.
     pub counters: Counters,
     memory: Memory,
-    connections: Arc<Semaphore>,
+    door: Arc<Door>,
     producer_ids: ProducerIds,
 }
 
@@ -149,7 +151,7 @@ impl Broker {
                 large_requests: budget(large_requests),
                 responses: budget(responses),
             },
-            connections: Arc::new(Semaphore::new(settings.connections_max)),
+            door: Door::new(settings.connections_max),
             producer_ids: ProducerIds::default(),
             settings,
         }
@@ -169,10 +171,23 @@ impl Broker {
                 _ = shutdown.wait_for(|stop| *stop) => break,
             };
             match accepted {
-                Ok((stream, peer)) => self.accept(stream, peer, &listener, &shutdown, &mut connections),
+                Ok((stream, peer)) => {
+                    let seat = tokio::select! {
+                        seat = self.door.enter() => seat,
+                        _ = shutdown.wait_for(|stop| *stop) => break,
+                    };
+                    match seat {
+                        Some(seat) => self.accept(stream, peer, seat, &listener, &shutdown, &mut connections),
+                        None => {
+                            let max = self.door.max();
+                            limited!(warn, %peer, max, "connection refused: as many are open as are allowed");
+                        }
+                    }
+                }
                 Err(error) => {
                     // Out of descriptors, mostly: without a pause this loop would burn a core until some are free.
-                    warn!(%error, listener = %listener.name, "cannot accept connections, trying again");
+                    limited!(warn, %error, listener = %listener.name, "cannot accept connections, trying again");
+                    self.door.evict();
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -186,31 +201,29 @@ impl Broker {
         self: &Arc<Self>,
         stream: TcpStream,
         peer: SocketAddr,
+        seat: Seat,
         listener: &Arc<Listener>,
         shutdown: &watch::Receiver<bool>,
         connections: &mut JoinSet<()>,
     ) {
-        let Ok(slot) = self.connections.clone().try_acquire_owned() else {
-            self.counters.connections_refused.add(1);
-            warn!(%peer, max = self.settings.connections_max, "connection refused: as many are open as are allowed");
-            return;
-        };
         let (broker, listener, shutdown) = (self.clone(), listener.clone(), shutdown.clone());
         let span = info_span!("kafka", %peer, listener = %listener.name);
         let task = async move {
             broker.counters.connections_opened.add(1);
-            let close = connection::run(&broker, listener, peer, stream, shutdown).await;
+            let close = connection::run(&broker, listener, peer, stream, &seat, shutdown).await;
             match close {
-                Close::Gone | Close::Idle | Close::Shutdown => debug!(%close, "connection closed"),
+                Close::Gone | Close::Idle | Close::Shutdown | Close::Silent | Close::Evicted => {
+                    debug!(%close, "connection closed");
+                }
                 // How clients leave who have a Fetch waiting.
                 Close::Failed(ref error) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
                     debug!(%close, "connection closed");
                 }
-                Close::Failed(_) | Close::Slow => info!(%close, "connection closed"),
-                _ => warn!(%close, "connection closed"),
+                Close::Failed(_) | Close::Slow => limited!(info, %close, "connection closed"),
+                _ => limited!(warn, %close, "connection closed"),
             }
             broker.counters.connections_closed.add(1);
-            drop(slot);
+            drop(seat);
         };
         connections.spawn(task.instrument(span));
     }
@@ -244,6 +257,11 @@ impl Route {
 }
 
 impl Broker {
+    /// The connections of all listeners.
+    pub fn door(&self) -> DoorStatus {
+        self.door.status()
+    }
+
     /// The topics of these names, `None` where there is none, as of one moment.
     fn routes_named<'a>(&self, names: impl Iterator<Item = &'a str>) -> Vec<Option<Route>> {
         let find = |state: &State, name| {
@@ -293,8 +311,6 @@ pub struct Counters {
     pub connections_opened: Counter,
     /// Of those, ended.
     pub connections_closed: Counter,
-    /// Connections not accepted because there were too many.
-    pub connections_refused: Counter,
     /// Requests begun.
     pub requests: Counter,
     /// Bytes of requests, with their size fields.
@@ -318,6 +334,7 @@ pub struct FrontStatus {
     pub connections: u64,
     pub connections_opened: u64,
     pub connections_refused: u64,
+    pub connections_evicted: u64,
     pub requests: u64,
     pub request_bytes: u64,
     pub response_bytes: u64,
@@ -344,7 +361,8 @@ impl Broker {
         FrontStatus {
             connections: counters.connections_opened.value().saturating_sub(closed),
             connections_opened: counters.connections_opened.value(),
-            connections_refused: counters.connections_refused.value(),
+            connections_refused: self.door.status().refused,
+            connections_evicted: self.door.status().evicted,
             requests: counters.requests.value(),
             request_bytes: counters.request_bytes.value(),
             response_bytes: counters.response_bytes.value(),
@@ -378,7 +396,8 @@ pub struct FrontSettings {
     pub request_bytes_max: usize,
     /// Largest request of every other API, which is decoded into values; a larger one closes the connection.
     pub plain_request_bytes_max: usize,
-    /// Most connections at a time over all listeners; a further one is closed at once.
+    /// Most connections at a time over all listeners. A further one takes the place of one that never made a request, or is
+    /// closed at once.
     pub connections_max: usize,
     /// Memory for requests being read and served, and for responses being built; further requests wait unread.
     pub memory_bytes_max: usize,
@@ -387,6 +406,8 @@ pub struct FrontSettings {
     pub fetch_bytes_max: usize,
     /// Longest a Fetch is held, whatever the client asks.
     pub fetch_wait_max: Duration,
+    /// A TLS handshake must be through, and then the size of the first request be there, in this time each.
+    pub first_request_timeout: Duration,
     /// A connection without a request for so long is closed (Kafka's `connections.max.idle.ms`).
     pub idle_timeout: Duration,
     /// A request that has begun, a TLS handshake or a response must be through in this time, or at 16 KiB a second.
@@ -404,6 +425,7 @@ impl Default for FrontSettings {
             memory_bytes_max: 512 * 1024 * 1024,
             fetch_bytes_max: 8 * 1024 * 1024,
             fetch_wait_max: Duration::from_secs(60),
+            first_request_timeout: Duration::from_secs(30),
             idle_timeout: Duration::from_secs(600),
             transfer_timeout: Duration::from_secs(30),
             auto_create_topics: true,

@@ -15,6 +15,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use shared::limited;
 use shared::log::{AppendError, BoxFuture};
 use shared::name::{Partition, TimestampMs};
 use tokio::sync::{Notify, oneshot};
@@ -429,7 +430,7 @@ impl Groups {
         let stored = log.commit(vec![change]);
         tokio::spawn(async move {
             if let Err(error) = stored.await {
-                warn!(%group, %error, "group state not stored");
+                limited!(warn, %group, %error, "group state not stored");
             }
         });
     }

@@ -22,6 +22,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use shared::batch::{BatchBuilder, Compression};
+use shared::door::{Door, DoorStatus};
+use shared::limited;
 use shared::limits::{BATCH_BYTES_MAX, LINK_BODY_BYTES_MAX, LINK_POLL_SECS_MAX};
 use shared::link::frame::{
     Append, AppendReply, Credit, HEADER_BYTES_MAX, Hello, HelloReply, Limits, Outcome, Poll, PollReply, SessionState,
@@ -29,10 +31,10 @@ use shared::link::frame::{
 use shared::link::receiver::{EdgeSession, HelloRefused, Plan, StorePlan, Takeover, outcome_of, rejected_topic};
 use shared::link::{GAPS_TOPIC, Position};
 use shared::log::{self, AppendError, Appended, BoxFuture, Log, Source, StreamKey};
+use shared::login::LoginThrottle;
 use shared::name::{EdgeId, Offset, Partition, StreamName, TimestampMs, TopicName};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
-use tracing::{info, warn};
 
 pub use auth::{AuthError, Caller, EdgeGrant, Grants};
 pub use http::router;
@@ -63,7 +65,7 @@ pub struct IngestSettings {
     pub answer_timeout: Duration,
     /// Partitions of topics that are made because a stream names them.
     pub stream_partitions: u32,
-    /// Most connections at once.
+    /// Most connections at once. A further one takes the place of one that has not shown a good token, or is closed at once.
     pub connections_max: usize,
 }
 
@@ -78,7 +80,7 @@ impl Default for IngestSettings {
             body_timeout: Duration::from_secs(60),
             answer_timeout: Duration::from_secs(20),
             stream_partitions: 16,
-            connections_max: 20_000,
+            connections_max: 10_000,
         }
     }
 }
@@ -105,6 +107,8 @@ pub struct Ingest {
     budget: Arc<Semaphore>,
     freed: Notify,
     closing: watch::Sender<bool>,
+    door: Arc<Door>,
+    throttle: Arc<LoginThrottle>,
     counters: Counters,
 }
 
@@ -204,6 +208,7 @@ impl Ingest {
         // A budget that cannot hold one body would stop the link for ever.
         let least = settings.body_bytes_max + HEADER_BYTES_MAX;
         let budget = (settings.memory_bytes.max(least) / BUDGET_UNIT + 1).min(Semaphore::MAX_PERMITS);
+        let door = Door::new(settings.connections_max);
         Arc::new(Self {
             settings,
             log,
@@ -216,6 +221,8 @@ impl Ingest {
             budget: Arc::new(Semaphore::new(budget)),
             freed: Notify::new(),
             closing: watch::Sender::new(false),
+            door,
+            throttle: Arc::default(),
             counters: Counters::default(),
         })
     }
@@ -223,6 +230,16 @@ impl Ingest {
     /// Ends long polls, now and from now on.
     pub fn close(&self) {
         self.closing.send_replace(true);
+    }
+
+    /// The connections.
+    pub fn door(&self) -> DoorStatus {
+        self.door.status()
+    }
+
+    /// Requests with a wrong token, since the start.
+    pub fn failed_logins(&self) -> u64 {
+        self.throttle.failed_total()
     }
 
     /// Counters and edges.
@@ -291,7 +308,7 @@ impl Ingest {
             let key = StreamKey { edge, stream: name, incarnation: stream.incarnation };
             let target = waits(&late, &key).map_or(target, Err);
             if let Err(reason) = &target {
-                warn!(edge = %hello.edge, stream = %stream.name, reason, "stream is parked");
+                limited!(warn, edge = %hello.edge, stream = %stream.name, reason, "stream is parked");
             }
             session.route(stream.name.clone(), stream.topic.clone(), stream.incarnation, target);
         }
@@ -300,14 +317,14 @@ impl Ingest {
 
     fn note_takeover(&self, edge: &EdgeId, takeover: Takeover) {
         match takeover {
-            Takeover::None | Takeover::Again => info!(%edge, "edge says hello"),
+            Takeover::None | Takeover::Again => limited!(info, %edge, "edge says hello"),
             Takeover::Superseded => {
                 count(&self.counters.takeovers, 1);
-                info!(%edge, "edge says hello from another run; the older session is ended");
+                limited!(info, %edge, "edge says hello from another run; the older session is ended");
             }
             Takeover::Alternating { times } => {
                 count(&self.counters.takeovers, 1);
-                warn!(
+                limited!(warn,
                     %edge, times,
                     "two gateways take this edge id from each other: give one of them another id and token"
                 );

@@ -1,6 +1,7 @@
 //! `tributary-cloud`: the command line, and the one place that puts the parts together. Engines are named in `open`.
 
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -15,9 +16,13 @@ use cloud::groups::{GroupSettings, Groups};
 use cloud::ingest::{EdgeGrant, Grants, Ingest, IngestSettings};
 use cloud::shard::{Clock, ShardSettings};
 use cloud::shards::Shards;
+use daemon::admin::{AdminArgs, AdminClient};
+use daemon::descriptors::{self, DoorShare};
+use daemon::files;
 use daemon::settings::SettingsArgs;
-use daemon::tls;
-use shared::config::Loaded;
+use daemon::tls::{self, ServerCertificate};
+use shared::config::{Loaded, TlsFiles};
+use shared::door::Door;
 use shared::name::TimestampMs;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -30,6 +35,8 @@ use open::Opened;
 const ENV_PREFIX: &str = "TRIBUTARY_CLOUD";
 /// How long looking after one shard may take.
 const CARE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a running broker may take to say how it is.
+const STATUS_PATIENCE: Duration = Duration::from_secs(10);
 const RETENTION_CHECK: Duration = Duration::from_secs(30);
 
 /// The cloud broker: receives edges, serves Kafka clients, archives to object storage.
@@ -54,28 +61,35 @@ enum Command {
         /// The broker's admin port.
         #[arg(long, default_value = "http://127.0.0.1:9482", value_name = "URL")]
         admin: String,
+        #[command(flatten)]
+        access: AdminArgs,
     },
 }
 
 fn main() -> anyhow::Result<()> {
+    files::keep_private();
     tls::install_provider();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match Cli::parse().command {
         Command::Run(args) => {
             daemon::init_logging();
             let loaded = load(&args)?;
+            warnings(&args, &loaded.settings).iter().for_each(|text| warn!("{text}"));
             runtime.block_on(run(loaded.settings))
         }
         Command::Check(args) => {
-            print!("{}", load(&args)?.describe()?);
+            let loaded = load(&args)?;
+            print!("{}", loaded.describe()?);
+            warnings(&args, &loaded.settings).iter().for_each(|text| println!("# WARN: {text}"));
             Ok(())
         }
         Command::Archive(command) => {
             let config = command.settings().load::<CloudConfig>(ENV_PREFIX)?.settings;
             std::process::exit(runtime.block_on(tool::run(&command, &config, aws_variables())))
         }
-        Command::Status { admin } => {
-            print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
+        Command::Status { admin, access } => {
+            let client = AdminClient::new(&admin, &access, STATUS_PATIENCE)?;
+            print!("{}", render(&runtime.block_on(client.status())?));
             Ok(())
         }
     }
@@ -85,7 +99,20 @@ fn load(args: &SettingsArgs) -> anyhow::Result<Loaded<CloudConfig>> {
     let loaded = args.load::<CloudConfig>(ENV_PREFIX)?;
     loaded.settings.check().map_err(|text| anyhow!(text))?;
     grants(&loaded.settings)?;
+    loaded.settings.admin.read_token()?;
     Ok(loaded)
+}
+
+/// What works, and a person should know.
+fn warnings(args: &SettingsArgs, config: &CloudConfig) -> Vec<String> {
+    let limit = descriptors::raise();
+    let doors = config.doors(limit);
+    let doors = doors.iter().filter_map(|share| share.warning(limit));
+    let file =
+        args.config_file().filter(|_| config.holds_secrets()).map(|path| ("--config".to_owned(), path.to_owned()));
+    let secrets = config.secret_files().into_iter().chain(file);
+    let secrets = secrets.filter_map(|(key, path)| files::secret_warning(&key, &path));
+    doors.chain(secrets).collect()
 }
 
 fn wall_ms() -> TimestampMs {
@@ -93,10 +120,18 @@ fn wall_ms() -> TimestampMs {
 }
 
 fn grants(config: &CloudConfig) -> anyhow::Result<Grants> {
-    let mut grants = Vec::new();
+    let mut grants: Vec<EdgeGrant> = Vec::new();
     for edge in &config.link.edge {
         let token = daemon::settings::secret("[[link.edge]] token", edge.token.as_ref(), edge.token_file.as_deref())?;
         let token = token.with_context(|| format!("[[link.edge]] id = \"{}\": no token", edge.id))?;
+        if let Some(other) = grants.iter().find(|grant| grant.token == token) {
+            anyhow::bail!(
+                "[[link.edge]] id = \"{}\" and id = \"{}\" have the same token: a token says which gateway sends, so give \
+                 each its own",
+                other.id,
+                edge.id
+            );
+        }
         let (id, topics) = (edge.id.clone(), edge.topics.clone());
         grants.push(EdgeGrant { id, token, topics });
     }
@@ -110,6 +145,14 @@ struct Started {
     /// Ends the admin port, which tells to the end what the node does.
     closed: watch::Sender<bool>,
     tasks: JoinSet<anyhow::Result<()>>,
+}
+
+/// What listeners are started with.
+struct Serving {
+    tasks: JoinSet<anyhow::Result<()>>,
+    stopping: watch::Receiver<bool>,
+    /// Those of all listeners.
+    certificates: Vec<Arc<ServerCertificate>>,
 }
 
 async fn run(config: CloudConfig) -> anyhow::Result<()> {
@@ -154,9 +197,16 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
 }
 
 async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
+    let limit = descriptors::raise();
+    let [kafka_share, link_share, admin_share] = config.doors(limit);
+    info!(limit, kafka = kafka_share.granted, link = link_share.granted, "files that may be open, and connections");
     let data_dir = std::path::absolute(&config.data_dir)?;
-    std::fs::create_dir_all(&data_dir)
-        .with_context(|| format!("data_dir = \"{}\" cannot be made or written", data_dir.display()))?;
+    keep_private("data_dir", &data_dir)?;
+    if let Some(archive) =
+        config.archive_url().map_err(|text| anyhow!(text))?.as_deref().and_then(|url| url.strip_prefix("file://"))
+    {
+        keep_private("[archive] url", Path::new(archive))?;
+    }
     let clock: Clock = Arc::new(wall_ms);
     let Opened { shards, archives, cluster_id } = open::open(config, &data_dir, clock, aws_variables()).await?;
     info!(node = config.node_id, cluster = cluster_id, shards = shards.members().len(), data_dir = %data_dir.display(), "log is open");
@@ -181,17 +231,33 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
         ..CatalogueSettings::default()
     };
     let catalogue = Arc::new(Catalogue::new(shards.clone(), catalogue));
-    let broker = kafka(config, &shards, &cluster_id, &catalogue, &mut tasks, &stopping).await?;
-    let ingest = link(config, &shards, &catalogue, &mut tasks, &stopping).await?;
+    let mut serving = Serving { tasks, stopping: stopping.clone(), certificates: Vec::new() };
+    let broker = kafka(config, kafka_share, &shards, &cluster_id, &catalogue, &mut serving).await?;
+    let ingest = link(config, link_share, &shards, &catalogue, &mut serving).await?;
+    let Serving { mut tasks, certificates, .. } = serving;
+    if !certificates.is_empty() {
+        tasks.spawn(tls::watch(certificates, stopping.clone()));
+    }
 
-    let node = Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest, stopping };
+    let port = config.admin.port(Door::new(admin_share.granted))?;
+    let admin = port.clone();
+    let node = Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest, stopping, admin };
     let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(node.clone()), Box::new(node.clone()));
     let (closed, closing) = watch::channel(false);
-    let serving = daemon::admin::serve(admin, observed, collector, axum::Router::new(), closing);
+    let serving = daemon::admin::serve(admin, observed, collector, axum::Router::new(), port, closing);
     tasks.spawn(async move { serving.await.context("[admin] listen") });
     Ok(Started { node, stop, closed, tasks })
+}
+
+fn keep_private(key: &str, dir: &Path) -> anyhow::Result<()> {
+    let tightened = files::private_dir(dir)
+        .with_context(|| format!("{key} = \"{}\" cannot be made, read or kept private", dir.display()))?;
+    if let Some(first) = tightened.first() {
+        warn!(path = %first.display(), files = tightened.len(), "other users could read the data: their rights were taken away");
+    }
+    Ok(())
 }
 
 /// Credentials, region and endpoint of an `s3://` store.
@@ -201,18 +267,18 @@ fn aws_variables() -> Vec<(String, String)> {
 
 async fn kafka(
     config: &CloudConfig,
+    share: DoorShare,
     shards: &Arc<Shards>,
     cluster_id: &str,
     catalogue: &Arc<Catalogue>,
-    tasks: &mut JoinSet<anyhow::Result<()>>,
-    stopping: &watch::Receiver<bool>,
+    serving: &mut Serving,
 ) -> anyhow::Result<Arc<Broker>> {
     let mut groups = GroupSettings::default();
     if let Some(delay) = config.kafka.group_initial_rebalance_delay {
         groups.initial_rebalance_delay_ms = delay.0.as_millis() as u64;
     }
     let groups = Groups::new(shards.clone(), groups);
-    let mut settings = FrontSettings::default();
+    let mut settings = FrontSettings { connections_max: share.granted, ..FrontSettings::default() };
     if let Some(auto_create) = config.kafka.auto_create_topics {
         settings.auto_create_topics = auto_create;
     }
@@ -221,31 +287,45 @@ async fn kafka(
     let broker = Arc::new(broker);
     for listener in config.kafka_listeners() {
         let (advertised_host, advertised_port) = listener.advertised().map_err(|text| anyhow!(text))?;
-        let tls = listener.tls.as_ref().map(tls::server_config).transpose()?;
+        let tls = certificate(listener.tls.as_ref(), &mut serving.certificates)?;
         let socket = daemon::bind("[kafka] listen", listener.listen.0).await?;
         info!(address = %listener.listen, advertised = %format!("{advertised_host}:{advertised_port}"), "listening for Kafka");
         let name = listener.name.unwrap_or_else(|| listener.listen.to_string());
         let listener = Arc::new(Listener { name, advertised_host, advertised_port, tls });
-        tasks.spawn(until_stopped(broker.clone().serve(socket, listener, stopping.clone()), stopping.clone()));
+        let stopping = serving.stopping.clone();
+        let served = broker.clone().serve(socket, listener, stopping.clone());
+        serving.tasks.spawn(until_stopped(served, stopping));
     }
     Ok(broker)
 }
 
 async fn link(
     config: &CloudConfig,
+    share: DoorShare,
     shards: &Arc<Shards>,
     catalogue: &Arc<Catalogue>,
-    tasks: &mut JoinSet<anyhow::Result<()>>,
-    stopping: &watch::Receiver<bool>,
+    serving: &mut Serving,
 ) -> anyhow::Result<Arc<Ingest>> {
-    let settings = IngestSettings { grants: grants(config)?, ..IngestSettings::default() };
+    let settings =
+        IngestSettings { grants: grants(config)?, connections_max: share.granted, ..IngestSettings::default() };
     let ingest = Ingest::new(settings, shards.clone(), shards.clone(), catalogue.clone(), shards.clone(), wall_ms);
-    let tls = config.link.tls.as_ref().map(tls::server_config).transpose()?;
+    let tls = certificate(config.link.tls.as_ref(), &mut serving.certificates)?;
     let socket = daemon::bind("[link] listen", config.link.listen.0).await?;
     info!(address = %config.link.listen, tls = tls.is_some(), "listening for edges");
-    let serving = cloud::ingest::serve(ingest.clone(), socket, tls, stopping.clone());
-    tasks.spawn(async move { serving.await.context("[link] listen") });
+    let served = cloud::ingest::serve(ingest.clone(), socket, tls, serving.stopping.clone());
+    serving.tasks.spawn(async move { served.await.context("[link] listen") });
     Ok(ingest)
+}
+
+/// A listener's TLS, whose certificate joins those that are read again when they change.
+fn certificate(
+    files: Option<&TlsFiles>,
+    certificates: &mut Vec<Arc<ServerCertificate>>,
+) -> anyhow::Result<Option<Arc<rustls::ServerConfig>>> {
+    let Some(files) = files else { return Ok(None) };
+    let certificate = ServerCertificate::read(files)?;
+    certificates.push(certificate.clone());
+    Ok(Some(certificate.config()))
 }
 
 /// Resolves when `stopping` turns true.

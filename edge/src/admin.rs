@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use daemon::admin::{Observed, table};
+use daemon::admin::{AdminClient, AdminPort, Observed, table};
 use daemon::metrics::Metrics;
 use mqtt::front::{Front, Stats};
 use prometheus_client::collector::Collector;
@@ -29,6 +29,8 @@ use crate::uplink::{Uplink, UplinkStatus};
 const RECORDS_BYTES_MAX: usize = 256 * 1024;
 /// How long a records request waits for the next record.
 const RECORDS_WAIT: Duration = Duration::from_secs(20);
+/// How long its answer may take.
+pub const TAIL_PATIENCE: Duration = Duration::from_secs(40);
 
 /// Everything a running edge can be asked about.
 #[derive(Clone)]
@@ -43,6 +45,8 @@ pub struct Gateway {
     pub uplink: Option<Arc<Uplink>>,
     /// True once the process is told to stop.
     pub stopping: watch::Receiver<bool>,
+    /// The admin port itself.
+    pub admin: AdminPort,
 }
 
 #[derive(Serialize)]
@@ -184,7 +188,10 @@ impl Gateway {
         metrics.counters("tributary_edge_mqtt_dropped_messages", "Messages a subscriber did not get", dropped)?;
         metrics.counter("tributary_edge_mqtt_refused_messages", "PUBLISHes refused", mqtt.refused_total)?;
         let errors = mqtt.protocol_errors_total;
-        metrics.counter("tributary_edge_mqtt_protocol_errors", "Connections ended for what they sent", errors)
+        metrics.counter("tributary_edge_mqtt_protocol_errors", "Connections ended for what they sent", errors)?;
+        let failed = [("mqtt", self.front.failed_logins()), ("admin", self.admin.throttle.failed_total())];
+        let failed = failed.map(|(name, count)| (vec![("listener", name)], count));
+        metrics.counters("tributary_edge_failed_logins", "Log-ins with a wrong name, password or token", failed)
     }
 }
 
@@ -268,17 +275,11 @@ fn lines(store: &EdgeStore, stream: &StreamName, from: Offset) -> Result<String,
 
 /// Prints a stream's records as they come, until the broker or the terminal goes away. `--json` prints the lines as
 /// they are; otherwise keys and values are shown as text.
-pub async fn tail(admin: &str, stream: &str, from: Offset, json: bool) -> anyhow::Result<()> {
+pub async fn tail(client: &AdminClient, stream: &str, from: Offset, json: bool) -> anyhow::Result<()> {
     use anyhow::Context as _;
-    let client = reqwest::Client::builder().timeout(RECORDS_WAIT * 2).build()?;
     let mut next = from;
     loop {
-        let url = format!("{}/streams/{stream}/records?from={next}", admin.trim_end_matches('/'));
-        let answer = client.get(&url).send().await;
-        let answer = answer.with_context(|| format!("no answer from {url}: is the broker running?"))?;
-        let status = answer.status();
-        let text = String::from_utf8(answer.bytes().await?.into())?;
-        anyhow::ensure!(status.is_success(), "{}", text.trim());
+        let text = client.get(&format!("/streams/{stream}/records?from={next}")).await?;
         for line in text.lines() {
             let record: RecordLine = serde_json::from_str(line).context("the broker answered with something else")?;
             next = record.offset + 1;

@@ -2,9 +2,13 @@
 
 use std::path::PathBuf;
 
+use daemon::admin::DefaultPort;
+use daemon::descriptors::{DoorShare, share};
 use serde::{Deserialize, Serialize};
 use shared::batch::Compression;
-use shared::config::{ByteSize, ListenAddr, OneOrMany, Secret, Span, TlsFiles};
+use shared::config::{
+    ByteSize, ListenAddr, OneOrMany, Secret, Span, TlsFiles, distinct_listeners, is_loopback_url, redacted,
+};
 use shared::name::EdgeId;
 
 use crate::streams::StreamSettings;
@@ -55,6 +59,8 @@ pub struct MqttConfig {
     pub listen: Option<ListenAddr>,
     /// With the short form: open to a network without authentication.
     pub allow_anonymous: bool,
+    /// With the short form: takes passwords in plain text although others may listen.
+    pub allow_plaintext: bool,
     /// The long form.
     pub listener: Vec<MqttListenerConfig>,
     /// Who may connect; with none, whoever reaches a listener.
@@ -74,6 +80,7 @@ impl Default for MqttConfig {
         Self {
             listen: None,
             allow_anonymous: false,
+            allow_plaintext: false,
             listener: Vec::new(),
             user: Vec::new(),
             packet_bytes_max: ByteSize(1 << 20),
@@ -99,6 +106,9 @@ pub struct MqttListenerConfig {
     /// Open to a network without authentication.
     #[serde(default)]
     pub allow_anonymous: bool,
+    /// Takes passwords in plain text although others may listen.
+    #[serde(default)]
+    pub allow_plaintext: bool,
 }
 
 /// What carries MQTT.
@@ -127,19 +137,14 @@ pub struct MqttUserConfig {
 }
 
 /// `[admin]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct AdminConfig {
-    /// Where it listens.
-    pub listen: ListenAddr,
-    /// Open to a network: the port shows records and settings to whoever asks.
-    pub allow_anonymous: bool,
-}
+pub type AdminConfig = daemon::admin::AdminConfig<EdgeAdmin>;
 
-impl Default for AdminConfig {
-    fn default() -> Self {
-        Self { listen: ListenAddr::loopback(9481), allow_anonymous: false }
-    }
+/// The edge's admin port.
+#[derive(Debug, Clone)]
+pub struct EdgeAdmin;
+
+impl DefaultPort for EdgeAdmin {
+    const PORT: u16 = 9481;
 }
 
 /// `[uplink]`.
@@ -154,6 +159,8 @@ pub struct UplinkConfig {
     pub token: Option<Secret>,
     /// A file that holds it.
     pub token_file: Option<PathBuf>,
+    /// Sends the token in plain text although others may listen.
+    pub allow_plaintext: bool,
     /// Certificates to trust instead of the system's, PEM.
     pub ca_file: Option<PathBuf>,
     /// How sealed batches are compressed: none, lz4 or zstd.
@@ -169,6 +176,7 @@ impl Default for UplinkConfig {
             url: "http://127.0.0.1:9480".into(),
             token: None,
             token_file: None,
+            allow_plaintext: false,
             ca_file: None,
             compression: Compression::Lz4,
             linger: Span::millis(5),
@@ -201,6 +209,9 @@ impl Default for StorageConfig {
     }
 }
 
+/// Files kept for the database, its copies, the uplink, the log and what the runtime needs.
+const FILES: usize = 64;
+
 impl EdgeConfig {
     /// The MQTT listeners, the short form included.
     pub fn mqtt_listeners(&self) -> Vec<MqttListenerConfig> {
@@ -209,6 +220,7 @@ impl EdgeConfig {
             transport: Transport::Tcp,
             tls: None,
             allow_anonymous: self.mqtt.allow_anonymous,
+            allow_plaintext: self.mqtt.allow_plaintext,
         };
         let mut all: Vec<_> = self.mqtt.listen.map(short).into_iter().chain(self.mqtt.listener.clone()).collect();
         if all.is_empty() {
@@ -226,6 +238,36 @@ impl EdgeConfig {
         EdgeId::parse(host.trim()).map_err(|e| {
             format!("id is not set and the host name does not do as one ({e}): set id in the configuration")
         })
+    }
+
+    /// Files that hold a secret, by what names them.
+    pub fn secret_files(&self) -> Vec<(String, PathBuf)> {
+        let mut files = Vec::new();
+        let mut add = |key: &str, path: Option<&PathBuf>| files.extend(path.map(|path| (key.to_owned(), path.clone())));
+        self.mqtt.user.iter().for_each(|user| add("[[mqtt.user]] password_file", user.password_file.as_ref()));
+        self.mqtt
+            .listener
+            .iter()
+            .for_each(|one| add("[[mqtt.listener]] tls.key_file", one.tls.as_ref().map(|t| &t.key_file)));
+        self.uplink.0.iter().for_each(|uplink| add("[uplink] token_file", uplink.token_file.as_ref()));
+        add("[admin] token_file", self.admin.token_file.as_ref());
+        files
+    }
+
+    /// Whether a secret stands in the settings themselves.
+    pub fn holds_secrets(&self) -> bool {
+        self.admin.token.is_some()
+            || self.mqtt.user.iter().any(|user| user.password.is_some())
+            || self.uplink.0.iter().any(|uplink| uplink.token.is_some() || redacted(&uplink.url) != uplink.url)
+    }
+
+    /// How many connections each kind of listener may hold when the process may open `limit` files: MQTT's, then the
+    /// admin port's.
+    pub fn doors(&self, limit: u64) -> [DoorShare; 2] {
+        let admin = ("admin.connections_max", self.admin.connections_max);
+        let mqtt = ("mqtt.connections_max", self.mqtt.connections_max);
+        let shares = share(limit, FILES, &[admin], &[mqtt]);
+        shares.try_into().map(|[admin, mqtt]: [DoorShare; 2]| [mqtt, admin]).expect("a share for each door")
     }
 
     /// Refuses what would be unsafe or could not work.
@@ -250,19 +292,41 @@ impl EdgeConfig {
                 }
                 _ => {}
             }
+            let takes = users && listener.transport == Transport::Tcp;
+            let fix = "use transport = \"tls\" with tls = { cert_file = FILE, key_file = FILE }";
+            listener.bind.check_plaintext("[mqtt] listen", "passwords", takes, fix, listener.allow_plaintext)?;
         }
-        for user in &self.mqtt.user {
+        let mqtt = self.mqtt_listeners();
+        let all = mqtt.iter().map(|listener| ("[mqtt] listen", listener.bind));
+        distinct_listeners(all.chain([("[admin] listen", self.admin.listen)]))?;
+        for (index, user) in self.mqtt.user.iter().enumerate() {
+            if self.mqtt.user.iter().take(index).any(|other| other.name == user.name) {
+                return Err(format!(
+                    "[[mqtt.user]] name = {:?} is given twice: one of them would never be used",
+                    user.name
+                ));
+            }
             if user.password.is_none() && user.password_file.is_none() {
                 return Err(format!("[[mqtt.user]] name = {:?}: expected password_file (or password)", user.name));
             }
         }
-        self.admin.listen.check_exposure("[admin] listen", false, "listen on 127.0.0.1", self.admin.allow_anonymous)?;
+        self.admin.check()?;
         if self.uplink.0.len() > 1 {
             return Err("[[uplink]] is given more than once: one uplink is served".to_owned());
         }
         for uplink in &self.uplink.0 {
             if !(uplink.url.starts_with("http://") || uplink.url.starts_with("https://")) {
-                return Err(format!("[uplink] url = {:?}: expected http://HOST:PORT or https://HOST:PORT", uplink.url));
+                let url = redacted(&uplink.url);
+                return Err(format!("[uplink] url = {url:?}: expected http://HOST:PORT or https://HOST:PORT"));
+            }
+            let token = uplink.token.is_some() || uplink.token_file.is_some();
+            if token && uplink.url.starts_with("http://") && !is_loopback_url(&uplink.url) && !uplink.allow_plaintext {
+                return Err(format!(
+                    "[uplink] url = {:?} would send this gateway's token and records to another machine in plain text, for \
+                     everyone on the way to read. Either use https:// (with [link] tls in the cloud), or set \
+                     allow_plaintext = true on this uplink if that is what you want",
+                    redacted(&uplink.url)
+                ));
             }
             if !matches!(uplink.compression, Compression::None | Compression::Lz4 | Compression::Zstd) {
                 return Err("[uplink] compression: expected \"none\", \"lz4\" or \"zstd\"".to_owned());
@@ -318,6 +382,67 @@ mod tests {
             parse(&format!("{text}\nallow_anonymous = true")).check().unwrap();
         }
         let user = "[mqtt]\nlisten = \"0.0.0.0:1883\"\n[[mqtt.user]]\nname = \"a\"\npassword = \"b\"";
-        parse(user).check().unwrap();
+        assert!(!parse(user).check().unwrap_err().contains("allow_anonymous"));
+    }
+
+    #[test]
+    fn what_is_given_twice_is_refused() {
+        let user = "[[mqtt.user]]\nname = \"a\"\npassword = \"b\"\n";
+        let refused = parse(&format!("{user}{user}")).check().unwrap_err();
+        assert!(refused.contains("\"a\" is given twice"), "{refused}");
+        for text in [
+            "[mqtt]\nlisten = \"127.0.0.1:7\"\n[admin]\nlisten = \"127.0.0.1:7\"",
+            "[[mqtt.listener]]\nbind = \"127.0.0.1:7\"\n[[mqtt.listener]]\nbind = \"127.0.0.1:7\"",
+        ] {
+            let refused = parse(text).check().unwrap_err();
+            assert!(refused.contains("[mqtt] listen") && refused.contains("127.0.0.1:7"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn secrets_in_plain_text_beyond_loopback_are_refused_with_both_fixes() {
+        let users = "[[mqtt.user]]\nname = \"a\"\npassword = \"b\"\n";
+        for (text, open, fix) in [
+            (
+                format!("[mqtt]\nlisten = \"0.0.0.0:1883\"\nOPEN\n{users}"),
+                "allow_plaintext = true",
+                "transport = \"tls\"",
+            ),
+            (
+                format!("[mqtt]\n{users}[[mqtt.listener]]\nbind = \"[::]:1\"\nOPEN\n"),
+                "allow_plaintext = true",
+                "\"tls\"",
+            ),
+            // Who may connect without a password may have one all the same.
+            (
+                format!("[mqtt]\n{users}[[mqtt.listener]]\nbind = \"10.0.0.1:1\"\nallow_anonymous = true\nOPEN\n"),
+                "allow_plaintext = true",
+                "\"tls\"",
+            ),
+            (
+                "[uplink]\nurl = \"http://cloud:9480\"\ntoken = \"t\"\nOPEN\n".into(),
+                "allow_plaintext = true",
+                "https://",
+            ),
+            (
+                "[uplink]\nurl = \"http://10.0.0.1\"\ntoken_file = \"t\"\nOPEN\n".into(),
+                "allow_plaintext = true",
+                "https://",
+            ),
+            ("[admin]\nlisten = \"0.0.0.0:1\"\ntoken = \"t\"\nOPEN\n".into(), "allow_plaintext = true", "127.0.0.1"),
+        ] {
+            let refused = parse(&text.replace("OPEN", "")).check().unwrap_err();
+            assert!(refused.contains("Either") && refused.contains(open) && refused.contains(fix), "{text}: {refused}");
+            parse(&text.replace("OPEN", open)).check().unwrap();
+        }
+        for good in [
+            &format!("[mqtt]\nlisten = \"127.0.0.1:1883\"\n{users}"),
+            "[uplink]\nurl = \"http://localhost:9480\"\ntoken = \"t\"",
+            "[uplink]\nurl = \"https://cloud:9480\"\ntoken = \"t\"",
+            "[uplink]\nurl = \"http://cloud:9480\"",
+            "[admin]\ntoken = \"t\"",
+        ] {
+            parse(good).check().unwrap();
+        }
     }
 }

@@ -6,20 +6,26 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
+use daemon::admin::{AdminArgs, AdminClient};
+use daemon::descriptors::{self, DoorShare};
+use daemon::files;
 use daemon::settings::SettingsArgs;
-use daemon::tls;
-use edge::admin::{Gateway, render, routes, tail};
+use daemon::tls::{self, FILES_CHECK, FilesChange, FilesSeen, ServerCertificate};
+use edge::admin::{Gateway, TAIL_PATIENCE, render, routes, tail};
 use edge::config::{EdgeConfig, Transport, UplinkConfig};
 use edge::salvage::{self, Salvage};
 use edge::store::{EdgeStore, StoreSettings, lock};
 use edge::uplink::{Uplink, UplinkSettings};
 use mqtt::front::{Front, ListenerSettings, Settings, User};
-use shared::config::Loaded;
+use shared::config::{Loaded, Secret};
+use shared::door::Door;
 use shared::name::EdgeId;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
+/// How long a running broker may take to say how it is.
+const STATUS_PATIENCE: Duration = Duration::from_secs(10);
 const ENV_PREFIX: &str = "TRIBUTARY_EDGE";
 /// How long clients get to receive what is still owed to them at a stop.
 const GOODBYE: Duration = Duration::from_secs(4);
@@ -43,6 +49,8 @@ enum Command {
         /// The broker's admin port.
         #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
         admin: String,
+        #[command(flatten)]
+        access: AdminArgs,
     },
     /// Sends what can be read of a database that was set aside (edge.redb.bad-*) to the cloud of the settings.
     ///
@@ -70,24 +78,31 @@ enum Command {
         /// The broker's admin port.
         #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
         admin: String,
+        #[command(flatten)]
+        access: AdminArgs,
     },
 }
 
 fn main() -> anyhow::Result<()> {
+    files::keep_private();
     tls::install_provider();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match Cli::parse().command {
         Command::Run(args) => {
             daemon::init_logging();
             let loaded = load(&args)?;
+            warnings(&args, &loaded.settings).iter().for_each(|text| warn!("{text}"));
             runtime.block_on(run(loaded.settings))
         }
         Command::Check(args) => {
-            print!("{}", load(&args)?.describe()?);
+            let loaded = load(&args)?;
+            print!("{}", loaded.describe()?);
+            warnings(&args, &loaded.settings).iter().for_each(|text| println!("# WARN: {text}"));
             Ok(())
         }
-        Command::Status { admin } => {
-            print!("{}", render(&runtime.block_on(daemon::admin::fetch_status(&admin))?));
+        Command::Status { admin, access } => {
+            let client = AdminClient::new(&admin, &access, STATUS_PATIENCE)?;
+            print!("{}", render(&runtime.block_on(client.status())?));
             Ok(())
         }
         Command::Salvage { file, remove, settings } => {
@@ -95,7 +110,10 @@ fn main() -> anyhow::Result<()> {
             let loaded = load(&settings)?;
             runtime.block_on(salvage(&file, remove, loaded.settings))
         }
-        Command::Tail { stream, from, json, admin } => runtime.block_on(tail(&admin, &stream, from, json)),
+        Command::Tail { stream, from, json, admin, access } => {
+            let client = AdminClient::new(&admin, &access, TAIL_PATIENCE)?;
+            runtime.block_on(tail(&client, &stream, from, json))
+        }
     }
 }
 
@@ -105,8 +123,21 @@ fn load(args: &SettingsArgs) -> anyhow::Result<Loaded<EdgeConfig>> {
     config.check().map_err(|text| anyhow!(text))?;
     users(config)?;
     config.uplink.0.iter().try_for_each(|uplink| token(uplink).map(drop))?;
+    config.admin.read_token()?;
     edge::streams::Rules::new(&config.stream)?;
     Ok(loaded)
+}
+
+/// What works, and a person should know.
+fn warnings(args: &SettingsArgs, config: &EdgeConfig) -> Vec<String> {
+    let limit = descriptors::raise();
+    let doors = config.doors(limit);
+    let doors = doors.iter().filter_map(|share| share.warning(limit));
+    let file =
+        args.config_file().filter(|_| config.holds_secrets()).map(|path| ("--config".to_owned(), path.to_owned()));
+    let secrets = config.secret_files().into_iter().chain(file);
+    let secrets = secrets.filter_map(|(key, path)| files::secret_warning(&key, &path));
+    doors.chain(secrets).collect()
 }
 
 fn users(config: &EdgeConfig) -> anyhow::Result<Vec<User>> {
@@ -119,9 +150,8 @@ fn users(config: &EdgeConfig) -> anyhow::Result<Vec<User>> {
     config.mqtt.user.iter().map(user).collect()
 }
 
-fn token(uplink: &UplinkConfig) -> anyhow::Result<Option<String>> {
-    let token = daemon::settings::secret("[uplink] token", uplink.token.as_ref(), uplink.token_file.as_deref())?;
-    Ok(token.map(|token| token.reveal().to_owned()))
+fn token(uplink: &UplinkConfig) -> anyhow::Result<Option<Secret>> {
+    daemon::settings::secret("[uplink] token", uplink.token.as_ref(), uplink.token_file.as_deref())
 }
 
 /// Everything that is opened before anything is served, so that a start either works or says why not.
@@ -166,7 +196,15 @@ async fn run(config: EdgeConfig) -> anyhow::Result<()> {
 
 async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
     let id = config.edge_id().map_err(|text| anyhow!(text))?;
+    let limit = descriptors::raise();
+    let [mqtt_share, admin_share] = config.doors(limit);
+    info!(limit, mqtt = mqtt_share.granted, "files that may be open, and connections");
     let data_dir = std::path::absolute(&config.data_dir)?;
+    let tightened = files::private_dir(&data_dir)
+        .with_context(|| format!("data_dir = \"{}\" cannot be made, read or kept private", data_dir.display()))?;
+    if let Some(first) = tightened.first() {
+        warn!(path = %first.display(), files = tightened.len(), "other users could read the data: their rights were taken away");
+    }
     let settings = StoreSettings {
         cache_bytes: config.storage.cache_bytes.0 as usize,
         commit_interval: config.storage.commit_interval.0,
@@ -180,17 +218,26 @@ async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
 
     let (stop, stopping) = watch::channel(false);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
-    let front = mqtt(config, store.clone(), &mut tasks).await?;
+    let (front, certificates) = mqtt(config, mqtt_share, store.clone(), &mut tasks).await?;
+    if !certificates.is_empty() {
+        tasks.spawn(tls::watch(certificates, stopping.clone()));
+    }
     let uplink = match config.uplink.0.first() {
         Some(uplink) => Some(Arc::new(Uplink::start(uplink_settings(uplink, &id)?, store.clone(), stopping.clone())?)),
         None => None,
     };
+    let port = config.admin.port(Door::new(admin_share.granted))?;
+    if let (Some(config), Some(uplink)) = (config.uplink.0.first(), &uplink)
+        && (config.token_file.is_some() || config.ca_file.is_some())
+    {
+        tasks.spawn(renew_uplink(config.clone(), id.clone(), uplink.clone(), stopping.clone()));
+    }
     let (told, told_to_stop) = watch::channel(false);
-    let gateway = Gateway { id, store, front, uplink, stopping: told_to_stop };
+    let gateway = Gateway { id, store, front, uplink, stopping: told_to_stop, admin: port.clone() };
     let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(gateway.clone()), Box::new(gateway.clone()));
-    let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), stopping);
+    let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), port, stopping);
     tasks.spawn(async move { serving.await.context("[admin] listen") });
     Ok(Started { gateway, told, stop, tasks })
 }
@@ -258,6 +305,40 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
     real(a).is_some_and(|a| real(b) == Some(a))
 }
 
+/// Gives the uplink its token and trusted certificates anew when their files have changed, until `stop` turns true.
+async fn renew_uplink(
+    config: UplinkConfig,
+    id: EdgeId,
+    uplink: Arc<Uplink>,
+    mut stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let files: Vec<PathBuf> = config.token_file.iter().chain(&config.ca_file).cloned().collect();
+    let paths: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
+    let mut change = FilesChange::new(&paths);
+    while tokio::time::timeout(FILES_CHECK, stop.wait_for(|stop| *stop)).await.is_err() {
+        let seen = change.look(&paths);
+        if seen == FilesSeen::Same {
+            continue;
+        }
+        match uplink_settings(&config, &id).and_then(|settings| Ok(uplink.renew(&settings)?)) {
+            Ok(()) => {
+                change.settled();
+                info!("the uplink's token or trusted certificates have changed and are in use");
+            }
+            // A file may be half written.
+            Err(_) if seen == FilesSeen::Changed => {}
+            Err(cause) => {
+                change.settled();
+                error!(
+                    cause = format!("{cause:#}"),
+                    "the uplink's changed files cannot be used; what was read before stays in use"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 fn uplink_settings(uplink: &UplinkConfig, id: &EdgeId) -> anyhow::Result<UplinkSettings> {
     let ca_pem = uplink
         .ca_file
@@ -276,21 +357,27 @@ fn uplink_settings(uplink: &UplinkConfig, id: &EdgeId) -> anyhow::Result<UplinkS
 
 async fn mqtt(
     config: &EdgeConfig,
+    share: DoorShare,
     store: Arc<EdgeStore>,
     tasks: &mut JoinSet<anyhow::Result<()>>,
-) -> anyhow::Result<Arc<Front>> {
+) -> anyhow::Result<(Arc<Front>, Vec<Arc<ServerCertificate>>)> {
     let settings = Settings {
         packet_bytes_max: config.mqtt.packet_bytes_max.0 as usize,
         receive_maximum: config.mqtt.receive_maximum,
-        connections_max: config.mqtt.connections_max,
+        connections_max: share.granted,
         hold_timeout: config.mqtt.hold_timeout.0,
         users: users(config)?,
         ..Settings::default()
     };
     let front = Front::new(settings, store)?;
+    let mut certificates = Vec::new();
     for listener in config.mqtt_listeners() {
         let tls = match (listener.transport, &listener.tls) {
-            (Transport::Tls, Some(tls)) => Some(tls::server_config(tls)?),
+            (Transport::Tls, Some(tls)) => {
+                let certificate = ServerCertificate::read(tls)?;
+                certificates.push(certificate.clone());
+                Some(certificate.config())
+            }
             _ => None,
         };
         let socket = daemon::bind("[mqtt] listen", listener.bind.0).await?;
@@ -298,5 +385,5 @@ async fn mqtt(
         let serving = front.clone().serve(socket, tls, settings);
         tasks.spawn(async move { Ok(serving.await?) });
     }
-    Ok(front)
+    Ok((front, certificates))
 }

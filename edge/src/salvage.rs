@@ -274,7 +274,8 @@ impl Salvage {
         for _ in 0..LIVES_MAX {
             let infos: Vec<StreamInfo> = self.infos().into_iter().take(STREAMS_MAX).collect();
             let reply = greeter.hello(infos).await;
-            let reply = reply.map_err(|error| SalvageError::Cloud { url: settings.url.clone(), error })?;
+            let reply =
+                reply.map_err(|error| SalvageError::Cloud { url: shared::config::redacted(&settings.url), error })?;
             let mut again = false;
             let mut streams = self.streams.lock();
             for HelloStreamReply { name, position, .. } in reply.streams {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shared::batch::Compression;
+use shared::config::{Secret, redacted};
 use shared::link::frame::{
     self, AppendReply, Hello, HelloReply, HelloStream, Limits, PollReply, Session, bounded_text, path,
 };
@@ -59,7 +60,7 @@ pub struct UplinkSettings {
     /// This gateway.
     pub edge: EdgeId,
     /// Its token.
-    pub token: Option<String>,
+    pub token: Option<Secret>,
     /// Certificates to trust instead of the system's, in PEM.
     pub ca_pem: Option<Vec<u8>>,
     /// How sealed batches are compressed.
@@ -166,6 +167,7 @@ impl Greeter {
 /// A running uplink. Dropping it ends it at once.
 pub struct Uplink {
     status: Arc<Mutex<UplinkStatus>>,
+    client: Arc<Mutex<Arc<LinkClient>>>,
     source: Arc<dyn StreamSource>,
     task: JoinSet<()>,
 }
@@ -177,7 +179,7 @@ impl Uplink {
         source: Arc<dyn StreamSource>,
         stop: watch::Receiver<bool>,
     ) -> Result<Self, ClientError> {
-        let client = LinkClient::new(&settings)?;
+        let client = Arc::new(Mutex::new(Arc::new(LinkClient::new(&settings)?)));
         let mut random = [0; 24];
         getrandom::fill(&mut random).map_err(|error| ClientError::Random(error.to_string()))?;
         let (mut boot, mut seed) = ([0; 16], [0; 8]);
@@ -190,11 +192,11 @@ impl Uplink {
             ..SenderSettings::default()
         };
         let sender = Sender::new(sender_settings, settings.edge.clone(), boot, u64::from_le_bytes(seed));
-        let status = UplinkStatus { name: settings.name, url: settings.url, ..UplinkStatus::default() };
+        let status = UplinkStatus { name: settings.name, url: redacted(&settings.url), ..UplinkStatus::default() };
         let status = Arc::new(Mutex::new(status));
         let runner = Runner {
             sender,
-            client: Arc::new(client),
+            client: client.clone(),
             source: source.clone(),
             status: status.clone(),
             epoch: Instant::now(),
@@ -204,7 +206,13 @@ impl Uplink {
         };
         let mut task = JoinSet::new();
         task.spawn(runner.run(stop));
-        Ok(Self { status, source, task })
+        Ok(Self { status, client, source, task })
+    }
+
+    /// Uses another token and other trusted certificates from the next request on.
+    pub fn renew(&self, settings: &UplinkSettings) -> Result<(), ClientError> {
+        *self.client.lock() = Arc::new(LinkClient::new(settings)?);
+        Ok(())
     }
 
     /// Link state and counters.
@@ -223,7 +231,7 @@ impl Uplink {
 
 struct Runner {
     sender: Sender,
-    client: Arc<LinkClient>,
+    client: Arc<Mutex<Arc<LinkClient>>>,
     source: Arc<dyn StreamSource>,
     status: Arc<Mutex<UplinkStatus>>,
     epoch: Instant,
@@ -270,7 +278,7 @@ impl Runner {
     }
 
     fn start(&mut self, step: Step) {
-        let client = self.client.clone();
+        let client = self.client.lock().clone();
         match step {
             Step::Hello(body) => {
                 self.work

@@ -1,7 +1,8 @@
 //! Layered settings: defaults, file, environment, flags; later layers win, and every value knows where it came from.
 //!
 //! Pure: the text of the file, the environment's variables and the flags are passed in. A key that is unknown or has a
-//! value of the wrong kind is refused with its name, its place (line, variable or flag) and what was expected.
+//! value of the wrong kind is refused with its name, its place (line, variable or flag), what was expected and the kind of
+//! what came. The value itself is not shown: it may be a secret under a key that is misspelt or of the wrong kind.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -83,7 +84,7 @@ pub struct Loaded<T> {
 impl Layers {
     /// Reads a file's text, checks it alone (so that errors name lines), and lays it over the defaults.
     pub fn file<T: DeserializeOwned>(path: &str, text: &str) -> Result<Self, ConfigError> {
-        let refused = |error: toml::de::Error| ConfigError::File { path: path.to_owned(), text: error.to_string() };
+        let refused = |error: toml::de::Error| ConfigError::File { path: path.to_owned(), text: placed(text, &error) };
         toml::from_str::<T>(text).map_err(refused)?;
         let values = toml::from_str::<Table>(text).map_err(refused)?;
         let mut origins = BTreeMap::new();
@@ -128,17 +129,18 @@ impl Layers {
             put(&mut table, key, candidate.clone()).map_err(|text| self.refuse(&origin, &text))?;
             match T::deserialize(table) {
                 Ok(_) => {
-                    put(&mut self.values, key, candidate).map_err(|text| self.refuse(&origin, &text))?;
-                    self.origins.retain(|k, _| !(k.starts_with(key) && k[key.len()..].starts_with(['.', '['])));
-                    self.origins.insert(key.to_owned(), origin);
+                    put(&mut self.values, key, candidate.clone()).map_err(|text| self.refuse(&origin, &text))?;
+                    let is_below = |k: &str| k.strip_prefix(key).is_some_and(|rest| rest.starts_with(['.', '[']));
+                    self.origins.retain(|k, _| !is_below(k));
+                    note_all(key, &candidate, &origin, &mut self.origins);
                     return Ok(());
                 }
                 // The first reading is the better one to complain about: a table was meant as a table.
                 Err(error) => refused = refused.or(Some(error)),
             }
         }
-        let text = refused.map(|e| e.to_string()).unwrap_or_default();
-        Err(self.refuse(&origin, &format!("{key} = {value:?}: {}", text.trim())))
+        let text = refused.map(|e| without_values(e.message())).unwrap_or_default();
+        Err(self.refuse(&origin, &format!("{key}: {text}")))
     }
 
     fn refuse(&self, origin: &Origin, text: &str) -> ConfigError {
@@ -148,7 +150,7 @@ impl Layers {
     /// The settings in force.
     pub fn load<T: DeserializeOwned>(self) -> Result<Loaded<T>, ConfigError> {
         let settings = T::deserialize(self.values)
-            .map_err(|e| ConfigError::Override { origin: "settings".into(), text: e.to_string() })?;
+            .map_err(|e| ConfigError::Override { origin: "settings".into(), text: without_values(e.message()) })?;
         Ok(Loaded { settings, origins: self.origins })
     }
 }
@@ -168,18 +170,11 @@ impl<T: Serialize> Loaded<T> {
             .collect())
     }
 
-    /// Where the value of `key` came from: its own origin or that of what contains it.
+    /// Where the value of `key` came from.
     pub fn origin(&self, key: &str) -> Origin {
-        let mut key = key;
-        loop {
-            if let Some(origin) = self.origins.get(key) {
-                return origin.clone();
-            }
-            match key.rfind(['.', '[']) {
-                Some(at) => key = &key[..at],
-                None => return Origin::Default,
-            }
-        }
+        // What may be given as one table or as an array of them is shown as an array.
+        let single = || self.origins.get(&key.replace("[0]", ""));
+        self.origins.get(key).or_else(single).cloned().unwrap_or(Origin::Default)
     }
 }
 
@@ -202,6 +197,46 @@ fn note_lines(text: &str, prefix: &str, table: &DeTable<'_>, origins: &mut BTree
             }
         }
     }
+}
+
+/// Notes one origin for a value and all in it.
+fn note_all(path: &str, value: &Value, origin: &Origin, origins: &mut BTreeMap<String, Origin>) {
+    match value {
+        Value::Table(table) => table.iter().for_each(|(key, value)| note_all(&join(path, key), value, origin, origins)),
+        Value::Array(items) => {
+            origins.insert(path.to_owned(), origin.clone());
+            let tables = items.iter().enumerate().filter(|(_, item)| item.is_table());
+            tables.for_each(|(index, item)| note_all(&format!("{path}[{index}]"), item, origin, origins));
+        }
+        _ => {
+            origins.insert(path.to_owned(), origin.clone());
+        }
+    }
+}
+
+/// An error of the parser with its line, column and key. The parser's own words show the line, and a secret with it.
+fn placed(text: &str, error: &toml::de::Error) -> String {
+    let message = without_values(error.message());
+    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else { return message };
+    let line = 1 + before.matches('\n').count();
+    let begin = before.rfind('\n').map_or(0, |at| at + 1);
+    let column = 1 + before.get(begin..).map_or(0, |part| part.chars().count());
+    let written = text.get(begin..).and_then(|rest| rest.lines().next()).unwrap_or_default();
+    let key = written.split_once('=').map(|(key, _)| key.trim()).filter(|key| {
+        !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.'))
+    });
+    let key = key.map_or(String::new(), |key| format!(", at `{key}`"));
+    format!("line {line}, column {column}{key}: {message}")
+}
+
+/// What serde says, without what it quotes: ``invalid type: string "x", expected a number`` shows a value of a kind that the key
+/// does not take, so it may be another key's. What a key's own reader says of its own text stays.
+fn without_values(message: &str) -> String {
+    let message = message.trim();
+    let Some(rest) = message.strip_prefix("invalid type: ") else { return message.replace('\n', "; ") };
+    let Some((found, expected)) = rest.rsplit_once(", expected ") else { return "invalid type".to_owned() };
+    let kind = found.split(['`', '"']).next().unwrap_or_default().trim();
+    format!("invalid type: {kind}, expected {expected}")
 }
 
 fn join(prefix: &str, key: &str) -> String {
@@ -232,6 +267,9 @@ fn flatten(prefix: &str, value: &Value, lines: &mut Vec<(String, String)>) {
             for (index, item) in items.iter().enumerate() {
                 flatten(&format!("{prefix}[{index}]"), item, lines);
             }
+        }
+        Value::String(text) if prefix.rsplit('.').next() == Some("url") => {
+            lines.push((prefix.to_owned(), Value::String(redacted(text)).to_string()));
         }
         other => lines.push((prefix.to_owned(), other.to_string())),
     }
@@ -374,6 +412,53 @@ impl ListenAddr {
     }
 }
 
+impl ListenAddr {
+    /// Refuses to take `secrets` in plain text where others may listen (`what` names the listener's key).
+    pub fn check_plaintext(self, what: &str, secrets: &str, takes: bool, fix: &str, open: bool) -> Result<(), String> {
+        if self.0.ip().to_canonical().is_loopback() || !takes || open {
+            return Ok(());
+        }
+        Err(format!(
+            "{what} = \"{}\" would take {secrets} from other machines in plain text, for everyone on the way to read. Either \
+             {fix}, or set allow_plaintext = true on this listener if that is what you want",
+            self.0
+        ))
+    }
+}
+
+/// Refuses two listeners (by their keys) on one address.
+pub fn distinct_listeners<'a>(listeners: impl IntoIterator<Item = (&'a str, ListenAddr)>) -> Result<(), String> {
+    let mut seen: Vec<(&str, SocketAddr)> = Vec::new();
+    for (key, ListenAddr(address)) in listeners {
+        let meets = |other: &SocketAddr| {
+            let same_family = other.is_ipv4() == address.is_ipv4();
+            let any = (other.ip().is_unspecified() || address.ip().is_unspecified()) && same_family;
+            // Port 0 is a free one each time.
+            other.port() == address.port() && address.port() != 0 && (other.ip() == address.ip() || any)
+        };
+        if let Some((other, at)) = seen.iter().find(|(_, at)| meets(at)) {
+            return Err(format!(
+                "{other} = \"{at}\" and {key} = \"{address}\" are one address: give one of them another port"
+            ));
+        }
+        seen.push((key, address));
+    }
+    Ok(())
+}
+
+/// Whether a URL's host is this machine. A host that is named in another way than `localhost` may be anywhere.
+pub fn is_loopback_url(url: &str) -> bool {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    name.eq_ignore_ascii_case("localhost")
+        || name.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}
+
 impl fmt::Display for ListenAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -484,6 +569,23 @@ impl Serialize for Secret {
     }
 }
 
+/// A URL as it may be shown: without the user's name and password that may stand before its host, and without its query.
+pub fn redacted(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").map_or(("", url), |(scheme, rest)| (scheme, rest));
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let (authority, path) = rest.split_at(end);
+    let (user, host) = match authority.rsplit_once('@') {
+        Some((_, host)) => ("(hidden)@", host),
+        None => ("", authority),
+    };
+    let (path, hidden) = match path.find(['?', '#']) {
+        Some(at) => (&path[..at], "?(hidden)"),
+        None => (path, ""),
+    };
+    let separator = if scheme.is_empty() { "" } else { "://" };
+    format!("{scheme}{separator}{user}{host}{path}{hidden}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -550,7 +652,100 @@ mod tests {
         check("[mqtt]\nlisten = 5\n", &["line 2", "listen", "expected a string"]);
         check("[mqtt]\nkeep_alive = \"5 fortnights\"\n", &["line 2", "\"10s\""]);
         check("[[stream]]\nname = \"a\"\nnmae = 1\n", &["line 3", "nmae"]);
-        check("id = \n", &["line 1"]);
+        check("id = \n", &["line 1", "`id`"]);
+        check("id = \"a\"\n[mqtt]\nlisten = a:1\n", &["line 3", "`listen`"]);
+    }
+
+    #[test]
+    fn no_error_shows_a_value_that_may_be_a_secret() {
+        for text in [
+            "[mqtt]\ntoken = hunter2\n",
+            "[mqtt]\ntoken = \"hunter2\n",
+            "[mqtt]\ntoken = [\"hunter2\"]\n",
+            "[mqtt]\ntoken = { a = \"hunter2\" }\n",
+            "[mqtt]\ntokn = \"hunter2\"\n",
+            "mqtt = \"hunter2\"\n",
+            "stream = [\"hunter2\"]\n",
+            "stream = [{ name = \"a\", token = \"hunter2\" }]\n",
+            "stream = [{ name = \"a\", token = \"hunter2 }]\n",
+            "[mqtt]\ntoken = \"a\"\ntoken = \"hunter2\"\n",
+            "[mqtt]\ntoken = \"\"\"hunter2\n",
+            "[mqtt]\ntoken: \"hunter2\"\n",
+            "[mqtt]\ntoken \"hunter2\"\n",
+            "[mqtt]\ntoken = \"hunter2\" \"hunter2\"\n",
+            "[mqtt]\ntoken = \"\\hunter2\"\n",
+        ] {
+            let error = Layers::file::<Settings>("x.toml", text).unwrap_err();
+            let shown = format!("{error} {error:?}");
+            assert!(!shown.contains("hunter2") && shown.contains("line "), "{text}: {shown}");
+        }
+        for (key, value) in [
+            ("E__MQTT__TOKN", "hunter2"),
+            ("E__MQTT__TOKEN__FILE", "hunter2"),
+            ("E__MQTT__TOKEN", "[\"hunter2\""),
+            ("E__MQTT", "hunter2"),
+            ("E__MQTT", "{ token = \"hunter2\", x = 1 }"),
+            ("E__MQTT", "{ tokn = \"hunter2\" }"),
+            ("E__STREAM", "hunter2"),
+            ("E__STREAM", "[\"hunter2\"]"),
+            ("E__STREAM", "[{ name = \"a\", password = \"hunter2\" }]"),
+            ("E__STREAM", "[{ name = \"a\", password = \"hunter2\" "),
+            ("E__TOKEN", "hunter2"),
+        ] {
+            let mut layers = Layers::empty();
+            let taken = layers.env::<Settings>("E", [(key.to_owned(), value.to_owned())]);
+            let Err(error) = taken else {
+                // A secret may be any text.
+                assert_eq!(key, "E__MQTT__TOKEN");
+                continue;
+            };
+            let shown = format!("{error} {error:?}");
+            assert!(!shown.contains("hunter2") && shown.contains(key), "{key}={value}: {shown}");
+            let error = Layers::empty().flag::<Settings>("--set", &key[3..].to_lowercase().replace("__", "."), value);
+            assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn every_value_knows_its_own_origin() {
+        let text = "[mqtt]\nlisten = \"a\"\n[one]\na = 1\n[[stream]]\nname = \"s\"\n[[stream]]\nname = \"t\"\n\
+                    tags = [\"x\"]\nmore = { a = 2 }\n";
+        #[derive(Debug, Default, Serialize, Deserialize)]
+        #[serde(default)]
+        struct All {
+            mqtt: BTreeMap<String, String>,
+            one: OneOrMany<BTreeMap<String, u8>>,
+            stream: Vec<Row>,
+        }
+        #[derive(Debug, Default, Serialize, Deserialize)]
+        #[serde(default)]
+        struct Row {
+            name: String,
+            tags: Vec<String>,
+            more: BTreeMap<String, u8>,
+        }
+        let mut layers = Layers::file::<All>("x.toml", text).unwrap();
+        layers.env::<All>("E", [("E__ONE__B".to_owned(), "2".to_owned())]).unwrap();
+        let described = layers.load::<All>().unwrap().describe().unwrap();
+        for (key, origin) in [
+            ("mqtt.listen", "file, line 2"),
+            ("one[0].a", "file, line 4"),
+            ("one[0].b", "environment E__ONE__B"),
+            ("stream[0].name", "file, line 6"),
+            ("stream[0].tags", "default"),
+            ("stream[1].name", "file, line 8"),
+            ("stream[1].tags", "file, line 9"),
+            ("stream[1].more.a", "file, line 10"),
+        ] {
+            let line = described.lines().find(|line| line.starts_with(&format!("{key} ="))).unwrap_or_default();
+            assert!(line.ends_with(&format!("# {origin}")), "{key}: {line:?} in\n{described}");
+        }
+        let mut layers = Layers::file::<All>("x.toml", text).unwrap();
+        layers.flag::<All>("--set", "stream", "[{ name = \"f\" }]").unwrap();
+        let loaded = layers.load::<All>().unwrap();
+        assert_eq!(loaded.origin("stream[0].name"), Origin::Flag("--set".into()));
+        assert_eq!(loaded.origin("stream[0].tags"), Origin::Default);
+        assert_eq!(loaded.origin("stream[1].name"), Origin::Default);
     }
 
     #[test]
@@ -572,6 +767,55 @@ mod tests {
         assert_eq!(Span::parse("1w"), None);
         assert_eq!(Span::secs(7200).to_string(), "2h");
         assert_eq!(Span::millis(0).to_string(), "0ms");
+    }
+
+    #[test]
+    fn two_listeners_on_one_address_are_refused() {
+        let check = |a: &str, b: &str| {
+            distinct_listeners([("a", ListenAddr(a.parse().unwrap())), ("b", ListenAddr(b.parse().unwrap()))])
+        };
+        assert!(check("127.0.0.1:1", "127.0.0.1:1").unwrap_err().contains("a = \"127.0.0.1:1\" and b"));
+        assert!(check("0.0.0.0:1", "127.0.0.1:1").is_err());
+        for (a, b) in [
+            ("127.0.0.1:1", "127.0.0.1:2"),
+            ("127.0.0.1:1", "127.0.0.2:1"),
+            ("127.0.0.1:0", "127.0.0.1:0"),
+            ("0.0.0.0:1", "[::]:1"),
+        ] {
+            assert_eq!(check(a, b), Ok(()), "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn a_url_of_this_machine_is_known() {
+        for (url, expected) in [
+            ("http://127.0.0.1:9480", true),
+            ("http://127.8.0.1", true),
+            ("http://localhost:1/x", true),
+            ("http://[::1]:9480", true),
+            ("http://user:p@127.0.0.1:1", true),
+            ("http://10.0.0.1:9480", false),
+            ("http://127.0.0.1@evil.example", false),
+            ("http://localhost.example", false),
+            ("http://cloud", false),
+        ] {
+            assert_eq!(is_loopback_url(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_url_is_shown_without_what_may_be_secret() {
+        for (url, shown) in [
+            ("https://host:1/p", "https://host:1/p"),
+            ("https://user:pass@host:1/p?token=x", "https://(hidden)@host:1/p?(hidden)"),
+            ("s3://key:p@ss@bucket", "s3://(hidden)@bucket"),
+            ("https://token@host#f", "https://(hidden)@host?(hidden)"),
+            ("user:pass@host", "(hidden)@host"),
+            ("https://host/a@b", "https://host/a@b"),
+            ("", ""),
+        ] {
+            assert_eq!(redacted(url), shown, "{url}");
+        }
     }
 
     #[test]

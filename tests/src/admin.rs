@@ -14,6 +14,12 @@ pub async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     request(address, &format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")).await
 }
 
+/// `GET path` under a name and with a token.
+pub async fn get_as(address: SocketAddr, path: &str, host: &str, authorization: &str) -> Result<(u16, String)> {
+    let headers = format!("Host: {host}\r\nAuthorization: {authorization}\r\nConnection: close");
+    request(address, &format!("GET {path} HTTP/1.1\r\n{headers}\r\n\r\n")).await
+}
+
 /// `POST path` with a body: status code and body.
 pub async fn post(address: SocketAddr, path: &str, body: &str) -> Result<(u16, String)> {
     let length = body.len();

@@ -33,6 +33,7 @@ pub struct EdgePlan {
     pub mqtt: SocketAddr,
     pub mqtt_extra: String,
     pub admin: SocketAddr,
+    pub admin_extra: String,
     pub uplink_url: String,
     pub uplink_extra: String,
     pub streams: String,
@@ -81,6 +82,7 @@ impl Lab {
             mqtt: free_port()?,
             mqtt_extra: String::new(),
             admin: free_port()?,
+            admin_extra: String::new(),
             uplink_url: format!("http://{}", cloud.link),
             uplink_extra: String::new(),
             streams: TELEMETRY.into(),
@@ -93,8 +95,17 @@ impl Lab {
     pub fn edge(&self) -> Result<Broker> {
         let e = &self.edge;
         let text = format!(
-            "id = {:?}\ndata_dir = {:?}\n{}\n[mqtt]\nlisten = \"{}\"\n{}\n[admin]\nlisten = \"{}\"\n[uplink]\nurl = {:?}\n{}\n{}\n",
-            e.id, e.data_dir, e.extra, e.mqtt, e.mqtt_extra, e.admin, e.uplink_url, e.uplink_extra, e.streams
+            "id = {:?}\ndata_dir = {:?}\n{}\n[mqtt]\nlisten = \"{}\"\n{}\n[admin]\nlisten = \"{}\"\n{}\n[uplink]\nurl = {:?}\n{}\n{}\n",
+            e.id,
+            e.data_dir,
+            e.extra,
+            e.mqtt,
+            e.mqtt_extra,
+            e.admin,
+            e.admin_extra,
+            e.uplink_url,
+            e.uplink_extra,
+            e.streams
         );
         let config = self.dir.join("edge.toml");
         std::fs::write(&config, text)?;

@@ -20,7 +20,7 @@ use edge::uplink::{StreamSource, Uplink, UplinkSettings, UplinkStatus};
 use mqtt::store::{Admission, Publish, PublishProperties, SessionRef, Store};
 use parking_lot::Mutex;
 use shared::batch::{Batch, BatchBuilder, Compression};
-use shared::config::TlsFiles;
+use shared::config::{Secret, TlsFiles};
 use shared::link::frame::Limits;
 use shared::link::sender::{Row, Rows, StreamInfo};
 use shared::log::{BoxFuture, Chain, Log as _, ReadLimits};
@@ -200,7 +200,7 @@ impl Cloud {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let files = TlsFiles { cert_file: data("cert.pem"), key_file: data("key.pem") };
-        let tls = tls.then(|| daemon::tls::server_config(&files).expect("a certificate"));
+        let tls = tls.then(|| daemon::tls::ServerCertificate::read(&files).expect("a certificate").config());
         let (stop, stopped) = watch::channel(false);
         tokio::spawn(cloud::ingest::serve(ingest.clone(), listener, tls, stopped));
         Self { shard, topics, ingest, address, stop }
@@ -404,14 +404,14 @@ async fn tls_and_a_token_open_the_link_and_nothing_else_does() {
     nameless.until(failed("401")).await;
     nameless.stop().await;
 
-    settings.token = Some("wrong".into());
+    settings.token = Some(Secret::new("wrong".into()));
     let wrong = run(settings.clone(), &source);
     let status = wrong.until(failed("401")).await;
     assert!(!status.up);
     wrong.stop().await;
     assert!(cloud.values("a").await.is_empty());
 
-    settings.token = Some("secret\n".into());
+    settings.token = Some(Secret::new("secret\n".into()));
     settings.compression = Compression::None;
     let right = run(settings, &source);
     right.until(|status| status.behind_records == 0).await;
@@ -620,7 +620,7 @@ async fn a_stream_that_may_not_be_written_waits_and_says_why() {
     let cloud = Cloud::start(IngestSettings { grants, ..IngestSettings::default() }, false).await;
     let source = MemoryStreams::new(&["a", "b"]);
     let mut settings = settings(format!("http://{}", cloud.address));
-    settings.token = Some("secret".into());
+    settings.token = Some(Secret::new("secret".into()));
     let running = run(settings, &source);
     source.push("a", &expected("a", 10));
     source.push("b", &expected("b", 10));

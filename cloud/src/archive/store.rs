@@ -20,6 +20,7 @@ use object_store::{
     BackoffConfig, ClientOptions, Error, GetOptions, GetRange, GetResult, GetResultPayload, ObjectMeta, ObjectStore,
     ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig,
 };
+use shared::config::redacted;
 
 use super::pace::{Pacer, RetryBudget};
 use crate::buffers::Buffers;
@@ -165,7 +166,7 @@ impl Store {
     ) -> Result<Self, StoreError> {
         if let Some(directory) = local_directory(url)? {
             if !directory.is_dir() {
-                return Err(StoreError::Url { url: url.to_owned(), reason: "there is no such directory".into() });
+                return Err(StoreError::Url { url: redacted(url), reason: "there is no such directory".into() });
             }
             return Self::directory(directory, settings);
         }
@@ -173,13 +174,18 @@ impl Store {
     }
 
     fn s3(url: &str, options: &[(String, String)], settings: RequestSettings) -> Result<Self, StoreError> {
-        let refused = |reason: String| StoreError::Url { url: url.to_owned(), reason };
+        let refused = |reason: String| StoreError::Url { url: redacted(url), reason };
         let Some(rest) = url.strip_prefix("s3://") else {
             return Err(refused("expected file:///ABSOLUTE/PATH or s3://BUCKET/PREFIX".into()));
         };
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         if bucket.is_empty() {
             return Err(refused("it names no bucket".into()));
+        }
+        if bucket.contains('@') {
+            return Err(refused(
+                "credentials have no place in it: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY".into(),
+            ));
         }
         let prefix = Path::parse(prefix.trim_end_matches('/')).map_err(|e| refused(e.to_string()))?;
         // Our own retries settle what came of a PUT; the client's would hide it.
@@ -199,6 +205,10 @@ impl Store {
             let Ok(known) = key.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() else { continue };
             if matches!(known, AmazonS3ConfigKey::Endpoint) && value.starts_with("http://") {
                 client = client.with_allow_http(true);
+            }
+            if matches!(known, AmazonS3ConfigKey::Endpoint) && redacted(value).contains("(hidden)") {
+                // It would be in the text of every failed request.
+                return Err(refused(format!("{key} holds a user name, a password or a query: leave them out")));
             }
             builder = builder.with_config(known, value);
         }
@@ -580,7 +590,7 @@ pub const STORAGE_CLASS: &str = "storage_class";
 fn local_directory(url: &str) -> Result<Option<&FilePath>, StoreError> {
     match url.strip_prefix("file://") {
         Some(directory) if directory.starts_with('/') => Ok(Some(FilePath::new(directory))),
-        Some(_) => Err(StoreError::Url { url: url.to_owned(), reason: "expected file:///ABSOLUTE/PATH".into() }),
+        Some(_) => Err(StoreError::Url { url: redacted(url), reason: "expected file:///ABSOLUTE/PATH".into() }),
         None => Ok(None),
     }
 }

@@ -19,6 +19,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
 use kafka_wire::{ApiKey, Encoded};
+use shared::door::Seat;
 use shared::log::BoxFuture;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -50,6 +51,21 @@ pub(super) async fn run(
     listener: Arc<Listener>,
     peer: SocketAddr,
     stream: TcpStream,
+    seat: &Seat,
+    shutdown: watch::Receiver<bool>,
+) -> Close {
+    tokio::select! {
+        close = handshake(broker, listener, peer, stream, seat, shutdown) => close,
+        () = seat.evicted() => Close::Evicted,
+    }
+}
+
+async fn handshake(
+    broker: &Arc<Broker>,
+    listener: Arc<Listener>,
+    peer: SocketAddr,
+    stream: TcpStream,
+    seat: &Seat,
     shutdown: watch::Receiver<bool>,
 ) -> Close {
     // An answer must not wait for the client's acknowledgement of the one before.
@@ -57,13 +73,13 @@ pub(super) async fn run(
         return Close::Failed(error);
     }
     match listener.tls.clone() {
-        None => serve(broker, listener, peer, stream, shutdown).await,
+        None => serve(broker, listener, peer, stream, seat, shutdown).await,
         Some(tls) => {
             let handshake = tokio_rustls::TlsAcceptor::from(tls).accept(stream);
-            match timeout(broker.settings.transfer_timeout, handshake).await {
-                Ok(Ok(stream)) => serve(broker, listener, peer, stream, shutdown).await,
+            match timeout(broker.settings.first_request_timeout, handshake).await {
+                Ok(Ok(stream)) => serve(broker, listener, peer, stream, seat, shutdown).await,
                 Ok(Err(error)) => Close::Failed(error),
-                Err(_) => Close::Slow,
+                Err(_) => Close::Silent,
             }
         }
     }
@@ -74,6 +90,7 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     listener: Arc<Listener>,
     peer: SocketAddr,
     stream: S,
+    seat: &Seat,
     shutdown: watch::Receiver<bool>,
 ) -> Close {
     let mut stop = shutdown.clone();
@@ -81,8 +98,9 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
         broker,
         listener,
         peer,
+        seat,
         stream,
-        frames: Frames::default(),
+        frames: Frames::new(Instant::now() + broker.settings.first_request_timeout),
         answers: FuturesOrdered::new(),
         held: None,
         pipelining: true,
@@ -106,6 +124,7 @@ struct Connection<'a, S> {
     broker: &'a Arc<Broker>,
     listener: Arc<Listener>,
     peer: SocketAddr,
+    seat: &'a Seat,
     stream: S,
     frames: Frames,
     /// What is being worked on, in order.
@@ -168,6 +187,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let context =
             RequestContext { api_version: 0, client_id: None, peer: self.peer, listener: self.listener.clone() };
         let answer = dispatch::begin(self.broker, context, frame.bytes)?;
+        self.seat.known();
         let permit = frame.permit;
         self.answers.push_back(Box::pin(async move {
             let reply = answer.await;
@@ -225,9 +245,10 @@ impl Frame {
 }
 
 /// Cuts the stream of bytes into frames.
-#[derive(Default)]
 struct Frames {
     buffer: BytesMut,
+    /// When the size of the first frame must be there; none once it was.
+    first_due: Option<Instant>,
     /// Memory granted to the frame that is being read.
     permit: Option<OwnedSemaphorePermit>,
     /// When that frame must be whole.
@@ -235,6 +256,10 @@ struct Frames {
 }
 
 impl Frames {
+    fn new(first_due: Instant) -> Self {
+        Self { buffer: BytesMut::new(), first_due: Some(first_due), permit: None, due: None }
+    }
+
     /// The next frame, `None` when the client ended between two. May be dropped and called again at any point.
     async fn next<S: AsyncRead + Unpin>(&mut self, stream: &mut S, broker: &Broker) -> Result<Option<Frame>, Close> {
         let idle_until = Instant::now() + broker.settings.idle_timeout;
@@ -245,6 +270,10 @@ impl Frames {
             let (until, late) = match self.due {
                 None => (idle_until, Close::Idle),
                 Some(due) => (due, Close::Slow),
+            };
+            let (until, late) = match self.first_due {
+                Some(first) if first < until => (first, Close::Silent),
+                _ => (until, late),
             };
             let read = timeout_at(until, stream.read_buf(&mut self.buffer)).await.map_err(|_| late)?;
             if read.map_err(Close::Failed)? == 0 {
@@ -267,6 +296,7 @@ impl Frames {
             };
             let permits = memory.clone().acquire_many_owned(memory_units(size)).await;
             self.permit = Some(permits.map_err(|_| Close::Shutdown)?);
+            self.first_due = None;
             // Waiting for memory is our fault, not the client's: its time begins when it may go on.
             self.due = Some(Instant::now() + broker.transfer_time(size));
         }

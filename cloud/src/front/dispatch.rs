@@ -30,6 +30,12 @@ pub enum Close {
     /// No request for `idle_timeout`.
     #[error("idle for too long")]
     Idle,
+    /// No whole request in `first_request_timeout`.
+    #[error("no request came in time")]
+    Silent,
+    /// It never made a request, and another client wanted its place.
+    #[error("closed in favour of another: it never made a request")]
+    Evicted,
     /// A request, a response or a handshake took longer than `transfer_timeout`.
     #[error("a transfer took too long")]
     Slow,

@@ -9,8 +9,8 @@ use std::ops::Range;
 
 use kafka_wire::ErrorCode;
 use kafka_wire::init_producer_id::{InitProducerIdRequest, InitProducerIdResponse};
+use shared::limited;
 use tokio::sync::Mutex;
-use tracing::warn;
 
 use super::produce::refuse_append;
 use super::{Broker, RequestContext};
@@ -34,7 +34,7 @@ pub async fn handle(
     let outcome = match request.transactional_id {
         Some(transactional_id) => {
             let client = context.client_id.as_deref().unwrap_or_default();
-            warn!(transactional_id, client, "a producer asks for transactions, which are not served");
+            limited!(warn, transactional_id, client, "a producer asks for transactions, which are not served");
             Err(ErrorCode::INVALID_REQUEST)
         }
         None if (request.producer_id < 0) != (request.producer_epoch < 0) => Err(ErrorCode::INVALID_REQUEST),

@@ -16,9 +16,9 @@ use kafka_wire::metadata::{
     MetadataResponseTopic, OPERATIONS_UNKNOWN,
 };
 use kafka_wire::{ErrorCode, Uuid};
+use shared::limited;
 use shared::name::{Partition, TopicId, TopicName};
 use tokio::time::Instant;
-use tracing::info;
 
 use super::{Broker, RequestContext, operations};
 use crate::catalogue::{CatalogueError, within};
@@ -105,7 +105,7 @@ impl View {
             },
             Err(CatalogueError::TimedOut) => ErrorCode::LEADER_NOT_AVAILABLE,
             Err(error) => {
-                info!(topic = name, %error, "a topic could not be made for a client that asked for it");
+                limited!(info, topic = name, %error, "a topic could not be made for a client that asked for it");
                 ErrorCode(error.code())
             }
         };

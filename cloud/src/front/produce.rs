@@ -18,9 +18,10 @@ use kafka_wire::produce::{
     PartitionProduceData, PartitionProduceResponse, ProduceRequest, ProduceResponse, TopicProduceResponse,
 };
 use shared::batch::{Batch, BatchError, Compression};
+use shared::limited;
 use shared::log::{Append, AppendError, Appended, BoxFuture, Source};
 use tokio::time::{Instant, timeout_at};
-use tracing::{error, warn};
+use tracing::error;
 
 use super::{Broker, RequestContext, Route, patience};
 
@@ -204,7 +205,7 @@ impl PartitionBegun {
                 Ok(appended) => appended.map_err(|error| {
                     match &error {
                         AppendError::Storage(_) => error!(%error, "an append failed"),
-                        AppendError::Full(_) => warn!(%error, "a producer is told to try again later"),
+                        AppendError::Full(_) => limited!(warn, %error, "a producer is told to try again later"),
                         _ => {}
                     }
                     refuse_append(&error)

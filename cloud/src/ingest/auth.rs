@@ -1,5 +1,6 @@
 //! Who an edge is: bearer tokens, each bound to one edge id and to the topics it may write.
 
+use daemon::admin::bearer;
 use shared::config::Secret;
 use shared::name::{EdgeId, TopicName};
 
@@ -86,11 +87,6 @@ impl Caller<'_> {
             )
         })
     }
-}
-
-fn bearer(header: &[u8]) -> Option<&[u8]> {
-    let (scheme, token) = header.split_at_checked(7)?;
-    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
 }
 
 #[cfg(test)]

@@ -1,19 +1,21 @@
 //! The link's requests: from HTTP to messages and back, within the budget of memory.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use bytes::Bytes;
+use daemon::http::Visit;
+use shared::limited;
 use shared::link::frame::{self, FrameError, HEADER_BYTES_MAX, Hello, PREFIX_BYTES, path};
 use shared::link::receiver::HelloRefused;
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::warn;
 
 use super::{AuthError, BUDGET_UNIT, Ingest, IngestError, count};
 
@@ -85,7 +87,7 @@ fn authorization(headers: &HeaderMap) -> Option<&[u8]> {
 
 async fn hello(State(ingest): State<Arc<Ingest>>, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let caller = ingest.caller(&parts.headers)?;
+    let caller = ingest.caller(&parts).await?;
     let (bytes, _room) = ingest.body(&parts.headers, body, PREFIX_BYTES + HEADER_BYTES_MAX).await?;
     let hello: Hello = match frame::decode(&bytes) {
         Ok(hello) => hello,
@@ -103,7 +105,7 @@ async fn hello(State(ingest): State<Arc<Ingest>>, request: Request) -> Result<Re
 
 async fn append(State(ingest): State<Arc<Ingest>>, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let caller = ingest.caller(&parts.headers)?;
+    let caller = ingest.caller(&parts).await?;
     let bytes_max = PREFIX_BYTES + HEADER_BYTES_MAX + ingest.settings.body_bytes_max;
     let (bytes, room) = ingest.body(&parts.headers, body, bytes_max).await?;
     let (append, batches) = frame::decode_append(&bytes).map_err(|error| ingest.refuse(error.into()))?;
@@ -114,7 +116,7 @@ async fn append(State(ingest): State<Arc<Ingest>>, request: Request) -> Result<R
 
 async fn poll(State(ingest): State<Arc<Ingest>>, request: Request) -> Result<Response, Refusal> {
     let (parts, body) = request.into_parts();
-    let caller = ingest.caller(&parts.headers)?;
+    let caller = ingest.caller(&parts).await?;
     let (bytes, room) = ingest.body(&parts.headers, body, PREFIX_BYTES + HEADER_BYTES_MAX).await?;
     let poll = frame::decode(&bytes).map_err(|error| ingest.refuse(error.into()))?;
     drop((bytes, room));
@@ -127,14 +129,31 @@ fn message(bytes: Bytes) -> Response {
 }
 
 impl Ingest {
-    fn caller(&self, headers: &HeaderMap) -> Result<super::Caller<'_>, Refusal> {
-        let caller = self.settings.grants.caller(authorization(headers));
-        caller.map_err(|error| self.refuse(IngestError::from(error).into()))
+    /// Whose token a request carries. A wrong one is answered late; a right one at once, whatever failed before.
+    async fn caller(&self, parts: &Parts) -> Result<super::Caller<'_>, Refusal> {
+        let visit = parts.extensions.get::<Visit>();
+        match self.settings.grants.caller(authorization(&parts.headers)) {
+            Ok(caller) => {
+                if let Some(visit) = visit {
+                    visit.known();
+                }
+                Ok(caller)
+            }
+            Err(error) => {
+                let refusal = self.refuse(IngestError::from(error).into());
+                if let Some(visit) = visit
+                    && let Some(delay) = self.throttle.failed(Instant::now(), b"", visit.peer().ip())
+                {
+                    tokio::time::sleep(delay.wait).await;
+                }
+                Err(refusal)
+            }
+        }
     }
 
     fn refuse(&self, refusal: Refusal) -> Refusal {
         count(&self.counters.refused, 1);
-        warn!(status = refusal.status.as_u16(), reason = refusal.text, "link request refused");
+        limited!(warn, status = refusal.status.as_u16(), reason = refusal.text, "link request refused");
         refusal
     }
 

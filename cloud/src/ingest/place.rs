@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
+use shared::limited;
 use shared::link::frame::Hello;
 use shared::log::{BoxFuture, StreamKey};
 use shared::name::{Partition, TimestampMs, TopicId, TopicName};
 use tokio::time::{Instant, timeout_at};
-use tracing::warn;
 
 use super::{Ingest, IngestError, count};
 use crate::catalogue::{Catalogue, CatalogueError};
@@ -127,7 +127,7 @@ impl Ingest {
             let known = self.state.incarnations(&key.edge, &key.stream);
             if !known.is_empty() && !known.contains(&key.incarnation) {
                 count(&self.counters.new_incarnations, 1);
-                warn!(
+                limited!(warn,
                     edge = %key.edge, stream = %key.stream, incarnation = %key.incarnation,
                     "stream goes on under a new incarnation; records may be there twice"
                 );

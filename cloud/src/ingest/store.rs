@@ -189,7 +189,7 @@ impl Ingest {
 
     fn too_slow(&self, edge: &EdgeId, stream: &StreamName) -> Outcome {
         let waited = self.settings.answer_timeout;
-        warn!(%edge, %stream, ?waited, "the log has not answered in time; the edge sends again");
+        limited!(warn, %edge, %stream, ?waited, "the log has not answered in time; the edge sends again");
         let reason = format!("the disk or store of its shard did not answer in {waited:?}; it may still be stored");
         Outcome::Later { reason }
     }
@@ -208,7 +208,7 @@ impl Ingest {
             Err(error) => {
                 let StreamKey { edge, stream, .. } = &taken.key;
                 if !matches!(error, AppendError::WrongPosition { .. }) {
-                    warn!(%edge, %stream, %error, "append failed");
+                    limited!(warn, %edge, %stream, %error, "append failed");
                 }
                 outcome_of(error)
             }
@@ -225,12 +225,12 @@ impl Ingest {
         let mut partition = plan.partition;
         if rejected {
             let topic = rejected_topic(&plan.topic);
-            warn!(%edge, stream = %plan.stream, offset = plan.source.first, %topic, "record is set aside");
+            limited!(warn, %edge, stream = %plan.stream, offset = plan.source.first, %topic, "record is set aside");
             partition = self.single(&topic).await?;
         }
         let gaps = match plan.source.gap {
             Some((from, to)) => {
-                warn!(%edge, stream = %plan.stream, from, to, "edge dropped records");
+                limited!(warn, %edge, stream = %plan.stream, from, to, "edge dropped records");
                 let topic = TopicName::parse(GAPS_TOPIC);
                 let topic = topic.map_err(|error| Outcome::Parked { reason: error.to_string() })?;
                 Some(self.single(&topic).await?)

@@ -43,7 +43,7 @@ impl LinkClient {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         if let Some(token) = &settings.token {
             let mut value =
-                HeaderValue::from_str(&format!("Bearer {}", token.trim())).map_err(|_| ClientError::Token)?;
+                HeaderValue::from_str(&format!("Bearer {}", token.reveal().trim())).map_err(|_| ClientError::Token)?;
             value.set_sensitive(true);
             headers.insert(AUTHORIZATION, value);
         }
@@ -132,6 +132,7 @@ mod tests {
     use axum::Router;
     use axum::http::StatusCode as Status;
     use axum::response::IntoResponse as _;
+    use shared::config::Secret;
     use shared::link::frame::{Credit, PollReply, SessionState};
     use shared::name::EdgeId;
 
@@ -200,7 +201,7 @@ mod tests {
             edit(&mut settings);
             LinkClient::new(&settings).map(drop).unwrap_err().to_string()
         };
-        assert!(with(|settings| settings.token = Some("a\nb".into())).contains("token"));
+        assert!(with(|settings| settings.token = Some(Secret::new("a\nb".into()))).contains("token"));
         assert!(with(|settings| settings.ca_pem = Some(b"no certificate".to_vec())).contains("ca_file"));
     }
 }

@@ -3,6 +3,9 @@
 //! Only binaries' `main` uses this crate; nothing below it reads the environment.
 
 pub mod admin;
+pub mod descriptors;
+pub mod files;
+pub mod http;
 pub mod metrics;
 pub mod settings;
 pub mod tls;

@@ -22,6 +22,11 @@ pub struct SettingsArgs {
 }
 
 impl SettingsArgs {
+    /// The configuration file, if there is one.
+    pub fn config_file(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// Lays file, environment (`PREFIX__KEY__KEY`) and flags over the defaults.
     pub fn load<T: DeserializeOwned + Serialize>(&self, prefix: &str) -> anyhow::Result<Loaded<T>> {
         let mut layers = match &self.config {
@@ -37,9 +42,10 @@ impl SettingsArgs {
             layers.flag::<T>("--data-dir", "data_dir", dir)?;
         }
         for pair in &self.set {
-            let (key, value) = pair
-                .split_once('=')
-                .with_context(|| format!("--set {pair}: expected KEY=VALUE as --set mqtt.listen=127.0.0.1:1884"))?;
+            let (key, value) = pair.split_once('=').context(
+                "--set: expected KEY=VALUE as --set mqtt.listen=127.0.0.1:1884, and what came has no = (it is not shown, \
+                 for it may be a secret)",
+            )?;
             layers.flag::<T>("--set", key.trim(), value)?;
         }
         Ok(layers.load()?)

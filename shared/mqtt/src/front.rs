@@ -30,6 +30,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
+use shared::limited;
+use shared::login::LoginThrottle;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
@@ -54,6 +56,7 @@ pub struct Front {
     pub(crate) timers: Mutex<BTreeSet<(i64, Arc<str>)>>,
     pub(crate) pool: Pool,
     pub(crate) counters: stats::Counters,
+    pub(crate) throttle: Arc<LoginThrottle>,
     connections: Mutex<HashMap<u64, Arc<Handle>>>,
     next_number: AtomicU64,
     /// Counts sessions that were left, over all starts.
@@ -112,6 +115,7 @@ impl Front {
             timers: Mutex::default(),
             pool: Pool::default(),
             counters: stats::Counters::default(),
+            throttle: Arc::default(),
             connections: Mutex::default(),
             next_number: AtomicU64::new(1),
             times_left: AtomicU64::new(0),
@@ -165,7 +169,7 @@ impl Front {
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: some will be free soon, and the others must be served.
-                    warn!(listener = %name, %error, "cannot accept a connection");
+                    limited!(warn, listener = %name, %error, "cannot accept a connection");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -194,6 +198,11 @@ impl Front {
                 return;
             }
         }
+    }
+
+    /// CONNECTs with a wrong name or password, since the start.
+    pub fn failed_logins(&self) -> u64 {
+        self.throttle.failed_total()
     }
 
     /// Counters and sizes.

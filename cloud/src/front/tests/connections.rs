@@ -181,6 +181,40 @@ async fn more_connections_than_allowed_are_refused_until_one_ends() {
 }
 
 #[tokio::test]
+async fn the_longest_silent_connection_leaves_for_a_new_one() {
+    let few = FrontSettings { connections_max: 3, ..settings() };
+    let running = start_with(few, MemoryLog::new(1000)).await;
+    let mut known = running.client().await;
+    let _: ApiVersionsResponse = known.call(0, &nobody()).await;
+    let (mut silent, mut half) = (running.client().await, running.client().await);
+    half.stream.write_all(&[0, 0, 0, 9, 0]).await.unwrap();
+    let mut new = running.client().await;
+    let _: ApiVersionsResponse = new.call(0, &nobody()).await;
+    assert!(silent.is_closed().await, "it was there first and said nothing");
+    let mut newer = running.client().await;
+    let _: ApiVersionsResponse = newer.call(0, &nobody()).await;
+    assert!(half.is_closed().await, "half of a request is none");
+    let _: ApiVersionsResponse = known.call(0, &nobody()).await;
+    let status = running.broker.status();
+    assert_eq!((status.connections_evicted, status.connections_refused), (2, 0));
+}
+
+#[tokio::test]
+async fn a_connection_without_a_first_request_is_closed() {
+    let hurried = FrontSettings { first_request_timeout: Duration::from_millis(100), ..settings() };
+    let running = start_with(hurried, MemoryLog::new(1000)).await;
+    for bytes in [&[][..], &[0], &[0, 0, 0, 20, 0]] {
+        let mut client = running.client().await;
+        client.stream.write_all(bytes).await.unwrap();
+        assert!(client.is_closed().await, "{bytes:?}");
+    }
+    let mut slow = running.client().await;
+    let _: ApiVersionsResponse = slow.call(0, &nobody()).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let _: ApiVersionsResponse = slow.call(0, &nobody()).await;
+}
+
+#[tokio::test]
 async fn a_broker_that_stops_answers_what_it_has_begun() {
     let running = start().await;
     running.topic("t", 1).await;

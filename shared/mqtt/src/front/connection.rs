@@ -15,14 +15,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use shared::limited;
 use shared::log::BoxFuture;
+use shared::login::LoginDelay;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, error};
 
 use super::fanout::Target;
 use super::session::{Handle, RetainedDelivery, Session, Will};
@@ -119,6 +121,8 @@ pub(super) struct Connection {
     pub version: Option<Version>,
     pub terms: Option<Terms>,
     pub will: Option<Will>,
+    /// How long the refusal of a wrong password waits.
+    pub login_delay: Option<LoginDelay>,
     pub session: Option<Arc<Session>>,
     /// Bytes read and not yet processed.
     pub partial: Vec<u8>,
@@ -222,6 +226,7 @@ impl Connection {
             version: None,
             terms: None,
             will: None,
+            login_delay: None,
             session: None,
             partial: Vec::new(),
             need: 0,
@@ -724,10 +729,10 @@ impl Connection {
                 goodbye = Some(*reason);
                 match *reason {
                     Reason::SERVER_SHUTTING_DOWN | Reason::SESSION_TAKEN_OVER | Reason::KEEP_ALIVE_TIMEOUT => {
-                        info!(%client, %peer, %reason, why, "connection ended");
+                        limited!(info, %client, %peer, %reason, why, "connection ended");
                     }
                     Reason::QUOTA_EXCEEDED | Reason::IMPLEMENTATION_SPECIFIC_ERROR => {
-                        warn!(%client, %peer, %reason, why, "connection ended");
+                        limited!(warn, %client, %peer, %reason, why, "connection ended");
                     }
                     // Whoever knocks at a port can send garbage: no reason to fill a log, nor a gateway's card.
                     _ if client.is_empty() => {
@@ -736,10 +741,13 @@ impl Connection {
                     }
                     _ => {
                         add(&self.front.counters.protocol_errors_total, 1);
-                        info!(%client, %peer, %reason, why, "connection ended");
+                        limited!(info, %client, %peer, %reason, why, "connection ended");
                     }
                 }
             }
+        }
+        if let Some(delay) = self.login_delay.take().filter(|_| !self.front.closing()) {
+            tokio::time::sleep(delay.wait).await;
         }
         let mut rest = Some(std::mem::take(&mut self.reply));
         let connected = matches!(self.stage, Stage::Live);

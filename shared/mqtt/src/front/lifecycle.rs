@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::MutexGuard;
-use tracing::{debug, info, warn};
+use shared::limited;
+use tracing::{debug, warn};
 
 use super::fanout::{Live, Run};
 use super::session::{Handle, Session, SessionState, Will};
@@ -297,7 +298,7 @@ impl Front {
                 room = front.store.room();
             }
             add(&front.counters.hold_timeouts_total, 1);
-            warn!(client = %client_id, "a will found no room in its stream and is dropped");
+            limited!(warn, client = %client_id, "a will found no room in its stream and is dropped");
         });
     }
 
@@ -322,7 +323,7 @@ impl Front {
             None => return false,
             Some(Admission::Refused(refusal)) => {
                 add(&self.counters.refused_total, 1);
-                warn!(client = %client_id, ?refusal, "a will was refused");
+                limited!(warn, client = %client_id, ?refusal, "a will was refused");
             }
             Some(_) => self.deliver_one(&publish, now),
         }
@@ -402,7 +403,7 @@ impl Front {
                 will = state.will.take();
             }
             if over {
-                info!(client = %client_id, "session expired");
+                limited!(info, client = %client_id, "session expired");
                 self.end(&session, state);
             } else {
                 drop(state);

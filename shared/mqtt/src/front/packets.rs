@@ -72,7 +72,7 @@ impl Connection {
         batch: &mut Vec<Incoming<'a>>,
         now: Now,
     ) -> Result<(), Close> {
-        let Some(version) = self.version else { return self.first_packet(frame) };
+        let Some(version) = self.version else { return self.first_packet(frame, now) };
         if frame.first >> 4 == 3 {
             let publish = codec::Publish::decode(frame, version)?;
             let incoming = Incoming { bytes: frame.bytes, buffer, start, publish, alias: None };
@@ -112,7 +112,7 @@ impl Connection {
         }
     }
 
-    fn first_packet(&mut self, frame: &Frame<'_>) -> Result<(), Close> {
+    fn first_packet(&mut self, frame: &Frame<'_>, now: Now) -> Result<(), Close> {
         let Packet::Connect(connect) = Packet::decode(frame, Version::V5)? else {
             return Err(Close::ours(Reason::PROTOCOL_ERROR, "the first packet is not CONNECT"));
         };
@@ -122,6 +122,15 @@ impl Connection {
         let random = || RandomState::new().build_hasher().finish();
         let assign = || format!("tributary-{:016x}{:016x}", random(), random());
         match negotiate(&connect, &self.front.settings, assign) {
+            Err(Reason::BAD_USER_NAME_OR_PASSWORD) => {
+                let user = connect.username.unwrap_or_default().as_bytes();
+                // Without a delay there are too many failures already, and none of their answers is worth a wait.
+                self.login_delay = self.front.throttle.failed(now.instant, user, self.peer.ip());
+                if self.login_delay.is_some() {
+                    self.refuse_connect(Reason::BAD_USER_NAME_OR_PASSWORD);
+                }
+                Err(Close::Refused)
+            }
             Err(reason) => {
                 self.refuse_connect(reason);
                 Err(Close::Refused)

@@ -1,5 +1,6 @@
 use super::*;
 use proptest::prelude::*;
+use shared::config::Secret;
 
 #[tokio::test]
 async fn more_than_the_receive_maximum_ends_the_connection() {
@@ -212,4 +213,37 @@ async fn a_bug_ends_one_connection_and_its_session_can_be_had_again() {
     other.ping().await;
     drop((device, other));
     server.stats(|stats| stats.connections == 0).await;
+}
+
+#[tokio::test]
+async fn wrong_passwords_wait_and_right_ones_never() {
+    let user = |name: &str| User { name: name.to_owned(), password: Secret::new(format!("{name}'s")) };
+    let settings = Settings { users: vec![user("a"), user("b")], ..Settings::default() };
+    let server = Server::with(settings, &nothing_stored()).await;
+    let with = |client: &'static str, name: &'static str, password: &'static [u8]| {
+        let mut connect = connect(V5, client);
+        (connect.username, connect.password) = (Some(name), Some(password));
+        connect
+    };
+    let mut guessing = Vec::new();
+    for n in 0..20 {
+        let mut client = server.raw().await;
+        client.send(&Packet::Connect(Box::new(with("guess", "a", b"wrong")))).await;
+        // One after the other, so that each failure is one more.
+        while server.front.failed_logins() <= n {
+            tokio::task::yield_now().await;
+        }
+        guessing.push(client);
+    }
+    // Nobody is locked out: neither the same user from the same address, nor others.
+    for name in ["a", "b"] {
+        let password: &[u8] = if name == "a" { b"a's" } else { b"b's" };
+        let (_client, present) = server.connect_with(with("right", name, password)).await;
+        assert!(!present);
+    }
+    // The first of the wrong ones is answered after its delay, and those beyond the bound are closed without an answer.
+    let frame = guessing[0].recv().await;
+    let Packet::ConnAck(ack) = guessing[0].read(&frame) else { panic!("{frame:?}") };
+    assert_eq!(ack.reason, Reason::BAD_USER_NAME_OR_PASSWORD);
+    assert_eq!(guessing[19].try_recv().await, None);
 }
