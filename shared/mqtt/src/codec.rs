@@ -94,6 +94,7 @@ impl Reason {
     pub const PACKET_TOO_LARGE: Self = Self(0x95);
     pub const QUOTA_EXCEEDED: Self = Self(0x97);
     pub const PAYLOAD_FORMAT_INVALID: Self = Self(0x99);
+    pub const ADMINISTRATIVE_ACTION: Self = Self(0x98);
     pub const RETAIN_NOT_SUPPORTED: Self = Self(0x9A);
     pub const QOS_NOT_SUPPORTED: Self = Self(0x9B);
     pub const SHARED_SUBSCRIPTIONS_NOT_SUPPORTED: Self = Self(0x9E);
@@ -210,6 +211,17 @@ pub fn split(buffer: &[u8], version: Option<Version>, packet_bytes_max: usize) -
         return Err(CodecError::Malformed("remaining length has more than four bytes"));
     }
     Ok(Split::More { need: buffer.len() + 1 })
+}
+
+/// The version that the beginning of a CONNECT names, before the whole packet is there.
+pub fn connect_version(buffer: &[u8]) -> Option<Version> {
+    let (&0x10, rest) = buffer.split_first()? else { return None };
+    let length_bytes = 1 + rest.iter().take(3).take_while(|byte| **byte & 0x80 != 0).count();
+    match rest.get(length_bytes..)?.strip_prefix(b"\0\x04MQTT")?.first()? {
+        4 => Some(Version::V4),
+        5 => Some(Version::V5),
+        _ => None,
+    }
 }
 
 /// Types and their fixed flags (MQTT 5 §2.1.3, Table 2-2).

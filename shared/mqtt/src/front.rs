@@ -6,8 +6,11 @@
 //! changed; never the other way round, and never two sessions at a time.
 //!
 //! Limits: messages queued for an offline session, and what was on its way to a subscriber, live in memory and go with the
-//! process; so do wills. Shared subscriptions (0x9E) and enhanced authentication (0x8C) are refused. A session kept for ever
-//! counts against `sessions_max` for ever. After a restart each kept session gets its whole expiry again.
+//! process; so do wills. Shared subscriptions (0x9E) and enhanced authentication (0x8C) are refused. After a restart each kept
+//! session gets its whole expiry again.
+//!
+//! No poll does much for one client: what a packet asks of others goes in steps ([`fanout::WORK_PER_POLL`], the search for
+//! retained messages), and what it makes the front remember is counted in one budget ([`MemoryBudget`]).
 
 mod connection;
 mod fanout;
@@ -19,13 +22,16 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+pub use crate::memory::MEMORY_USES;
+pub use session::SessionInfo;
 pub use settings::{ListenerSettings, Settings, User};
 pub use stats::Stats;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::ops::Bound;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -37,8 +43,8 @@ use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
 use crate::codec::Reason;
+use crate::memory::MemoryBudget;
 use crate::retained::Retained;
-use crate::session::outbound::Bounds;
 use crate::store::{Publish, PublishProperties, Store, StoreFailed};
 use crate::tree::Tree;
 use session::{Handle, Pool, Session};
@@ -50,7 +56,12 @@ pub struct Front {
     pub(crate) tree: RwLock<Tree<Arc<Session>>>,
     /// Counts changes of the tree: what connections remember of it is good for one value.
     pub(crate) generation: AtomicU64,
-    pub(crate) sessions: Mutex<HashMap<Arc<str>, Arc<Session>>>,
+    pub(crate) sessions: Mutex<BTreeMap<Arc<str>, Arc<Session>>>,
+    /// Of these, those that outlive their connections.
+    pub(crate) sessions_kept: AtomicUsize,
+    /// Of these, those that may be ended to make room, the longest absent first.
+    pub(crate) evictable: Mutex<BTreeSet<(u64, Arc<str>)>>,
+    pub(crate) memory: Arc<MemoryBudget>,
     pub(crate) retained: Mutex<Retained>,
     /// Delayed wills and session ends, by time.
     pub(crate) timers: Mutex<BTreeSet<(i64, Arc<str>)>>,
@@ -58,6 +69,8 @@ pub struct Front {
     pub(crate) counters: stats::Counters,
     pub(crate) throttle: Arc<LoginThrottle>,
     connections: Mutex<HashMap<u64, Arc<Handle>>>,
+    /// Of these, those that have not sent their CONNECT, the oldest first.
+    silent: Mutex<BTreeMap<u64, Arc<Handle>>>,
     next_number: AtomicU64,
     /// Counts sessions that were left, over all starts.
     pub(crate) times_left: AtomicU64,
@@ -105,18 +118,23 @@ pub enum ServeError {
 impl Front {
     /// Loads kept sessions and retained messages.
     pub fn new(settings: Settings, store: Arc<dyn Store>) -> Result<Arc<Self>, StoreFailed> {
+        let memory = Arc::new(MemoryBudget::new(settings.memory_bytes_max));
         let front = Arc::new_cyclic(|weak| Self {
             settings,
             store,
             tree: RwLock::default(),
             generation: AtomicU64::new(1),
             sessions: Mutex::default(),
+            sessions_kept: AtomicUsize::new(0),
+            evictable: Mutex::default(),
+            memory,
             retained: Mutex::default(),
             timers: Mutex::default(),
             pool: Pool::default(),
             counters: stats::Counters::default(),
             throttle: Arc::default(),
             connections: Mutex::default(),
+            silent: Mutex::default(),
             next_number: AtomicU64::new(1),
             times_left: AtomicU64::new(0),
             started: Instant::now(),
@@ -156,9 +174,10 @@ impl Front {
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    if self.connections.lock().len() >= self.settings.connections_max {
+                    if !self.has_place() {
                         stats::add(&self.counters.connections_refused_total, 1);
-                        debug!(%peer, "connection refused: there are as many as allowed");
+                        let max = self.settings.connections_max;
+                        limited!(warn, %peer, max, "connection refused: there are as many clients as allowed");
                         continue;
                     }
                     stats::add(&self.counters.connections_total, 1);
@@ -168,8 +187,9 @@ impl Front {
                     tokio::spawn(connection::run(self.clone(), stream, peer, tls.clone()));
                 }
                 Err(error) => {
-                    // Out of file descriptors, most likely: some will be free soon, and the others must be served.
+                    // Out of file descriptors, most likely: those who have said nothing yet make room for those who want to.
                     limited!(warn, listener = %name, %error, "cannot accept a connection");
+                    self.close_silent(CLOSED_AT_ONCE);
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -208,6 +228,9 @@ impl Front {
     /// Counters and sizes.
     pub fn stats(&self) -> Stats {
         let mut stats = self.counters.read();
+        stats.memory_bytes = self.memory.by_use();
+        stats.memory_bytes_max = self.memory.bytes_max() as u64;
+        stats.sessions_kept = self.sessions_kept.load(Ordering::Relaxed) as u64;
         stats.connections = self.connections.lock().len() as u64;
         stats.sessions = self.sessions.lock().len() as u64;
         stats.subscriptions = self.tree.read().len() as u64;
@@ -243,9 +266,36 @@ impl Front {
         }
     }
 
-    /// What one session may queue at the moment.
-    pub(crate) fn bounds(&self) -> Bounds {
-        self.settings.bounds(self.counters.queued_bytes.load(Ordering::Relaxed))
+    /// Up to `count` sessions in the order of their client identifiers, from the first behind `after`.
+    pub fn sessions(&self, after: &str, count: usize) -> Vec<SessionInfo> {
+        let now = self.now();
+        self.sessions_after(after, count).iter().map(|session| session.info(now)).collect()
+    }
+
+    fn sessions_after(&self, after: &str, count: usize) -> Vec<Arc<Session>> {
+        let range = (if after.is_empty() { Bound::Unbounded } else { Bound::Excluded(after) }, Bound::Unbounded);
+        self.sessions.lock().range::<str, _>(range).take(count).map(|(_, session)| session.clone()).collect()
+    }
+
+    /// Whether there is a place for one more connection; the oldest without a CONNECT gives it up.
+    fn has_place(&self) -> bool {
+        let (count, max) = (self.connections.lock().len(), self.settings.connections_max);
+        count < max || (count < max + CLOSED_AT_ONCE && self.close_silent(1) > 0)
+    }
+
+    /// Closes connections that have not sent their CONNECT, the oldest first; returns how many.
+    fn close_silent(&self, count: usize) -> usize {
+        let mut silent = self.silent.lock();
+        let closed: Vec<_> = std::iter::from_fn(|| silent.pop_first()).take(count).collect();
+        drop(silent);
+        closed.iter().for_each(|(_, handle)| handle.kick(Reason::SERVER_BUSY));
+        stats::add(&self.counters.connections_evicted_total, closed.len());
+        closed.len()
+    }
+
+    /// The connection has sent its CONNECT.
+    pub(crate) fn has_spoken(&self, number: u64) {
+        self.silent.lock().remove(&number);
     }
 
     pub(crate) fn next_number(&self) -> u64 {
@@ -257,13 +307,18 @@ impl Front {
     }
 
     fn enter(&self, number: u64, handle: Arc<Handle>) {
+        self.silent.lock().insert(number, handle.clone());
         self.connections.lock().insert(number, handle);
     }
 
     fn leave(&self, number: u64) {
+        self.silent.lock().remove(&number);
         self.connections.lock().remove(&number);
         if self.closing() {
             self.changed.notify_waiters();
         }
     }
 }
+
+/// Connections without a CONNECT that are closed together, and that may be closing beyond `connections_max`.
+const CLOSED_AT_ONCE: usize = 16;

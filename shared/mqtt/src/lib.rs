@@ -2,6 +2,7 @@
 
 pub mod codec;
 pub mod front;
+mod memory;
 mod message;
 mod retained;
 mod session;

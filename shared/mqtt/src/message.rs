@@ -49,6 +49,11 @@ impl Content<'_> {
         2 + self.topic.len() + id + properties + self.payload.len()
     }
 
+    /// Bytes of a [`Message`] with this content.
+    pub fn cost(&self) -> usize {
+        self.topic.len() + self.properties.len() + self.payload.len() + std::mem::size_of::<Message>()
+    }
+
     /// The whole packet's length.
     pub fn packet_bytes(&self, envelope: &Envelope<'_>) -> usize {
         let remaining = self.remaining_bytes(envelope);

@@ -26,17 +26,22 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{debug, error};
 
-use super::fanout::Target;
-use super::session::{Handle, RetainedDelivery, Session, Will};
+use super::fanout::{PendingRun, Target, WORK_PER_POLL};
+use super::session::{Handle, Pulled, Session, Will};
 use super::stats::{add, sub};
 use super::{Front, Now};
-use crate::codec::{CodecError, Disconnect, Packet, Properties, Reason, Split, Version, split};
+use crate::codec::{CodecError, Disconnect, Packet, Properties, Reason, Split, Version, connect_version, split};
+use crate::memory::MemoryUse;
 use crate::session::connect::{self, Terms};
 use crate::session::inbound::{Answer, Answers, put_ack};
 use crate::store::{StoreFailed, Ticket};
 
 /// Bytes of one read. Each thread has one such buffer.
 const READ_BYTES: usize = 128 << 10;
+/// Bytes of one read when the memory budget has no room: a little of what was read may have to be kept.
+const READ_BYTES_MIN: usize = 4 << 10;
+/// When a search for retained messages goes on that the memory budget had no room for.
+const PULL_PAUSE: Duration = Duration::from_millis(100);
 /// Reads in a row before other tasks get their turn.
 const READS_PER_POLL: usize = 4;
 /// Held PUBLISHes are offered again after so long even if the store does not say that there is room.
@@ -101,8 +106,13 @@ pub(super) enum Reply {
     ConnAck {
         present: bool,
     },
-    /// SUBACK, UNSUBACK; then the retained messages of the new subscriptions.
-    Bytes(Vec<u8>, Vec<RetainedDelivery>),
+    /// SUBACK; then the retained messages up to this number of the new subscriptions.
+    SubAck {
+        bytes: Vec<u8>,
+        retained: Vec<Arc<str>>,
+        upto: u64,
+    },
+    Bytes(Vec<u8>),
 }
 
 /// A PUBLISH there is no room for.
@@ -114,6 +124,7 @@ pub(super) struct Held {
 
 pub(super) struct Connection {
     pub front: Arc<Front>,
+    pub number: u64,
     pub handle: Arc<Handle>,
     pub io: Io,
     pub peer: SocketAddr,
@@ -143,6 +154,18 @@ pub(super) struct Connection {
     pub aliases: Vec<Option<Arc<str>>>,
     /// Recent topics and their subscribers.
     pub targets: Vec<(Box<str>, u64, Arc<[Target]>)>,
+    /// What aliases and recent topics occupy, and what of it is counted in the budget.
+    pub topics_bytes: usize,
+    pub counted_topics: usize,
+    /// What is being delivered in several polls, in order, and the bytes it occupies. Nothing is read meanwhile.
+    pub pending: VecDeque<PendingRun>,
+    pub pending_bytes: usize,
+    /// What this poll did for others, see [`WORK_PER_POLL`].
+    pub work: usize,
+    /// When a search for retained messages goes on.
+    pull_again: Option<Instant>,
+    /// Until when the CONNECT must be there.
+    connect_until: Instant,
     /// Subscribers this publisher waits for, and until when.
     pub congested: Vec<Arc<Session>>,
     pub congested_until: Instant,
@@ -167,6 +190,7 @@ pub(super) async fn run(
     tls: Option<Arc<rustls::ServerConfig>>,
 ) {
     let number = front.next_number();
+    let connect_until = Instant::now() + front.settings.connect_timeout;
     let placeholder = Arc::new(Handle::new(None));
     front.enter(number, placeholder.clone());
     let io = match tls {
@@ -176,13 +200,23 @@ pub(super) async fn run(
         }
         Some(config) => {
             let accept = TlsAcceptor::from(config).accept(stream);
-            match tokio::time::timeout(front.settings.connect_timeout, accept).await {
-                Ok(Ok(stream)) => Some(Io::Tls(Box::new(stream))),
-                Ok(Err(error)) => {
-                    debug!(%peer, %error, "TLS handshake failed");
+            let kicked = std::future::poll_fn(|cx| {
+                placeholder.register(cx.waker());
+                if placeholder.kicked().is_some() { Poll::Ready(()) } else { Poll::Pending }
+            });
+            tokio::select! {
+                accepted = accept => match accepted {
+                    Ok(stream) => Some(Io::Tls(Box::new(stream))),
+                    Err(error) => {
+                        debug!(%peer, %error, "TLS handshake failed");
+                        None
+                    }
+                },
+                () = kicked => {
+                    debug!(%peer, "TLS handshake broken off");
                     None
                 }
-                Err(_) => {
+                () = tokio::time::sleep_until(connect_until.into()) => {
                     debug!(%peer, "TLS handshake took too long");
                     None
                 }
@@ -199,7 +233,7 @@ pub(super) async fn run(
         if front.closing() {
             handle.kick(Reason::SERVER_SHUTTING_DOWN);
         }
-        let mut connection = Connection::new(front.clone(), handle, io, peer);
+        let mut connection = Connection::new(front.clone(), number, handle, io, peer, connect_until);
         // A bug must end one connection: it gives its session back like any other, and the client can come again.
         let close = std::future::poll_fn(|cx| {
             catch_unwind(AssertUnwindSafe(|| connection.poll(cx))).unwrap_or_else(|_| {
@@ -214,11 +248,19 @@ pub(super) async fn run(
 }
 
 impl Connection {
-    fn new(front: Arc<Front>, handle: Arc<Handle>, io: Io, peer: SocketAddr) -> Self {
+    fn new(
+        front: Arc<Front>,
+        number: u64,
+        handle: Arc<Handle>,
+        io: Io,
+        peer: SocketAddr,
+        connect_until: Instant,
+    ) -> Self {
         let now = Instant::now();
-        let timer = Box::pin(tokio::time::sleep(front.settings.connect_timeout));
+        let timer = Box::pin(tokio::time::sleep_until(connect_until.into()));
         Self {
             front,
+            number,
             handle,
             io,
             peer,
@@ -241,6 +283,13 @@ impl Connection {
             unacked: 0,
             aliases: Vec::new(),
             targets: Vec::new(),
+            topics_bytes: 0,
+            counted_topics: 0,
+            pending: VecDeque::new(),
+            pending_bytes: 0,
+            work: 0,
+            pull_again: None,
+            connect_until,
             congested: Vec::new(),
             congested_until: now,
             timer,
@@ -268,18 +317,26 @@ impl Connection {
     /// Does all that can be done now. Everything it waits for has our waker when it returns.
     fn advance(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
         self.handle.register(cx.waker());
+        self.work = 0;
         for _ in 0..READS_PER_POLL {
+            if self.work >= WORK_PER_POLL {
+                break;
+            }
             let now = self.front.now();
             let draining = self.poll_kick()?;
             self.poll_claim(cx)?;
             self.poll_room(cx, now)?;
             self.poll_commits(cx)?;
             self.poll_congestion(cx, now);
-            self.poll_write(cx)?;
+            self.deliver_pending(now);
+            self.poll_write(cx, now)?;
             let may_read = !draining && self.may_read();
             self.poll_timers(cx, now, may_read)?;
             if draining && self.answers.is_empty() {
                 continue;
+            }
+            if !self.pending.is_empty() {
+                break;
             }
             if !may_read {
                 return Ok(());
@@ -304,6 +361,9 @@ impl Connection {
         match self.handle.kicked() {
             None => Ok(false),
             Some(Reason::SERVER_SHUTTING_DOWN) if !self.answers.is_empty() && self.held.is_empty() => Ok(true),
+            Some(Reason::QUOTA_EXCEEDED) => {
+                Err(Close::ours(Reason::QUOTA_EXCEEDED, "it read nothing for long and held memory that others want"))
+            }
             Some(reason) => Err(Close::ours(reason, "")),
         }
     }
@@ -405,14 +465,15 @@ impl Connection {
             }
             Answer::PubComp(id, reason) => put_ack(0x70, id, reason, None, version, &mut self.reply),
             Answer::Other(Reply::ConnAck { present }) => self.go_live(present),
-            Answer::Other(Reply::Bytes(bytes, retained)) => {
+            Answer::Other(Reply::Bytes(bytes)) => self.reply.extend_from_slice(&bytes),
+            Answer::Other(Reply::SubAck { bytes, retained, upto }) => {
                 self.reply.extend_from_slice(&bytes);
                 if let (false, Some(session)) = (retained.is_empty(), &self.session) {
                     let mut state = session.state.lock();
                     // The answer stands before them.
                     state.back(&self.front).extend_from_slice(&self.reply);
                     self.reply.clear();
-                    state.backlog.extend(retained);
+                    retained.iter().for_each(|filter| state.start_retained(filter, upto));
                 }
             }
         }
@@ -450,18 +511,32 @@ impl Connection {
         });
     }
 
-    fn poll_write(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
+    fn poll_write(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
         let Some(session) = &self.session else { return Ok(()) };
-        if !self.reply.is_empty() {
-            session.state.lock().back(&self.front).extend_from_slice(&self.reply);
-            self.reply.clear();
-            self.reply.shrink_to(1024);
+        let mut pulled = Pulled::Nothing;
+        {
+            let mut state = session.state.lock();
+            if !self.reply.is_empty() {
+                state.back(&self.front).extend_from_slice(&self.reply);
+                state.count_bytes(&self.front);
+                self.reply.clear();
+                self.reply.shrink_to(1024);
+            }
+            if !state.backlog.is_empty() {
+                pulled = state.pull_retained(&self.front, now);
+            }
         }
         self.write_out(cx)?;
-        // Asked after the writing, so that whoever drains the rest knows whom to wake.
         if let Some(session) = &self.session {
             let mut state = session.state.lock();
-            self.choked = state.pending_bytes() > self.front.settings.outbound_bytes_max;
+            self.pull_again = None;
+            if pulled == Pulled::NoRoom {
+                self.pull_again = Some(now.instant + PULL_PAUSE);
+            } else if state.may_pull(&self.front) {
+                cx.waker().wake_by_ref();
+            }
+            // Asked after the writing, so that whoever drains the rest knows whom to wake.
+            self.choked = state.pending_bytes() > state.outgoing_max(&self.front);
             if self.choked {
                 state.wait_until_drained(cx.waker());
             }
@@ -473,7 +548,7 @@ impl Connection {
         let Some(session) = &self.session else { return Ok(()) };
         match &mut self.io {
             Io::Plain(_, socket) => loop {
-                session.flush(&self.front);
+                session.flush(&self.front, true);
                 let mut state = session.state.lock();
                 if state.out.failed {
                     return Err(Close::Lost);
@@ -521,6 +596,8 @@ impl Connection {
                 // An MQTT 5 client that goes beyond the receive maximum is told so where its PUBLISH is counted; a 3.1.1
                 // client cannot know it, and is not read from until answers have left.
                 !self.choked
+                    && self.work < WORK_PER_POLL
+                    && self.pending.is_empty()
                     && self.congested.is_empty()
                     && (self.held.is_empty() || self.held_bytes < self.held_bytes_max())
                     && self.answers.len() + self.held.len() <= receive_maximum
@@ -529,13 +606,17 @@ impl Connection {
     }
 
     fn held_bytes_max(&self) -> usize {
-        if self.is_input_full() { 0 } else { self.front.settings.held_bytes_max }
+        self.front.settings.held_bytes_max.min(self.incoming_room() + self.held_bytes)
     }
 
-    /// Whether what all connections gather and hold has reached its bound.
-    fn is_input_full(&self) -> bool {
-        let bytes = self.front.counters.input_bytes.load(std::sync::atomic::Ordering::Relaxed);
-        bytes >= self.front.settings.input_bytes_total_max as u64
+    /// Bytes more that may be gathered and held.
+    fn incoming_room(&self) -> usize {
+        self.front.memory.room(MemoryUse::Incoming, self.memory_bytes())
+    }
+
+    /// Bytes of the budget that this connection holds, besides what its session does.
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.counted_bytes + self.counted_topics
     }
 
     fn poll_timers(&mut self, cx: &mut Context<'_>, now: Now, may_read: bool) -> Result<(), Close> {
@@ -549,7 +630,7 @@ impl Connection {
             let mut next = now + Duration::from_secs(3600);
             match &self.stage {
                 Stage::AwaitConnect => {
-                    let at = self.last_bytes + self.front.settings.connect_timeout;
+                    let at = self.connect_until;
                     if now >= at {
                         debug!(peer = %self.peer, "no CONNECT in time");
                         return Err(Close::Refused);
@@ -585,6 +666,9 @@ impl Connection {
             if !self.congested.is_empty() {
                 next = next.min(self.congested_until.max(now + Duration::from_millis(1)));
             }
+            if let Some(at) = self.pull_again {
+                next = next.min(at.max(now + Duration::from_millis(1)));
+            }
             let next = tokio::time::Instant::from_std(next);
             // A timer that fires early is asked again; moving it for every packet would cost more than that.
             if next < self.timer.deadline() || self.timer.is_elapsed() {
@@ -593,8 +677,8 @@ impl Connection {
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            if !self.congested.is_empty() || !self.held.is_empty() {
-                // `poll_congestion` and `poll_room` come before us: have them look again.
+            if !self.congested.is_empty() || !self.held.is_empty() || self.pull_again.is_some() {
+                // `poll_congestion`, `poll_room` and `poll_write` come before us: have them look again.
                 cx.waker().wake_by_ref();
                 return Ok(());
             }
@@ -606,6 +690,7 @@ impl Connection {
         if self.need > READ_BYTES {
             return self.poll_read_large(cx);
         }
+        let room = self.incoming_room();
         SCRATCH.with_borrow_mut(|scratch| {
             if scratch.is_empty() {
                 scratch.resize(READ_BYTES, 0);
@@ -616,7 +701,8 @@ impl Connection {
                 return self.poll_read_large(cx);
             };
             front.copy_from_slice(&self.partial);
-            let Some(space) = scratch.get_mut(kept..) else { return Ok(false) };
+            let end = READ_BYTES.min(kept + room.max(READ_BYTES_MIN));
+            let Some(space) = scratch.get_mut(kept..end) else { return Ok(false) };
             let n = match self.io.poll_read(cx, space) {
                 Poll::Pending => return Ok(false),
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
@@ -640,11 +726,17 @@ impl Connection {
 
     /// A packet larger than the thread's buffer is gathered in a buffer of its own, which grows as its bytes come.
     fn poll_read_large(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
-        if self.is_input_full() {
-            return Err(Close::ours(Reason::QUOTA_EXCEEDED, "too many large packets are being received at once"));
-        }
         let have = self.partial.len();
+        // What the buffer has is counted already.
+        let room = self.incoming_room() + self.counted_bytes.saturating_sub(have);
         let more = self.need.saturating_sub(have).clamp(1, have.max(READ_BYTES));
+        if more > room {
+            add(&self.front.counters.memory_refused_total, 1);
+            // A CONNECT is answered although it is not all there.
+            self.version = self.version.or_else(|| connect_version(&self.partial));
+            return Err(Close::ours(Reason::QUOTA_EXCEEDED, "no memory is left for so large a packet"));
+        }
+        self.partial.reserve_exact(more);
         self.partial.resize(have + more, 0);
         let read = match self.partial.get_mut(have..) {
             Some(space) => self.io.poll_read(cx, space),
@@ -661,6 +753,7 @@ impl Connection {
             Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
             Poll::Ready(Ok(_)) => self.last_bytes = now.instant,
         }
+        self.count_waiting();
         if self.partial.len() >= self.need {
             let bytes = std::mem::take(&mut self.partial);
             let consumed = self.process(&bytes, now);
@@ -691,10 +784,11 @@ impl Connection {
     /// Keeps the gauges of what waits in step.
     fn count_waiting(&mut self) {
         let counters = &self.front.counters;
+        let input = self.partial.capacity() + self.held_bytes + self.pending_bytes;
+        self.front.memory.recount(MemoryUse::Incoming, &mut self.counted_bytes, input);
         for (gauge, counted, now) in [
             (&counters.held_acks, &mut self.counted_acks, self.answers.len() + self.held.len()),
             (&counters.held_messages, &mut self.counted_held, self.held.len()),
-            (&counters.input_bytes, &mut self.counted_bytes, self.partial.capacity() + self.held_bytes),
         ] {
             if now > *counted {
                 add(gauge, now - *counted);
@@ -714,12 +808,19 @@ impl Connection {
 
     /// Gives the session back, says goodbye if there is something to say, and closes.
     async fn finish(mut self, close: Close) {
+        while !self.pending.is_empty() {
+            // It was taken: its subscribers get it, whatever became of the publisher.
+            self.work = 0;
+            self.deliver_pending(self.front.now());
+            tokio::task::yield_now().await;
+        }
         let now = self.front.now();
         self.answers = Answers::default();
         self.held.clear();
         self.held_bytes = 0;
         self.partial = Vec::new();
         self.count_waiting();
+        self.count_topics(0);
         let client = self.session.as_ref().map_or("", |session| &*session.client_id).to_owned();
         let peer = self.peer;
         let mut goodbye = None;
@@ -728,7 +829,11 @@ impl Connection {
             Close::Ours { reason, why } => {
                 goodbye = Some(*reason);
                 match *reason {
-                    Reason::SERVER_SHUTTING_DOWN | Reason::SESSION_TAKEN_OVER | Reason::KEEP_ALIVE_TIMEOUT => {
+                    Reason::SERVER_BUSY => debug!(%peer, "closed without a CONNECT: others wanted its place"),
+                    Reason::SERVER_SHUTTING_DOWN
+                    | Reason::SESSION_TAKEN_OVER
+                    | Reason::KEEP_ALIVE_TIMEOUT
+                    | Reason::ADMINISTRATIVE_ACTION => {
                         limited!(info, %client, %peer, %reason, why, "connection ended");
                     }
                     Reason::QUOTA_EXCEEDED | Reason::IMPLEMENTATION_SPECIFIC_ERROR => {

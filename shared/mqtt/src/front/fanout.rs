@@ -5,9 +5,9 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Front;
 use super::session::Session;
 use super::stats::add;
+use super::{Front, Now};
 use crate::codec::{QoS, Version};
 use crate::message::{Content, Envelope, Message};
 use crate::session::connect::granted;
@@ -22,6 +22,13 @@ pub(crate) struct Target {
     no_local: bool,
     retain_as_published: bool,
     subscription_ids: Vec<u32>,
+}
+
+impl Target {
+    /// Bytes of its subscription identifiers.
+    pub fn subscription_ids_bytes(&self) -> usize {
+        self.subscription_ids.capacity() * size_of::<u32>()
+    }
 }
 
 /// One message of a run.
@@ -46,6 +53,7 @@ pub(crate) struct Run<'a> {
     lives: &'a [Live<'a>],
     qos_max: QoS,
     any_retain: bool,
+    bytes: usize,
     /// What the publisher sent, where a subscriber of that version gets just these bytes.
     raw: Option<(Version, &'a [u8])>,
     at_most_once: [OnceCell<Vec<u8>>; 2],
@@ -57,9 +65,16 @@ impl<'a> Run<'a> {
             lives,
             qos_max: lives.iter().map(|live| live.qos).max().unwrap_or_default(),
             any_retain: lives.iter().any(|live| live.retain),
+            bytes: lives.iter().map(|live| live.content.topic.len() + live.content.payload.len()).sum(),
             raw,
             at_most_once: [OnceCell::new(), OnceCell::new()],
         }
+    }
+
+    /// What it costs to hand it to one subscriber, in the unit of [`WORK_PER_POLL`].
+    fn work_each(&self) -> usize {
+        let messages = if self.qos_max == QoS::AtMostOnce { self.lives.len() / 16 } else { self.lives.len() };
+        1 + messages + self.bytes / 8192
     }
 
     /// The whole run as QoS 0 without RETAIN.
@@ -81,13 +96,14 @@ fn envelope(version: Version, qos: QoS, retain: bool, subscription_ids: &[u32]) 
 }
 
 impl Front {
-    /// Who gets messages of this topic, and the tree's generation that this is true for.
-    pub(crate) fn targets(&self, topic: &str) -> (Arc<[Target]>, u64) {
+    /// Who gets messages of this topic, the tree's generation that this is true for, and the steps it took.
+    pub(crate) fn targets(&self, topic: &str) -> (Arc<[Target]>, u64, usize) {
         let mut found: Vec<(Arc<Session>, Subscription)> = Vec::new();
         let tree = self.tree.read();
         let generation = self.generation.load(Ordering::Acquire);
-        tree.find(topic, &mut found);
+        let steps = tree.find(topic, &mut found);
         drop(tree);
+        add(&self.counters.route_steps_total, steps);
         if found.len() > 1 {
             found.sort_by(|a, b| a.0.cmp(&b.0));
         }
@@ -110,28 +126,52 @@ impl Front {
                 }),
             }
         }
-        (targets.into(), generation)
+        (targets.into(), generation, steps)
     }
 
-    /// Hands a run to its subscribers. Those that were given bytes are added to `touched` unless somebody already
+    /// Hands a run to subscribers. Those that were given bytes are added to `touched` unless somebody already
     /// is about to flush them.
     pub(crate) fn deliver(
         &self,
         from: Option<&Arc<Session>>,
         targets: &[Target],
         run: &Run<'_>,
-        now_ms: i64,
-        touched: &mut Vec<Arc<Session>>,
+        now: Now,
+        touched: &mut Touched,
     ) {
+        let mut unwritten = 0;
         for target in targets {
             if target.no_local && from.is_some_and(|from| *from == target.session) {
                 continue;
             }
-            self.deliver_to(target, run, now_ms, touched);
+            self.deliver_to(target, run, now, &mut touched.sessions);
+            // A copy for each of many would be too much at once: what is large is written before the next is made.
+            unwritten += run.bytes;
+            if unwritten > UNWRITTEN_BYTES_MAX {
+                self.flush(touched);
+                unwritten = 0;
+            }
         }
     }
 
-    fn deliver_to(&self, target: &Target, run: &Run<'_>, now_ms: i64, touched: &mut Vec<Arc<Session>>) {
+    /// As [`Self::deliver`], to the first targets only when more would take too long; returns to how many.
+    pub(crate) fn deliver_some(
+        &self,
+        from: Option<&Arc<Session>>,
+        targets: &[Target],
+        run: &Run<'_>,
+        now: Now,
+        touched: &mut Touched,
+        work: &mut usize,
+    ) -> usize {
+        let each = run.work_each();
+        let count = (WORK_PER_POLL.saturating_sub(*work) / each).clamp(1, targets.len().max(1)).min(targets.len());
+        *work += each * count;
+        self.deliver(from, targets.get(..count).unwrap_or_default(), run, now, touched);
+        count
+    }
+
+    fn deliver_to(&self, target: &Target, run: &Run<'_>, now: Now, touched: &mut Vec<Arc<Session>>) {
         let mut guard = target.session.state.lock();
         let state = &mut *guard;
         if state.ended {
@@ -148,18 +188,24 @@ impl Front {
             && target.subscription_ids.is_empty()
             && state.outbound.packet_bytes_max() == usize::MAX;
         if whole {
-            if state.pending_bytes() >= self.settings.outbound_bytes_max {
+            let bytes = run.at_most_once(version);
+            if state.pending_bytes() >= self.settings.outbound_bytes_max || bytes.len() > state.outgoing_room(self) {
                 add(&self.counters.dropped_slow_total, run.lives.len());
+                state.found_no_room(self, now);
                 return;
             }
-            state.back(self).extend_from_slice(run.at_most_once(version));
+            state.back(self).extend_from_slice(bytes);
+            state.count_bytes(self);
             add(&self.counters.sent_messages_total, run.lives.len());
         } else {
-            let bounds = self.bounds();
+            let mut bounds = state.bounds(self);
             let (mut sent, mut slow, mut full, mut large) = (0, 0, 0, 0);
             let online = state.live;
             let mut pending = state.pending_bytes();
-            state.back(self);
+            let held_nothing = state.outbound.bytes() == 0;
+            if online {
+                state.back(self);
+            }
             let (outbound, back) = (&mut state.outbound, &mut state.out.back);
             for live in run.lives {
                 let qos = granted(live.qos, target.qos);
@@ -170,18 +216,19 @@ impl Front {
                     if !online {
                     } else if bytes > outbound.packet_bytes_max() {
                         large += 1;
-                    } else if pending >= bounds.out_bytes_max {
+                    } else if pending >= bounds.out_bytes_max || bytes > bounds.room {
                         slow += 1;
                     } else {
                         live.content.append(&envelope, back);
+                        bounds.room -= bytes;
                         pending += bytes;
                         sent += 1;
                     }
                     continue;
                 }
-                let remember = || live.remember(now_ms);
+                let remember = || live.remember(now.ms);
                 let ids = &target.subscription_ids;
-                match outbound.deliver(&live.content, qos, retain, ids, online, remember, &bounds, back) {
+                match outbound.deliver(&live.content, qos, retain, ids, online, remember, &mut bounds, back) {
                     Delivered::Sent => sent += 1,
                     Delivered::Queued => {}
                     Delivered::QueueFull => full += 1,
@@ -189,6 +236,12 @@ impl Front {
                 }
             }
             state.count_bytes(self);
+            if !online && held_nothing && state.outbound.bytes() > 0 {
+                self.reconsider(&target.session, state); // It holds an acknowledged message from now on.
+            }
+            if slow + full > 0 {
+                state.found_no_room(self, now);
+            }
             add(&self.counters.sent_messages_total, sent);
             add(&self.counters.dropped_slow_total, slow);
             add(&self.counters.dropped_queue_full_total, full);
@@ -201,13 +254,12 @@ impl Front {
     }
 
     /// Sends what the touched subscribers got. Few are written to here and now; many are left to their own tasks, so that
-    /// both the cores and the publisher's next buffer get their share. Returns those whose publishers should pause.
-    pub(crate) fn flush(&self, touched: &mut Vec<Arc<Session>>) -> Vec<Arc<Session>> {
-        let mut congested = Vec::new();
-        let directly = touched.len() <= WRITE_DIRECTLY_MAX;
-        for session in touched.drain(..) {
+    /// both the cores and the publisher's next buffer get their share. Keeps those whose publishers should pause.
+    pub(crate) fn flush(&self, touched: &mut Touched) {
+        let directly = touched.sessions.len() <= WRITE_DIRECTLY_MAX;
+        for session in touched.sessions.drain(..) {
             let pause = if directly {
-                session.flush(self)
+                session.flush(self, false)
             } else {
                 let mut state = session.state.lock();
                 state.out.dirty = false;
@@ -217,12 +269,83 @@ impl Front {
                 state.congested(self)
             };
             if pause {
-                congested.push(session);
+                touched.congested.push(session);
             }
         }
-        congested
+    }
+}
+
+/// Subscribers that were given bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Touched {
+    /// Not flushed yet.
+    pub sessions: Vec<Arc<Session>>,
+    /// Flushed, and so much is left that their publisher should pause.
+    pub congested: Vec<Arc<Session>>,
+}
+
+/// A run that is delivered in several polls: to many subscribers, or behind one that is.
+#[derive(Debug)]
+pub(crate) struct PendingRun {
+    messages: Vec<(Arc<Message>, bool)>,
+    /// Not asked yet, if `None`.
+    targets: Option<Arc<[Target]>>,
+    delivered: usize,
+}
+
+impl PendingRun {
+    pub fn new(lives: &[Live<'_>], targets: Option<Arc<[Target]>>, delivered: usize, now_ms: i64) -> Self {
+        let messages = lives.iter().map(|live| (live.remember(now_ms), live.retain)).collect();
+        Self { messages, targets, delivered }
+    }
+
+    /// Bytes it occupies.
+    pub fn bytes(&self) -> usize {
+        self.messages.iter().map(|(message, _)| message.cost()).sum()
+    }
+
+    pub fn topic(&self) -> &str {
+        let topic = self.messages.first().map_or(&[][..], |(message, _)| message.content().topic);
+        std::str::from_utf8(topic).unwrap_or_default()
+    }
+
+    pub fn targets(&self) -> Option<Arc<[Target]>> {
+        self.targets.clone()
+    }
+
+    /// Delivers to some more of `targets`; true when it is done.
+    pub fn go_on(
+        &mut self,
+        front: &Front,
+        from: Option<&Arc<Session>>,
+        targets: Arc<[Target]>,
+        now: Now,
+        touched: &mut Touched,
+        work: &mut usize,
+    ) -> bool {
+        let lives: Vec<Live<'_>> = self
+            .messages
+            .iter()
+            .map(|(message, retain)| Live {
+                content: message.content(),
+                expiry_secs: message.expiry_left(now.ms).ok().flatten(),
+                qos: message.qos,
+                retain: *retain,
+                message: OnceCell::from(message.clone()),
+            })
+            .collect();
+        let rest = targets.get(self.delivered..).unwrap_or_default();
+        self.delivered += front.deliver_some(from, rest, &Run::new(&lives, None), now, touched, work);
+        let done = self.delivered >= targets.len();
+        self.targets = Some(targets);
+        done
     }
 }
 
 /// Above so many subscribers per buffer each task writes for itself.
 const WRITE_DIRECTLY_MAX: usize = 16;
+/// Bytes given to subscribers before they are written.
+const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
+/// How much one poll of a publisher does for others: messages handed to subscribers, steps of searches. It takes some
+/// milliseconds.
+pub(crate) const WORK_PER_POLL: usize = 16 << 10;

@@ -1,6 +1,6 @@
 //! Sessions as they come and go: claimed by a connection, taken over, left, resumed, expired; and the wills.
 
-use std::collections::hash_map::Entry;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -9,13 +9,14 @@ use parking_lot::MutexGuard;
 use shared::limited;
 use tracing::{debug, warn};
 
-use super::fanout::{Live, Run};
+use super::fanout::{Live, Run, Touched};
 use super::session::{Handle, Session, SessionState, Will};
 use super::stats::add;
 use super::{Front, Now};
 use crate::codec::{QoS, Reason, SubscribeOptions, decode_properties_and_payload};
+use crate::memory::MemoryUse;
 use crate::message::Message;
-use crate::session::connect::Terms;
+use crate::session::connect::{Claim, Terms};
 use crate::session::inbound::ReceivedIds;
 use crate::store::{Admission, Publish, Refusal, SessionLeft, SessionRef, StoreFailed, Ticket};
 use crate::topic::TopicFilter;
@@ -25,6 +26,7 @@ impl Front {
     /// Fills sessions and retained messages from the store. What cannot be read any more is left out and said.
     pub(super) fn load(&self) -> Result<(), StoreFailed> {
         let now = self.now();
+        let mut cut_off = Vec::new();
         for stored in self.store.load_sessions()? {
             if stored.expiry_secs == 0 {
                 self.store.delete_session(&stored.client_id);
@@ -35,7 +37,7 @@ impl Front {
             state.known = true;
             state.stored = true;
             state.user = stored.user;
-            state.expiry_secs = stored.expiry_secs;
+            state.expiry_secs = stored.expiry_secs.min(self.settings.session_expiry_secs_max);
             state.left = stored.left;
             let order = stored.left.map_or(0, |left| left.order);
             self.times_left.fetch_max(order, Ordering::Relaxed);
@@ -59,8 +61,20 @@ impl Front {
             // The time since it was left may have been told by a clock that was wrong (1970, 2099): each start
             // grants the whole expiry again rather than drop sessions of clients that are about to come back.
             self.schedule_end(&session, &mut state, now);
+            self.set_kept(&mut state, true);
+            match state.left {
+                Some(_) => self.reconsider(&session, &mut state),
+                None => cut_off.push(session.clone()),
+            }
             drop(state);
             self.sessions.lock().insert(session.client_id.clone(), session);
+        }
+        // Their clients were connected when the process was killed: they were left last.
+        for session in cut_off {
+            let mut state = session.state.lock();
+            let order = self.times_left.fetch_add(1, Ordering::Relaxed) + 1;
+            state.left = Some(SessionLeft { order, wall_ms: now.wall_ms });
+            self.reconsider(&session, &mut state);
         }
         let mut retained = self.retained.lock();
         for stored in self.store.load_retained()? {
@@ -72,19 +86,31 @@ impl Front {
         Ok(())
     }
 
-    /// Makes the session of `client_id` this connection's own, once whoever has it let go.
-    pub(super) async fn claim(self: Arc<Self>, client_id: String, handle: Arc<Handle>) -> Result<Arc<Session>, Reason> {
+    /// Makes the claimed session this connection's own, once whoever has it let go.
+    pub(super) async fn claim(self: Arc<Self>, claim: Claim, handle: Arc<Handle>) -> Result<Arc<Session>, Reason> {
         loop {
-            let session = {
-                let mut sessions = self.sessions.lock();
-                let count = sessions.len();
-                match sessions.entry(client_id.as_str().into()) {
-                    Entry::Occupied(entry) => entry.get().clone(),
-                    Entry::Vacant(_) if count >= self.settings.sessions_max => return Err(Reason::QUOTA_EXCEEDED),
-                    Entry::Vacant(entry) => {
-                        entry.insert(Arc::new(Session::new(self.next_number(), &client_id))).clone()
-                    }
+            let full = claim.kept && self.sessions_kept.load(Ordering::Relaxed) >= self.settings.sessions_max;
+            let session = match self.sessions.lock().entry(claim.client_id.as_str().into()) {
+                Entry::Occupied(entry) => Some(entry.get().clone()),
+                Entry::Vacant(_) if full => None,
+                Entry::Vacant(entry) => {
+                    let session = Arc::new(Session::new(self.next_number(), &claim.client_id));
+                    let mut state = session.state.lock();
+                    state.user = claim.user.clone();
+                    self.set_kept(&mut state, claim.kept);
+                    drop(state);
+                    Some(entry.insert(session).clone())
                 }
+            };
+            let Some(session) = session else {
+                if self.evict_session() {
+                    continue;
+                }
+                add(&self.counters.sessions_refused_total, 1);
+                let max = self.settings.sessions_max;
+                limited!(warn, client = %claim.client_id, max, "CONNECT refused: there are as many sessions as \
+                    mqtt.sessions_max allows, and each is connected or holds messages");
+                return Err(Reason::QUOTA_EXCEEDED);
             };
             let released = session.released.notified();
             tokio::pin!(released);
@@ -94,13 +120,20 @@ impl Front {
                 if state.ended {
                     continue;
                 }
+                // One that was begun when nobody was asked for a name belongs to whoever comes first.
+                if !self.settings.users.is_empty() && state.user.is_some() && state.user != claim.user {
+                    limited!(warn, client = %claim.client_id, user = claim.user.as_deref().unwrap_or_default(),
+                        "CONNECT refused: the client identifier belongs to another user");
+                    return Err(Reason::CLIENT_IDENTIFIER_NOT_VALID);
+                }
                 match &state.handle {
                     None => {
                         state.handle = Some(handle);
+                        self.reconsider(&session, &mut state);
                         return Ok(session.clone());
                     }
                     Some(old) => {
-                        debug!(client = %client_id, "session taken over");
+                        debug!(client = %claim.client_id, "session taken over");
                         add(&self.counters.takeovers_total, 1);
                         old.kick(Reason::SESSION_TAKEN_OVER);
                     }
@@ -108,6 +141,92 @@ impl Front {
             }
             released.await;
         }
+    }
+
+    /// Keeps the number of sessions that outlive their connections.
+    fn set_kept(&self, state: &mut SessionState, kept: bool) {
+        match (std::mem::replace(&mut state.kept, kept), kept) {
+            (false, true) => drop(self.sessions_kept.fetch_add(1, Ordering::Relaxed)),
+            (true, false) => drop(self.sessions_kept.fetch_sub(1, Ordering::Relaxed)),
+            _ => {}
+        }
+    }
+
+    /// Keeps in step which sessions may be ended to make room: nobody is connected, and they hold no message that was
+    /// acknowledged to its publisher. Called after whatever may have changed that.
+    pub(super) fn reconsider(&self, session: &Session, state: &mut SessionState) {
+        let evictable = state.handle.is_none() && state.kept && !state.ended && state.outbound.bytes() == 0;
+        let order = evictable.then(|| state.left.map_or(0, |left| left.order));
+        if state.evictable != order {
+            let mut all = self.evictable.lock();
+            if let Some(old) = state.evictable {
+                all.remove(&(old, session.client_id.clone()));
+            }
+            if let Some(order) = order {
+                all.insert((order, session.client_id.clone()));
+            }
+            state.evictable = order;
+        }
+    }
+
+    /// Ends the longest absent session that holds no message; false: there is none.
+    fn evict_session(&self) -> bool {
+        loop {
+            let Some((_, client_id)) = self.evictable.lock().pop_first() else { return false };
+            let Some(session) = self.sessions.lock().get(&client_id).cloned() else { continue };
+            let mut state = session.state.lock();
+            if state.evictable.take().is_none() || state.ended || state.handle.is_some() {
+                continue; // Somebody was faster.
+            }
+            let will = state.will.take();
+            self.end(&session, state);
+            add(&self.counters.sessions_evicted_total, 1);
+            let max = self.settings.sessions_max;
+            limited!(warn, client = %client_id, max, "session ended, the longest absent one, to make room: there are \
+                as many as mqtt.sessions_max allows");
+            if let Some(will) = will {
+                self.publish_will(client_id, will);
+            }
+            return true;
+        }
+    }
+
+    /// Ends a session; if a connection has it, that is ended and the session with it, later: false.
+    fn end_or_kick(&self, session: &Arc<Session>) -> bool {
+        let mut state = session.state.lock();
+        if state.ended {
+            return true;
+        }
+        if let Some(handle) = &state.handle {
+            handle.kick(Reason::ADMINISTRATIVE_ACTION);
+            state.expiry_secs = 0;
+            return false;
+        }
+        let will = state.will.take();
+        self.end(session, state);
+        if let Some(will) = will {
+            self.publish_will(session.client_id.clone(), will);
+        }
+        true
+    }
+
+    /// Ends a session for an operator; a connected client is disconnected. False: there is none.
+    pub async fn remove_session(&self, client_id: &str) -> Result<bool, StoreFailed> {
+        let Some(session) = self.sessions.lock().get(client_id).cloned() else { return Ok(false) };
+        loop {
+            let released = session.released.notified();
+            tokio::pin!(released);
+            released.as_mut().enable();
+            if self.end_or_kick(&session) {
+                break;
+            }
+            released.await;
+        }
+        let ticket = session.state.lock().deleted;
+        if ticket != Ticket::default() {
+            self.store.wait(ticket).await?;
+        }
+        Ok(true)
     }
 
     /// Begins or resumes the claimed session on the agreed terms. CONNACK waits for the ticket.
@@ -140,6 +259,8 @@ impl Front {
         });
         drop(timers);
         state.expiry_secs = terms.session_expiry_secs;
+        state.user = terms.user.clone().or(state.user.take());
+        self.set_kept(&mut state, terms.session_expiry_secs > 0);
         state.left = None;
         state.will = will.map(Arc::new);
         state.received.reconnected();
@@ -177,7 +298,7 @@ impl Front {
         if !state.handle.as_ref().is_some_and(|owner| Arc::ptr_eq(owner, handle)) {
             return None;
         }
-        let rest = state.disconnect();
+        let rest = state.disconnect(self);
         // What found no room on the disk was not acknowledged: the client sends it again.
         state.received.forget(|ticket| self.store.durable(ticket).is_err());
         let mut will = None;
@@ -202,6 +323,7 @@ impl Front {
             state.left = Some(SessionLeft { order, wall_ms: now.wall_ms });
             // Nobody waits for it: after a crash the session merely counts as left at the restart.
             let _ = self.store.save_session(&state.to_stored(&session.client_id));
+            self.reconsider(session, &mut state);
             drop(state);
         }
         session.released.notify_waiters();
@@ -224,8 +346,10 @@ impl Front {
         state.ended = true;
         self.unsubscribe_all(session, &mut state);
         state.forget(self);
+        self.set_kept(&mut state, false);
+        self.reconsider(session, &mut state);
         if std::mem::take(&mut state.stored) {
-            let _ = self.store.delete_session(&session.client_id);
+            state.deleted = self.store.delete_session(&session.client_id);
         }
         drop(state);
         let mut sessions = self.sessions.lock();
@@ -246,7 +370,7 @@ impl Front {
         let new = tree.insert(filter, session.clone(), subscription);
         self.generation.fetch_add(1, Ordering::Release);
         drop(tree);
-        state.subscriptions.insert(filter.as_str().into(), subscription);
+        state.insert_subscription(filter.as_str(), subscription, self);
         new
     }
 
@@ -257,7 +381,7 @@ impl Front {
         state: &mut SessionState,
         filter: &TopicFilter<'_>,
     ) -> bool {
-        let existed = state.subscriptions.remove(filter.as_str()).is_some();
+        let existed = state.remove_subscription(filter.as_str(), self);
         if existed {
             let mut tree = self.tree.write();
             tree.remove(filter, session);
@@ -267,17 +391,15 @@ impl Front {
     }
 
     fn unsubscribe_all(&self, session: &Arc<Session>, state: &mut SessionState) {
-        let subscriptions = std::mem::take(&mut state.subscriptions);
-        if subscriptions.is_empty() {
-            return;
-        }
-        let mut tree = self.tree.write();
-        for filter in subscriptions.keys() {
-            if let Ok(filter) = TopicFilter::parse(filter) {
-                tree.remove(&filter, session);
+        for filters in state.take_subscriptions(self).chunks(UNSUBSCRIBED_AT_ONCE) {
+            let mut tree = self.tree.write();
+            for filter in filters {
+                if let Ok(filter) = TopicFilter::parse(filter) {
+                    tree.remove(&filter, session);
+                }
             }
+            self.generation.fetch_add(1, Ordering::Release);
         }
-        self.generation.fetch_add(1, Ordering::Release);
     }
 
     /// A will goes the way of any PUBLISH. If there is no room it is offered again until the hold timeout.
@@ -349,9 +471,9 @@ impl Front {
             retain: publish.retain,
             message: std::cell::OnceCell::from(message.clone()),
         };
-        let (targets, _) = self.targets(publish.topic);
-        let mut touched = Vec::new();
-        self.deliver(None, &targets, &Run::new(std::slice::from_ref(&live), None), now.ms, &mut touched);
+        let (targets, ..) = self.targets(publish.topic);
+        let mut touched = Touched::default();
+        self.deliver(None, &targets, &Run::new(std::slice::from_ref(&live), None), now, &mut touched);
         self.flush(&mut touched);
     }
 
@@ -368,21 +490,38 @@ impl Front {
             loop {
                 tick.tick().await;
                 let Some(front) = front.upgrade() else { return };
-                front.run_timers(front.now());
+                while front.run_timers(front.now(), TIMERS_AT_ONCE) {
+                    tokio::task::yield_now().await;
+                }
+                front.end_stuck_readers().await;
                 ticks = ticks.wrapping_add(1);
                 if ticks.is_multiple_of(5) {
                     front.pool.trim();
                 }
-                if ticks.is_multiple_of(60) {
-                    // The store's goes too, under the same lock: nobody retains a new one in between.
-                    front.retained.lock().expire(front.now().ms, |topic| front.store.delete_retained(topic));
-                }
+                // The store's go too, under the same lock: nobody retains a new one in between.
+                let gone = |topic: &str| front.store.delete_retained(topic);
+                front.retained.lock().expire(front.now().ms, EXPIRED_AT_ONCE, gone);
             }
         });
     }
 
-    fn run_timers(&self, now: Now) {
-        loop {
+    /// While memory is short: ends connections that read nothing and hold what others want, though nobody publishes to
+    /// them any more.
+    async fn end_stuck_readers(&self) {
+        let mut after: Arc<str> = "".into();
+        while self.memory.room(MemoryUse::Incoming, 0) < self.settings.packet_bytes_max {
+            let page = self.sessions_after(&after, SESSIONS_AT_ONCE);
+            let Some(last) = page.last() else { return };
+            after = last.client_id.clone();
+            let now = self.now();
+            page.iter().for_each(|session| session.state.lock().found_no_room(self, now));
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Ends sessions and publishes wills whose time has come, at most so many; true if there may be more.
+    fn run_timers(&self, now: Now, at_most: usize) -> bool {
+        for _ in 0..at_most {
             let client_id = {
                 let mut timers = self.timers.lock();
                 match timers.first() {
@@ -390,7 +529,7 @@ impl Front {
                     _ => None,
                 }
             };
-            let Some(client_id) = client_id else { return };
+            let Some(client_id) = client_id else { return false };
             let Some(session) = self.sessions.lock().get(&client_id).cloned() else { continue };
             let mut state = session.state.lock();
             if state.handle.is_some() || state.ended {
@@ -412,5 +551,15 @@ impl Front {
                 self.publish_will(client_id, will);
             }
         }
+        true
     }
 }
+
+/// Subscriptions removed under one hold of the tree's lock, which publishers need.
+const UNSUBSCRIBED_AT_ONCE: usize = 64;
+/// Sessions looked at before others have their turn.
+const SESSIONS_AT_ONCE: usize = 100;
+/// Sessions ended before others have their turn.
+const TIMERS_AT_ONCE: usize = 16;
+/// Retained messages that are looked at each second for whether they have expired.
+const EXPIRED_AT_ONCE: usize = 2_000;

@@ -1,20 +1,22 @@
 //! What the packets of a client mean.
 
 use std::cell::OnceCell;
+use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
 use super::connection::{Close, Connection, Held, Reply, Stage};
-use super::fanout::{Live, Run, Target};
-use super::session::{RetainedDelivery, Will};
+use super::fanout::{Live, PendingRun, Run, Target, Touched, WORK_PER_POLL};
+use super::session::Will;
 use super::stats::add;
 use super::{Front, Now};
 use crate::codec::{
     self, Connect, Disconnect, Frame, Packet, QoS, Reason, RetainHandling, Split, SubAck, Subscribe, Unsubscribe,
     Version, encode_properties_and_payload, split,
 };
+use crate::memory::MemoryUse;
 use crate::message::{Content, Message, encode_properties};
-use crate::session::connect::{granted, is_reserved, negotiate};
+use crate::session::connect::{is_reserved, negotiate};
 use crate::session::inbound::Answer;
 use crate::store::{Admission, Publish, Refusal, SessionRef, StoredSubscription, Ticket};
 use crate::topic::TopicFilter;
@@ -45,6 +47,11 @@ impl Connection {
         let mut at = 0;
         let end = loop {
             let rest = bytes.get(at..).unwrap_or_default();
+            if batch.len() >= BATCH_MESSAGES_MAX
+                && let Err(close) = self.offer_batch(&mut batch, now)
+            {
+                break Err(close);
+            }
             if !self.may_read() {
                 self.backlog = !rest.is_empty();
                 break Ok(());
@@ -93,12 +100,12 @@ impl Connection {
             }
             Packet::Subscribe(subscribe) => {
                 self.offer_batch(batch, now)?;
-                self.subscribe(&subscribe, version, now)
+                self.subscribe(&subscribe, version);
+                Ok(())
             }
             Packet::Unsubscribe(unsubscribe) => {
                 self.offer_batch(batch, now)?;
-                self.unsubscribe(&unsubscribe, version);
-                Ok(())
+                self.unsubscribe(&unsubscribe, version)
             }
             Packet::Disconnect(disconnect) => {
                 self.offer_batch(batch, now)?;
@@ -136,8 +143,13 @@ impl Connection {
                 Err(Close::Refused)
             }
             Ok(terms) => {
-                self.will = will(&connect)?;
-                let claim = self.front.clone().claim(terms.client_id.clone(), self.handle.clone());
+                let Some(will) = self.front.will(&connect)? else {
+                    self.refuse_connect(Reason::QUOTA_EXCEEDED);
+                    return Err(Close::Refused);
+                };
+                self.will = will;
+                self.front.has_spoken(self.number);
+                let claim = self.front.clone().claim(terms.claim(), self.handle.clone());
                 self.terms = Some(terms);
                 self.stage = Stage::Claiming(Box::pin(claim));
                 Ok(())
@@ -224,10 +236,18 @@ impl Connection {
         if self.aliases.len() <= at {
             self.aliases.resize(at + 1, None);
         }
+        let room = self.front.memory.room(MemoryUse::Topics, self.memory_bytes());
         if let Some(slot) = self.aliases.get_mut(at)
             && slot.as_deref() != Some(topic)
         {
+            let old = slot.as_deref().map_or(0, |old| old.len() + ALIAS_BYTES);
+            let bytes = self.topics_bytes - old + topic.len() + ALIAS_BYTES;
+            if bytes.saturating_sub(self.topics_bytes) > room {
+                add(&self.front.counters.memory_refused_total, 1);
+                return Err(Close::ours(Reason::QUOTA_EXCEEDED, "no memory is left for a topic alias"));
+            }
             *slot = Some(topic.into());
+            self.count_topics(bytes);
         }
         Ok(None)
     }
@@ -423,22 +443,69 @@ impl Connection {
     }
 
     /// The subscribers of a topic, remembered for the next messages.
-    fn targets_of(&mut self, topic: &str) -> Arc<[Target]> {
+    pub(super) fn targets_of(&mut self, topic: &str) -> Arc<[Target]> {
         let generation = self.front.generation.load(std::sync::atomic::Ordering::Acquire);
         if let Some(at) = self.targets.iter().position(|(name, ..)| **name == *topic)
             && let Some((_, known, targets)) = self.targets.get_mut(at)
         {
-            if *known != generation {
-                (*targets, *known) = self.front.targets(topic);
+            if *known == generation {
+                return targets.clone();
             }
-            return targets.clone();
+            // Subscriptions changed: asked again below.
+            let (topic, _, targets) = self.targets.remove(at);
+            self.count_topics(self.topics_bytes - route_bytes(&topic, &targets));
         }
-        let (targets, generation) = self.front.targets(topic);
+        let (targets, generation, steps) = self.front.targets(topic);
+        self.work += steps;
+        let mut bytes = self.topics_bytes + route_bytes(topic, &targets);
         if self.targets.len() >= TARGETS_REMEMBERED {
-            self.targets.remove(0);
+            let (topic, _, targets) = self.targets.remove(0);
+            bytes -= route_bytes(&topic, &targets);
         }
-        self.targets.push((topic.into(), generation, targets.clone()));
+        if bytes.saturating_sub(self.topics_bytes) <= self.front.memory.room(MemoryUse::Topics, self.memory_bytes()) {
+            self.targets.push((topic.into(), generation, targets.clone()));
+        } else {
+            bytes -= route_bytes(topic, &targets); // No room to remember them: they are looked up each time.
+        }
+        self.count_topics(bytes);
         targets
+    }
+
+    pub(super) fn count_topics(&mut self, bytes: usize) {
+        self.topics_bytes = bytes;
+        self.front.memory.recount(MemoryUse::Topics, &mut self.counted_topics, bytes);
+    }
+
+    /// Goes on with what is to be delivered to many subscribers, for a while.
+    pub(super) fn deliver_pending(&mut self, now: Now) {
+        let (front, from) = (self.front.clone(), self.session.clone());
+        let mut touched = Touched::default();
+        while self.work < WORK_PER_POLL
+            && let Some(mut run) = self.pending.pop_front()
+        {
+            let targets = match run.targets() {
+                Some(targets) => targets,
+                None => self.targets_of(run.topic()),
+            };
+            let bytes = run.bytes();
+            if run.go_on(&front, from.as_ref(), targets, now, &mut touched, &mut self.work) {
+                self.pending_bytes -= bytes;
+            } else {
+                self.pending.push_front(run);
+            }
+        }
+        front.flush(&mut touched);
+        self.pause_for(touched, now);
+    }
+
+    fn pause_for(&mut self, touched: Touched, now: Now) {
+        if touched.congested.is_empty() {
+            return;
+        }
+        if self.congested.is_empty() {
+            self.congested_until = now.instant + self.front.settings.slow_subscriber_wait;
+        }
+        self.congested.extend(touched.congested);
     }
 
     fn pubrel(&mut self, id: u16) {
@@ -457,31 +524,41 @@ impl Connection {
         self.answers.push(ticket, Answer::PubComp(id, reason));
     }
 
-    fn subscribe(&mut self, subscribe: &Subscribe<'_>, version: Version, now: Now) -> Result<(), Close> {
-        let Some(session) = self.session.clone() else { return Ok(()) };
+    fn subscribe(&mut self, subscribe: &Subscribe<'_>, version: Version) {
+        let Some(session) = self.session.clone() else { return };
         let identifier = subscribe.properties.subscription_id;
         let front = self.front.clone();
-        let mut reasons = Vec::with_capacity(subscribe.filters.len());
-        let mut retained: Vec<RetainedDelivery> = Vec::new();
-        let mut ticket = Ticket::default();
         let mut state = session.state.lock();
-        for &(text, options) in &subscribe.filters {
+        let mut ticket = Ticket::default();
+        let mut retained: Vec<Arc<str>> = Vec::new();
+        // What a filter is given when it is there more than once, the last time counts for.
+        let mut last: HashMap<&str, (usize, Reason)> = HashMap::new();
+        let count = subscribe.filters.len().min(FILTERS_PER_PACKET_MAX);
+        let filters = subscribe.filters.get(..count).unwrap_or_default();
+        for (i, &(text, _)) in filters.iter().enumerate() {
+            last.insert(text, (i, Reason::SUCCESS));
+        }
+        for (i, &(text, options)) in filters.iter().enumerate() {
+            let Some((_, reason)) = last.get_mut(text).filter(|(at, _)| *at == i) else { continue };
             let filter = match TopicFilter::parse(text) {
                 Ok(filter) if filter.share().is_some() => {
-                    reasons.push(Reason::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED);
+                    *reason = Reason::SHARED_SUBSCRIPTIONS_NOT_SUPPORTED;
                     continue;
                 }
                 Ok(filter) => filter,
                 Err(_) => {
-                    reasons.push(Reason::TOPIC_FILTER_INVALID);
+                    *reason = Reason::TOPIC_FILTER_INVALID;
                     continue;
                 }
             };
-            let known = state.subscriptions.contains_key(filter.as_str());
-            let full = !known && state.subscriptions.len() >= front.settings.subscriptions_max;
-            // Retained messages of earlier subscriptions are still on their way: enough is enough.
-            if full || state.backlog.len() + retained.len() > front.settings.retained_messages_max {
-                reasons.push(Reason::QUOTA_EXCEEDED);
+            let known = state.subscriptions.contains_key(text);
+            if !known && state.subscriptions.len() >= front.settings.subscriptions_max {
+                *reason = Reason::QUOTA_EXCEEDED;
+                continue;
+            }
+            if !known && !state.has_room_for_filter(text.len(), &front) {
+                add(&front.counters.memory_refused_total, 1);
+                *reason = Reason::QUOTA_EXCEEDED;
                 continue;
             }
             if state.stored {
@@ -489,27 +566,31 @@ impl Connection {
                 match front.store.save_subscription(&session.client_id, &stored) {
                     Ok(saved) => ticket = ticket.max(saved),
                     Err(refusal) => {
-                        reasons.push(refusal.reason());
+                        *reason = refusal.reason();
                         continue;
                     }
                 }
             }
             front.subscribe(&session, &mut state, &filter, Subscription { options, identifier });
-            reasons.push(Reason(options.qos as u8));
             let send = match options.retain_handling {
                 RetainHandling::Send => true,
                 RetainHandling::SendIfNew => !known,
                 RetainHandling::DoNotSend => false,
             };
             if send {
-                let messages = front.retained.lock().find(&filter, now.ms);
-                retained.extend(messages.into_iter().map(|message| RetainedDelivery {
-                    qos: granted(message.qos, options.qos),
-                    message,
-                    subscription_id: identifier,
-                }));
+                retained.push(text.into());
             }
         }
+        // Read after the subscriptions are in the tree: what is retained from here on comes live.
+        let upto = front.retained.lock().newest();
+        let mut reasons: Vec<Reason> = filters
+            .iter()
+            .map(|(text, options)| match last.get(text) {
+                Some((_, reason)) if reason.is_error() => *reason,
+                _ => Reason(options.qos as u8),
+            })
+            .collect();
+        reasons.resize(subscribe.filters.len(), Reason::QUOTA_EXCEEDED);
         if version == Version::V4 {
             reasons.iter_mut().filter(|reason| reason.is_error()).for_each(|reason| *reason = Reason(0x80));
         }
@@ -520,18 +601,25 @@ impl Connection {
             let mut bytes = std::mem::take(&mut self.reply);
             encode(&ack, version, &mut bytes);
             state.back(&front).extend_from_slice(&bytes);
-            state.backlog.extend(retained);
+            retained.iter().for_each(|filter| state.start_retained(filter, upto));
         } else {
             drop(state);
             let mut bytes = Vec::new();
             encode(&ack, version, &mut bytes);
-            self.answers.push(ticket, Answer::Other(Reply::Bytes(bytes, retained)));
+            self.answers.push(ticket, Answer::Other(Reply::SubAck { bytes, retained, upto }));
         }
-        Ok(())
     }
 
-    fn unsubscribe(&mut self, unsubscribe: &Unsubscribe<'_>, version: Version) {
-        let Some(session) = self.session.clone() else { return };
+    fn unsubscribe(&mut self, unsubscribe: &Unsubscribe<'_>, version: Version) -> Result<(), Close> {
+        let Some(session) = self.session.clone() else { return Ok(()) };
+        if unsubscribe.filters.len() > FILTERS_PER_PACKET_MAX {
+            // A 3.1.1 UNSUBACK cannot say that some were not done, and no session has so many.
+            let why = format!(
+                "an UNSUBSCRIBE of {} topic filters: at most {FILTERS_PER_PACKET_MAX} are taken, send several packets",
+                unsubscribe.filters.len()
+            );
+            return Err(Close::ours(Reason::QUOTA_EXCEEDED, why));
+        }
         let mut state = session.state.lock();
         let mut ticket = Ticket::default();
         let mut reasons = Vec::with_capacity(unsubscribe.filters.len());
@@ -555,7 +643,8 @@ impl Connection {
         let mut bytes = Vec::new();
         let ack = SubAck { packet_id: unsubscribe.packet_id, properties: None, reasons };
         encode(&Packet::UnsubAck(ack), version, &mut bytes);
-        self.answers.push(ticket, Answer::Other(Reply::Bytes(bytes, Vec::new())));
+        self.answers.push(ticket, Answer::Other(Reply::Bytes(bytes)));
+        Ok(())
     }
 
     fn disconnect(&mut self, disconnect: &Disconnect<'_>) -> Close {
@@ -574,24 +663,45 @@ impl Connection {
 
 /// Topics whose subscribers a connection remembers.
 const TARGETS_REMEMBERED: usize = 8;
+/// PUBLISHes that go to the store together.
+const BATCH_MESSAGES_MAX: usize = 1024;
+/// Topic filters of one SUBSCRIBE; those beyond are refused (0x97). An UNSUBSCRIBE of more ends the connection (0x97).
+const FILTERS_PER_PACKET_MAX: usize = 1024;
+/// What a topic alias costs besides the topic.
+const ALIAS_BYTES: usize = 48;
+
+/// What it costs to remember the subscribers of a topic.
+fn route_bytes(topic: &str, targets: &[Target]) -> usize {
+    64 + topic.len() + size_of_val(targets) + targets.iter().map(Target::subscription_ids_bytes).sum::<usize>()
+}
 
 fn encode(packet: &Packet<'_>, version: Version, out: &mut Vec<u8>) {
     let encoded = packet.encode(version, out);
     debug_assert_eq!(encoded, Ok(()), "an acknowledgement is as long as the packet it answers, at most");
 }
 
-fn will(connect: &Connect<'_>) -> Result<Option<Will>, Close> {
-    let Some(will) = &connect.will else { return Ok(None) };
-    let mut properties_and_payload = Vec::new();
-    encode_properties_and_payload(&will.properties, will.payload, &mut properties_and_payload)
-        .map_err(|error| Close::ours(Reason::PROTOCOL_ERROR, error.to_string()))?;
-    Ok(Some(Will {
-        topic: will.topic.to_owned(),
-        properties_and_payload,
-        qos: will.qos as u8,
-        retain: will.retain,
-        delay_secs: will.delay_secs,
-    }))
+impl Front {
+    /// The will of a CONNECT. `None`: there is one, and the memory budget has no room for it.
+    fn will(&self, connect: &Connect<'_>) -> Result<Option<Option<Will>>, Close> {
+        let Some(will) = &connect.will else { return Ok(Some(None)) };
+        let mut properties_and_payload = Vec::new();
+        encode_properties_and_payload(&will.properties, will.payload, &mut properties_and_payload)
+            .map_err(|error| Close::ours(Reason::PROTOCOL_ERROR, error.to_string()))?;
+        properties_and_payload.shrink_to_fit();
+        let bytes = size_of::<Will>() + will.topic.len() + properties_and_payload.len();
+        let Some(permit) = self.memory.take(MemoryUse::Wills, 0, bytes) else {
+            add(&self.counters.memory_refused_total, 1);
+            return Ok(None);
+        };
+        Ok(Some(Some(Will {
+            topic: will.topic.to_owned(),
+            properties_and_payload,
+            qos: will.qos as u8,
+            retain: will.retain,
+            delay_secs: will.delay_secs,
+            permit,
+        })))
+    }
 }
 
 fn remember(incoming: &Incoming<'_>, now: Now) -> Option<Arc<Message>> {
@@ -644,14 +754,16 @@ impl<'a, 'b> Delivery<'a, 'b> {
         }
         let mut properties = properties.into_iter();
         let from = connection.session.clone();
-        let mut touched = Vec::new();
+        let mut touched = Touched::default();
         let mut lives = Vec::with_capacity(self.items.len());
         for run in self.items.chunk_by(|a, b| match (a, b) {
             (Some(a), Some(b)) => a.topic() == b.topic(),
             _ => false,
         }) {
             let Some(Some(first)) = run.first() else { continue };
-            let targets = connection.targets_of(first.topic());
+            // Behind what is delivered in several polls, all is: in order.
+            let later = !connection.pending.is_empty() || connection.work >= WORK_PER_POLL;
+            let targets = if later { None } else { Some(connection.targets_of(first.topic())) };
             lives.clear();
             for incoming in run.iter().flatten() {
                 let (start, end, expiry_at) = properties.next().unwrap_or_default();
@@ -668,19 +780,26 @@ impl<'a, 'b> Delivery<'a, 'b> {
                     message: OnceCell::new(),
                 });
             }
-            if targets.is_empty() {
-                continue;
-            }
-            let raw = raw_bytes(run, self.version).map(|bytes| (self.version, bytes));
-            self.front.deliver(from.as_ref(), &targets, &Run::new(&lives, raw), self.now.ms, &mut touched);
+            let delivered = match &targets {
+                None => 0,
+                Some(targets) if targets.is_empty() => continue,
+                Some(targets) => {
+                    let raw = raw_bytes(run, self.version).map(|bytes| (self.version, bytes));
+                    let run = Run::new(&lives, raw);
+                    let work = &mut connection.work;
+                    let count = self.front.deliver_some(from.as_ref(), targets, &run, self.now, &mut touched, work);
+                    if count >= targets.len() {
+                        continue;
+                    }
+                    count
+                }
+            };
+            let pending = PendingRun::new(&lives, targets, delivered, self.now.ms);
+            connection.pending_bytes += pending.bytes();
+            connection.pending.push_back(pending);
         }
-        let congested = self.front.flush(&mut touched);
-        if !congested.is_empty() {
-            if connection.congested.is_empty() {
-                connection.congested_until = self.now.instant + self.front.settings.slow_subscriber_wait;
-            }
-            connection.congested.extend(congested);
-        }
+        self.front.flush(&mut touched);
+        connection.pause_for(touched, self.now);
     }
 }
 

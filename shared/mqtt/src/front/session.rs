@@ -5,19 +5,22 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::AcqRel, Ordering::Acquire};
 use std::task::Waker;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::Notify;
 
-use super::Front;
-use super::stats::{add, sub};
+use super::stats::add;
+use super::{Front, Now};
 use crate::codec::{QoS, Reason};
-use crate::message::{Envelope, Message};
+use crate::memory::{MemoryPermit, MemoryUse};
+use crate::retained::{RetainedCursor, RetainedStep};
 use crate::session::inbound::ReceivedIds;
-use crate::session::outbound::{Delivered, Outbound};
-use crate::store::{SessionLeft, StoredSession};
-use crate::tree::Subscription;
+use crate::session::outbound::{Bounds, Delivered, Outbound};
+use crate::store::{SessionLeft, StoredSession, Ticket};
+use crate::topic::TopicFilter;
+use crate::tree::{Subscription, subscription_cost};
 
 /// One session. The number orders sessions in the topic tree.
 #[derive(Debug)]
@@ -27,6 +30,29 @@ pub(crate) struct Session {
     pub state: Mutex<SessionState>,
     /// A connection let go of it.
     pub released: Notify,
+}
+
+/// A session as an operator sees it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SessionInfo {
+    /// The client identifier.
+    pub client_id: String,
+    /// The user it belongs to.
+    pub user: Option<String>,
+    /// A connection has it.
+    pub connected: bool,
+    /// When its last connection ended, milliseconds since 1970 as the gateway's clock stood; unknown after a crash.
+    pub left_ms: Option<i64>,
+    /// Subscriptions.
+    pub subscriptions: usize,
+    /// Messages with QoS 1 and 2 queued or on their way.
+    pub queued_messages: usize,
+    /// Bytes of those that must be remembered.
+    pub queued_bytes: usize,
+    /// Seconds it lives without a connection; 0: it ends with it, 4,294,967,295: for ever.
+    pub expiry_secs: u32,
+    /// Seconds until it ends, if nobody connects.
+    pub expires_in_secs: Option<i64>,
 }
 
 #[derive(Debug)]
@@ -41,6 +67,12 @@ pub(crate) struct SessionState {
     pub known: bool,
     /// The store has it.
     pub stored: bool,
+    /// It outlives its connection, or is about to.
+    pub kept: bool,
+    /// Where it stands among the sessions that may be ended to make room.
+    pub evictable: Option<u64>,
+    /// Its end is durable with this ticket.
+    pub deleted: Ticket,
     /// The user it belongs to.
     pub user: Option<String>,
     /// Seconds it outlives its connection; `u32::MAX`: for ever.
@@ -49,13 +81,14 @@ pub(crate) struct SessionState {
     pub left: Option<SessionLeft>,
     /// When it ends; only while nobody is connected.
     pub expires_ms: Option<i64>,
-    pub subscriptions: BTreeMap<Box<str>, Subscription>,
+    pub subscriptions: BTreeMap<Arc<str>, SessionSubscription>,
     pub outbound: Outbound,
     pub received: ReceivedIds,
-    /// Retained messages that new subscriptions are still to get.
-    pub backlog: VecDeque<RetainedDelivery>,
-    /// What of `outbound` is counted in the front's gauge.
-    counted_bytes: usize,
+    /// Subscriptions that are still to get retained messages, each once; the first is at `cursor`.
+    pub backlog: VecDeque<Arc<str>>,
+    cursor: RetainedCursor,
+    /// What is counted in the front's budget.
+    counted: CountedBytes,
     pub will: Option<Arc<Will>>,
     /// When a delayed will is published.
     pub will_due_ms: Option<i64>,
@@ -64,12 +97,30 @@ pub(crate) struct SessionState {
     epoch: u64,
 }
 
-/// A retained message for a new subscription.
-#[derive(Debug)]
-pub(crate) struct RetainedDelivery {
-    pub message: Arc<Message>,
-    pub qos: QoS,
-    pub subscription_id: Option<u32>,
+/// A subscription as its session has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SessionSubscription {
+    pub subscription: Subscription,
+    /// It is in the session's backlog: retained messages up to this number are still to be sent.
+    pub retained_upto: Option<u64>,
+}
+
+#[derive(Debug, Default)]
+struct CountedBytes {
+    queues: usize,
+    outgoing: usize,
+    filters: usize,
+}
+
+/// What [`SessionState::pull_retained`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pulled {
+    /// There is nothing to do, or not before the socket or the client's acknowledgements move.
+    Nothing,
+    /// There is more to do: others first.
+    More,
+    /// The memory budget has no room at the moment.
+    NoRoom,
 }
 
 /// What is published when a connection is lost.
@@ -81,6 +132,7 @@ pub(crate) struct Will {
     pub qos: u8,
     pub retain: bool,
     pub delay_secs: u32,
+    pub permit: MemoryPermit,
 }
 
 /// Bytes on their way to the socket: `front` is being written from `front_at` on, `back` is appended to.
@@ -89,8 +141,10 @@ pub(crate) struct Out {
     pub back: Vec<u8>,
     front: Vec<u8>,
     front_at: usize,
-    /// Somebody took `front` to write it; this many bytes.
-    writing: Option<usize>,
+    /// Somebody took `front` to write it: how many bytes were left of it, and its capacity.
+    writing: Option<(usize, usize)>,
+    /// Since when the socket has taken nothing although there was something.
+    stuck_since: Option<Instant>,
     /// The socket took no more; its owner waits for it.
     pub blocked: bool,
     /// The socket is broken; its owner will find out.
@@ -175,6 +229,9 @@ impl Session {
             ended: false,
             known: false,
             stored: false,
+            kept: false,
+            evictable: None,
+            deleted: Ticket::default(),
             user: None,
             expiry_secs: 0,
             left: None,
@@ -183,7 +240,8 @@ impl Session {
             outbound: Outbound::new(),
             received: ReceivedIds::default(),
             backlog: VecDeque::new(),
-            counted_bytes: 0,
+            cursor: RetainedCursor::default(),
+            counted: CountedBytes::default(),
             will: None,
             will_due_ms: None,
             out: Out::default(),
@@ -192,9 +250,25 @@ impl Session {
         Self { number, client_id: client_id.into(), state: Mutex::new(state), released: Notify::new() }
     }
 
+    pub fn info(&self, now: Now) -> SessionInfo {
+        let state = self.state.lock();
+        SessionInfo {
+            client_id: self.client_id.to_string(),
+            user: state.user.clone(),
+            connected: state.handle.is_some(),
+            left_ms: state.left.map(|left| left.wall_ms).filter(|_| state.handle.is_none()),
+            subscriptions: state.subscriptions.len(),
+            queued_messages: state.outbound.messages(),
+            queued_bytes: state.outbound.bytes(),
+            expiry_secs: state.expiry_secs,
+            expires_in_secs: state.expires_ms.map(|at| (at - now.ms).max(0) / 1000),
+        }
+    }
+
     /// Writes what waits for a plain socket, as far as it takes it. Any task may call it; one at a time writes, the
     /// others leave it to that one. Returns whether so much is left that publishers should wait.
-    pub fn flush(&self, front: &Front) -> bool {
+    /// `owner`: the connection's own task calls, and needs no waking for what only that may do.
+    pub fn flush(&self, front: &Front, owner: bool) -> bool {
         let mut state = self.state.lock();
         state.out.dirty = false;
         loop {
@@ -208,7 +282,15 @@ impl Session {
                 },
                 None => return false,
             };
-            let Some((chunk, mut at)) = state.take_chunk(front) else { return state.congested(front) };
+            let Some((chunk, mut at)) = state.take_chunk(front) else {
+                if !owner
+                    && state.may_pull(front)
+                    && let Some(handle) = &state.handle
+                {
+                    handle.wake();
+                }
+                return state.congested(front);
+            };
             let epoch = state.epoch;
             drop(state);
             let mut failed = false;
@@ -257,111 +339,252 @@ impl SessionState {
             return None;
         }
         if self.out.front_at >= self.out.front.len() {
-            if self.out.back.is_empty() && self.live && (self.outbound.has_more() || !self.backlog.is_empty()) {
+            if self.out.back.is_empty() && self.live && self.outbound.has_more() {
                 self.fill(front);
             }
-            let out = &mut self.out;
-            if out.back.is_empty() {
-                front.pool.give(std::mem::take(&mut out.back));
+            if self.out.back.is_empty() {
+                front.pool.give(std::mem::take(&mut self.out.back));
+                self.count_bytes(front);
                 return None;
             }
-            out.front = std::mem::take(&mut out.back);
-            out.front_at = 0;
+            self.out.front = std::mem::take(&mut self.out.back);
+            self.out.front_at = 0;
         }
         let out = &mut self.out;
-        out.writing = Some(out.front.len() - out.front_at);
+        out.writing = Some((out.front.len() - out.front_at, out.front.capacity()));
         Some((std::mem::take(&mut out.front), out.front_at))
     }
 
-    /// Writes what waited for its turn: retained messages of new subscriptions, what must be sent again, the queue.
+    /// Writes what waited for its turn: what must be sent again, and the queue.
     fn fill(&mut self, front: &Front) {
         let now_ms = front.now().ms;
-        let bounds = front.bounds();
+        let bounds = self.bounds(front);
         let back = &mut self.out.back;
         if back.capacity() == 0 {
             *back = front.pool.take();
         }
-        if !self.backlog.is_empty() {
-            let retained = front.retained.lock();
-            let (mut sent, mut dropped) = (0, 0);
-            while let Some(next) = self.backlog.front() {
-                if back.len() >= bounds.out_bytes_max / 4 || self.outbound.queue_len() * 2 > bounds.queue_messages_max {
-                    break;
-                }
-                let content = next.message.content();
-                let ids = next.subscription_id.as_slice();
-                // One that was replaced meanwhile came as a live message already; after it the old one would mislead.
-                let current = retained.is_current(&next.message);
-                let left = next.message.expiry_left(now_ms);
-                if let (true, Ok(left)) = (current, left) {
-                    let envelope = Envelope {
-                        version: self.outbound.version(),
-                        qos: next.qos,
-                        dup: false,
-                        retain: true,
-                        packet_id: 0,
-                        subscription_ids: ids,
-                        expiry_secs: left,
-                    };
-                    if content.packet_bytes(&envelope) > self.outbound.packet_bytes_max() {
-                        dropped += 1;
-                    } else if next.qos == QoS::AtMostOnce {
-                        content.append(&envelope, back);
-                        sent += 1;
-                    } else {
-                        let remember = || next.message.clone();
-                        let outbound = &mut self.outbound;
-                        match outbound.deliver(&content, next.qos, true, ids, true, remember, &bounds, back) {
-                            Delivered::QueueFull => break,
-                            Delivered::TooLarge => dropped += 1,
-                            Delivered::Sent | Delivered::Queued => sent += 1,
-                        }
-                    }
-                }
-                self.backlog.pop_front();
-            }
-            if self.backlog.is_empty() {
-                self.backlog = VecDeque::new();
-            }
-            add(&front.counters.sent_messages_total, sent);
-            add(&front.counters.dropped_too_large_total, dropped);
-        }
-        let expired = self.outbound.fill(now_ms, &bounds, &mut self.out.back);
+        let expired = self.outbound.fill(now_ms, &bounds, back);
         add(&front.counters.expired_total, expired);
         self.count_bytes(front);
     }
 
-    /// Keeps the front's gauge of queued bytes in step. Called after whatever may have changed `outbound`.
-    pub fn count_bytes(&mut self, front: &Front) {
-        let (now, counted) = (self.outbound.bytes(), self.counted_bytes);
-        if now > counted {
-            add(&front.counters.queued_bytes, now - counted);
-        } else {
-            sub(&front.counters.queued_bytes, counted - now);
+    /// Whether [`Self::pull_retained`] may have something to do.
+    pub fn may_pull(&self, front: &Front) -> bool {
+        self.live
+            && !self.backlog.is_empty()
+            && !self.out.blocked
+            && !self.out.failed
+            && self.pending_bytes() < front.settings.outbound_bytes_max / 4
+            && (self.outbound.may_send() || !self.pulls_acknowledged())
+    }
+
+    /// Whether the subscription that is next in the backlog has a QoS above 0.
+    fn pulls_acknowledged(&self) -> bool {
+        let next = self.backlog.front().and_then(|filter| self.subscriptions.get(filter));
+        next.is_some_and(|next| next.subscription.options.qos > QoS::AtMostOnce)
+    }
+
+    /// Makes a subscription get the retained messages up to the number `upto`, from the first on.
+    pub fn start_retained(&mut self, filter: &Arc<str>, upto: u64) {
+        let Some((key, subscribed)) = self.subscriptions.get_key_value(filter) else { return };
+        if subscribed.retained_upto.is_none() {
+            self.backlog.push_back(key.clone());
+        } else if self.backlog.front().is_some_and(|first| first == key) {
+            self.cursor = RetainedCursor::default();
         }
-        self.counted_bytes = now;
+        if let Some(subscribed) = self.subscriptions.get_mut(filter) {
+            subscribed.retained_upto = Some(upto);
+        }
+    }
+
+    /// Goes some steps through the retained messages and writes those that new subscriptions are to get, as the socket, the
+    /// client's window and the memory budget have room. Called by the connection's own task only: a search for one client is
+    /// nobody else's work.
+    pub fn pull_retained(&mut self, front: &Front, now: Now) -> Pulled {
+        if !self.may_pull(front) {
+            return Pulled::Nothing;
+        }
+        let mut bounds = self.bounds(front);
+        if self.out.back.capacity() == 0 {
+            self.out.back = front.pool.take();
+        }
+        let mut steps = RETAINED_STEPS;
+        let (mut sent, mut dropped) = (0, 0);
+        let retained = front.retained.lock();
+        let pulled = loop {
+            let Some(text) = self.backlog.front().cloned() else { break Pulled::Nothing };
+            let found =
+                self.subscriptions.get(&text).map(|subscribed| (subscribed.subscription, subscribed.retained_upto));
+            let (Some((subscription, Some(upto))), Ok(filter)) = (found, TopicFilter::parse(&text)) else {
+                self.next_in_backlog();
+                continue;
+            };
+            if self.pending_bytes() >= front.settings.outbound_bytes_max / 4
+                || subscription.options.qos > QoS::AtMostOnce && !self.outbound.may_send()
+            {
+                break Pulled::Nothing;
+            }
+            let message = match retained.next(&filter, upto, now.ms, &mut self.cursor, &mut steps) {
+                RetainedStep::Found(message) => message,
+                RetainedStep::Paused => break Pulled::More,
+                RetainedStep::Finished => {
+                    self.next_in_backlog();
+                    continue;
+                }
+            };
+            let (content, ids) = (message.content(), subscription.identifier);
+            let (outbound, back) = (&mut self.outbound, &mut self.out.back);
+            let qos = message.qos.min(subscription.options.qos);
+            let left = message.expiry_left(now.ms).ok().flatten();
+            match outbound.send_retained(&message, &content, qos, ids.as_slice(), left, &mut bounds, back) {
+                Delivered::Sent | Delivered::Queued => sent += 1,
+                Delivered::TooLarge => dropped += 1,
+                Delivered::QueueFull if sent > 0 => break Pulled::More,
+                Delivered::QueueFull => break Pulled::NoRoom,
+            }
+            self.cursor.pass();
+        };
+        drop(retained);
+        add(&front.counters.retained_steps_total, RETAINED_STEPS - steps);
+        add(&front.counters.sent_messages_total, sent);
+        add(&front.counters.dropped_too_large_total, dropped);
+        self.count_bytes(front);
+        pulled
+    }
+
+    fn next_in_backlog(&mut self) {
+        self.cursor = RetainedCursor::default();
+        if let Some(filter) = self.backlog.pop_front()
+            && let Some(subscribed) = self.subscriptions.get_mut(&filter)
+        {
+            subscribed.retained_upto = None;
+        }
+        if self.backlog.is_empty() {
+            self.backlog = VecDeque::new();
+        }
+    }
+
+    /// Enters a subscription.
+    pub fn insert_subscription(&mut self, filter: &str, subscription: Subscription, front: &Front) {
+        match self.subscriptions.get_mut(filter) {
+            Some(known) => known.subscription = subscription,
+            None => {
+                self.subscriptions.insert(filter.into(), SessionSubscription { subscription, retained_upto: None });
+                let bytes = self.counted.filters + subscription_cost(filter.len());
+                front.memory.recount(MemoryUse::Filters, &mut self.counted.filters, bytes);
+            }
+        }
+    }
+
+    /// Removes a subscription; false if there was none.
+    pub fn remove_subscription(&mut self, filter: &str, front: &Front) -> bool {
+        let Some((key, removed)) = self.subscriptions.remove_entry(filter) else { return false };
+        if removed.retained_upto.is_some()
+            && let Some(at) = self.backlog.iter().position(|waiting| Arc::ptr_eq(waiting, &key))
+        {
+            self.backlog.remove(at);
+            if at == 0 {
+                self.cursor = RetainedCursor::default();
+            }
+        }
+        let bytes = self.counted.filters.saturating_sub(subscription_cost(filter.len()));
+        front.memory.recount(MemoryUse::Filters, &mut self.counted.filters, bytes);
+        true
+    }
+
+    /// Removes all subscriptions and returns their filters.
+    pub fn take_subscriptions(&mut self, front: &Front) -> Vec<Arc<str>> {
+        self.backlog = VecDeque::new();
+        self.cursor = RetainedCursor::default();
+        front.memory.recount(MemoryUse::Filters, &mut self.counted.filters, 0);
+        std::mem::take(&mut self.subscriptions).into_keys().collect()
+    }
+
+    /// Whether the budget lets this session have a filter of so many bytes.
+    pub fn has_room_for_filter(&self, filter_bytes: usize, front: &Front) -> bool {
+        subscription_cost(filter_bytes) <= front.memory.room(MemoryUse::Filters, self.memory_bytes())
+    }
+
+    /// Bytes of the budget that this session holds.
+    pub fn memory_bytes(&self) -> usize {
+        let CountedBytes { queues, outgoing, filters } = self.counted;
+        queues + outgoing + filters + self.will.as_ref().map_or(0, |will| will.permit.bytes())
+    }
+
+    /// What this session may queue, and what may wait for its socket, at the moment.
+    pub fn bounds(&self, front: &Front) -> Bounds {
+        Bounds {
+            queue_messages_max: front.settings.queue_messages_max,
+            queue_bytes_max: front.settings.queue_bytes_max,
+            out_bytes_max: front.settings.outbound_bytes_max,
+            room: self.outgoing_room(front),
+            queue_room: front.memory.room(MemoryUse::Queues, self.memory_bytes()),
+        }
+    }
+
+    /// Bytes more that may wait for the socket.
+    pub fn outgoing_room(&self, front: &Front) -> usize {
+        front.memory.room(MemoryUse::Outgoing, self.memory_bytes())
+    }
+
+    /// What may wait for the socket before its client is not read from any more.
+    pub fn outgoing_max(&self, front: &Front) -> usize {
+        let held = self.memory_bytes() - self.counted.outgoing;
+        front.settings.outbound_bytes_max.min(front.memory.room(MemoryUse::Outgoing, held))
+    }
+
+    /// Keeps the front's budget in step. Called after whatever may have changed `outbound` or `out`.
+    pub fn count_bytes(&mut self, front: &Front) {
+        front.memory.recount(MemoryUse::Queues, &mut self.counted.queues, self.outbound.bytes());
+        let outgoing = self.out.capacity();
+        front.memory.recount(MemoryUse::Outgoing, &mut self.counted.outgoing, outgoing);
+    }
+
+    /// A message found no room. Whoever has taken nothing for long and holds more than a share that is left gives it back:
+    /// the connection ends.
+    pub fn found_no_room(&mut self, front: &Front, now: Now) {
+        let stuck = self.out.stuck_since.is_some_and(|since| now.instant > since + STUCK_READER);
+        if stuck
+            && self.outgoing_room(front) == 0
+            && let Some(handle) = &self.handle
+        {
+            add(&front.counters.stuck_readers_total, 1);
+            handle.kick(Reason::QUOTA_EXCEEDED);
+        }
     }
 
     /// Forgets all messages and packet ids, in both directions.
     pub fn forget(&mut self, front: &Front) {
         self.outbound.clear();
         self.received.clear();
-        self.backlog = VecDeque::new();
         self.count_bytes(front);
     }
 
     /// Returns what [`Self::take_chunk`] gave, written up to `at`.
-    pub fn give_back(&mut self, chunk: Vec<u8>, at: usize, front: &Front) {
+    pub fn give_back(&mut self, mut chunk: Vec<u8>, at: usize, front: &Front) {
         let out = &mut self.out;
-        out.writing = None;
+        let moved = out.writing.take().is_none_or(|(left, _)| chunk.len() - at < left);
         if at >= chunk.len() {
             out.front = Vec::new();
             out.front_at = 0;
+            out.stuck_since = None;
             front.pool.give(chunk);
         } else {
+            if moved || out.stuck_since.is_none() {
+                out.stuck_since = Some(Instant::now());
+            }
+            let left = chunk.len() - at;
+            if chunk.capacity() > 2 * left + 4096 {
+                // It may wait for long: no longer than it must be.
+                chunk = chunk.split_off(at);
+                chunk.shrink_to_fit();
+                out.front_at = 0;
+            } else {
+                out.front_at = at;
+            }
             out.front = chunk;
-            out.front_at = at;
         }
+        self.count_bytes(front);
         if self.pending_bytes() <= front.settings.outbound_bytes_max / 4 {
             self.out.slow &= self.outbound.queue_len() > front.settings.queue_messages_max / 4;
             self.wake_waiters();
@@ -382,7 +605,7 @@ impl SessionState {
 
     /// Bytes that wait for the socket.
     pub fn pending_bytes(&self) -> usize {
-        self.out.writing.unwrap_or(self.out.front.len() - self.out.front_at) + self.out.back.len()
+        self.out.writing.map_or(self.out.front.len() - self.out.front_at, |(left, _)| left) + self.out.back.len()
     }
 
     /// So much waits that publishers should pause for a moment.
@@ -411,12 +634,13 @@ impl SessionState {
     }
 
     /// The connection is gone; returns what it had not written, unless somebody is writing right now.
-    pub fn disconnect(&mut self) -> Option<Vec<u8>> {
+    pub fn disconnect(&mut self, front: &Front) -> Option<Vec<u8>> {
         self.handle = None;
         self.live = false;
         self.epoch += 1;
         self.wake_waiters();
         let out = std::mem::take(&mut self.out);
+        self.count_bytes(front);
         if out.writing.is_some() {
             return None;
         }
@@ -437,35 +661,59 @@ impl SessionState {
     }
 }
 
+impl Out {
+    /// Bytes it occupies, used or not.
+    fn capacity(&self) -> usize {
+        self.back.capacity() + self.front.capacity() + self.writing.map_or(0, |(_, capacity)| capacity)
+    }
+}
+
+/// Topics that a search for retained messages looks at before others have their turn.
+const RETAINED_STEPS: usize = 128;
+/// How long a socket may take nothing before its connection can be ended for the memory it holds.
+const STUCK_READER: Duration = Duration::from_secs(10);
+
 /// Buffers between uses, so that an idle connection holds none.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    free: Mutex<Vec<Vec<u8>>>,
+    free: Mutex<PooledBuffers>,
+}
+
+#[derive(Debug, Default)]
+struct PooledBuffers {
+    buffers: Vec<Vec<u8>>,
+    bytes: usize,
 }
 
 const POOLED_BUFFERS_MAX: usize = 32;
-const POOLED_BYTES_MAX: usize = 1 << 20;
+const POOLED_BYTES_MAX: usize = 8 << 20;
 
 impl Pool {
     /// Gives half of what lies unused back to the system.
     pub fn trim(&self) {
         let mut free = self.free.lock();
-        let keep = free.len() / 2;
-        free.truncate(keep);
+        let keep = free.buffers.len() / 2;
+        free.buffers.truncate(keep);
+        free.bytes = free.buffers.iter().map(Vec::capacity).sum();
     }
 
     pub fn take(&self) -> Vec<u8> {
-        self.free.lock().pop().unwrap_or_default()
+        let mut free = self.free.lock();
+        let buffer = free.buffers.pop().unwrap_or_default();
+        free.bytes -= buffer.capacity();
+        buffer
     }
 
     pub fn give(&self, mut buffer: Vec<u8>) {
-        if buffer.capacity() == 0 || buffer.capacity() > POOLED_BYTES_MAX {
+        let bytes = buffer.capacity();
+        if bytes == 0 {
             return;
         }
         buffer.clear();
         let mut free = self.free.lock();
-        if free.len() < POOLED_BUFFERS_MAX {
-            free.push(buffer);
+        if free.buffers.len() < POOLED_BUFFERS_MAX && free.bytes + bytes <= POOLED_BYTES_MAX {
+            free.bytes += bytes;
+            free.buffers.push(buffer);
         }
     }
 }

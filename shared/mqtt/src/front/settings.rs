@@ -4,8 +4,6 @@ use std::time::Duration;
 
 use shared::config::Secret;
 
-use crate::session::outbound::Bounds;
-
 /// Settings of a [`super::Front`]. Every bound has its answer to "and when it is full?".
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
@@ -21,9 +19,11 @@ pub struct Settings {
     pub session_expiry_secs_max: u32,
     /// Longest client identifier; a longer one is refused (0x85).
     pub client_id_bytes_max: usize,
-    /// Connections at a time; one more is closed at once.
+    /// Connections at a time. For one more, the oldest that has not sent its CONNECT is closed; where there is none, the new
+    /// one is.
     pub connections_max: usize,
-    /// Sessions, connected or kept; one more is refused (0x97).
+    /// Sessions that outlive their connections. For one more, the longest absent one that holds no message is ended; where
+    /// there is none, it is refused (0x97).
     pub sessions_max: usize,
     /// Subscriptions of one session; one more is refused (0x97).
     pub subscriptions_max: usize,
@@ -33,20 +33,18 @@ pub struct Settings {
     pub queue_messages_max: usize,
     /// Bytes queued for one session; the newest is dropped and counted.
     pub queue_bytes_max: usize,
-    /// Bytes queued for all sessions together, a message for each that has it; the newest is dropped and counted.
-    pub queue_bytes_total_max: usize,
+    /// Bytes that clients may make the front hold, all together, besides retained messages: wills, topic aliases, subscriptions,
+    /// queues, what waits for sockets, and unfinished packets. One client gets a quarter of what is left at most.
+    pub memory_bytes_max: usize,
     /// Bytes waiting for one socket. Publishers to it are slowed for a moment at half of it; then QoS 0 is dropped and counted, QoS 1 and 2 queued.
     pub outbound_bytes_max: usize,
     /// How long one subscriber that does not keep up may slow its publishers.
     pub slow_subscriber_wait: Duration,
     /// Bytes of PUBLISHes of one connection held while there is no room for them; then it is not read from.
     pub held_bytes_max: usize,
-    /// Bytes of unfinished packets and held PUBLISHes of all connections together; then a connection that holds something is
-    /// not read from, and one that gathers a large packet ends (0x97).
-    pub input_bytes_total_max: usize,
     /// How long a PUBLISH is held; then the connection ends (0x97), so that the client sends again.
     pub hold_timeout: Duration,
-    /// How long a connection may take until its CONNECT is there.
+    /// How long a connection may take until its CONNECT is there, TLS handshake included.
     pub connect_timeout: Duration,
     /// Retained messages; one more is refused (0x97).
     pub retained_messages_max: usize,
@@ -73,7 +71,7 @@ impl Default for Settings {
             receive_maximum: 1024,
             topic_alias_max: 16,
             keep_alive_secs_max: 0,
-            session_expiry_secs_max: u32::MAX,
+            session_expiry_secs_max: 7 * 24 * 3600,
             client_id_bytes_max: 256,
             connections_max: 10_000,
             sessions_max: 20_000,
@@ -81,28 +79,15 @@ impl Default for Settings {
             inflight_max: 1024,
             queue_messages_max: 1_000,
             queue_bytes_max: 4 << 20,
-            queue_bytes_total_max: 64 << 20,
+            memory_bytes_max: 64 << 20,
             outbound_bytes_max: 1 << 20,
             slow_subscriber_wait: Duration::from_millis(100),
             held_bytes_max: 64 << 10,
-            input_bytes_total_max: 64 << 20,
             hold_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
             retained_messages_max: 100_000,
             retained_bytes_max: 32 << 20,
             users: Vec::new(),
-        }
-    }
-}
-
-impl Settings {
-    /// The bounds of one session while all together have `queued_bytes`.
-    pub(crate) fn bounds(&self, queued_bytes: u64) -> Bounds {
-        let full = queued_bytes >= self.queue_bytes_total_max as u64;
-        Bounds {
-            queue_messages_max: self.queue_messages_max,
-            queue_bytes_max: if full { 0 } else { self.queue_bytes_max },
-            out_bytes_max: self.outbound_bytes_max,
         }
     }
 }

@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::Serialize;
 
+use crate::memory::MEMORY_USES;
+
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Live counters.
@@ -26,6 +28,12 @@ macro_rules! counters {
             pub retained_messages: u64,
             /// Bytes of retained messages now.
             pub retained_bytes: u64,
+            /// Sessions that outlive their connections now.
+            pub sessions_kept: u64,
+            /// Bytes used of the memory budget now, by use: [`crate::front::MEMORY_USES`].
+            pub memory_bytes: [u64; MEMORY_USES.len()],
+            /// The memory budget.
+            pub memory_bytes_max: u64,
         }
 
         impl Counters {
@@ -41,6 +49,20 @@ counters! {
     connections_total,
     /// Connections closed at once because there were too many.
     connections_refused_total,
+    /// Connections without a CONNECT closed to make room for others.
+    connections_evicted_total,
+    /// Sessions ended, longest absent first, to make room for others.
+    sessions_evicted_total,
+    /// CONNECTs refused because there are as many sessions as allowed, and each is connected or holds messages.
+    sessions_refused_total,
+    /// What clients asked for and did not get because the memory budget had no room.
+    memory_refused_total,
+    /// Connections ended because they read nothing for long while they held memory that others wanted.
+    stuck_readers_total,
+    /// Retained messages looked at for new subscriptions.
+    retained_steps_total,
+    /// Parts of the tree of subscriptions looked at for PUBLISHes.
+    route_steps_total,
     /// CONNECTs refused.
     connects_refused_total,
     /// Connections ended because of what the client sent.
@@ -69,10 +91,6 @@ counters! {
     refused_total,
     /// Connections ended because a PUBLISH found no room in time.
     hold_timeouts_total,
-    /// Bytes queued for sessions, or on their way to kept ones, now.
-    queued_bytes,
-    /// Bytes of unfinished packets and held PUBLISHes now.
-    input_bytes,
     /// PUBLISHes held now.
     held_messages,
     /// Acknowledgements that wait for durability or room now.
@@ -88,5 +106,17 @@ pub(crate) fn add(counter: &AtomicU64, n: usize) {
 pub(crate) fn sub(counter: &AtomicU64, n: usize) {
     if n > 0 {
         counter.fetch_sub(n as u64, Relaxed);
+    }
+}
+
+impl Stats {
+    /// Bytes queued for sessions, or on their way to kept ones, now.
+    pub fn queued_bytes(&self) -> u64 {
+        self.memory_bytes[crate::memory::MemoryUse::Queues as usize]
+    }
+
+    /// Bytes of unfinished packets and held PUBLISHes now.
+    pub fn input_bytes(&self) -> u64 {
+        self.memory_bytes[crate::memory::MemoryUse::Incoming as usize]
     }
 }

@@ -15,6 +15,7 @@ use crate::store::memory::{MemoryStore, Verdict};
 use QoS::{AtLeastOnce, AtMostOnce, ExactlyOnce};
 use Version::{V4, V5};
 
+mod bounds;
 mod delivery;
 mod hostile;
 mod races;

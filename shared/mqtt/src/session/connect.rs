@@ -8,6 +8,8 @@ use crate::front::{Settings, User};
 pub(crate) struct Terms {
     pub version: Version,
     pub client_id: String,
+    /// Who connects; `None` where nobody is asked.
+    pub user: Option<String>,
     /// The client sent none.
     pub client_id_assigned: bool,
     pub clean_start: bool,
@@ -59,6 +61,7 @@ pub(crate) fn negotiate(
     Ok(Terms {
         version: connect.version,
         client_id: if client_id_assigned { assign() } else { connect.client_id.to_owned() },
+        user: if settings.users.is_empty() { None } else { connect.username.map(str::to_owned) },
         client_id_assigned,
         clean_start: connect.clean_start,
         session_expiry_secs,
@@ -81,7 +84,20 @@ pub(crate) fn is_reserved(topic: &str) -> bool {
     topic.starts_with("$SYS/")
 }
 
+/// Whose session a connection wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Claim {
+    pub client_id: String,
+    pub user: Option<String>,
+    /// It is to outlive the connection.
+    pub kept: bool,
+}
+
 impl Terms {
+    pub fn claim(&self) -> Claim {
+        Claim { client_id: self.client_id.clone(), user: self.user.clone(), kept: self.session_expiry_secs > 0 }
+    }
+
     /// Appends the CONNACK that accepts.
     pub fn accept(&self, session_present: bool, settings: &Settings, out: &mut Vec<u8>) {
         let properties = match self.version {

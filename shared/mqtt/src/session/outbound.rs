@@ -14,6 +14,10 @@ pub(crate) struct Bounds {
     pub queue_bytes_max: usize,
     /// No new PUBLISH is written while more waits for the socket.
     pub out_bytes_max: usize,
+    /// Bytes of the memory budget that may still be written for the socket.
+    pub room: usize,
+    /// Bytes of the memory budget that may still be queued.
+    pub queue_room: usize,
 }
 
 /// What became of one message for one subscriber.
@@ -114,6 +118,11 @@ impl Outbound {
         self.queue.len()
     }
 
+    /// Messages queued or on their way.
+    pub fn messages(&self) -> usize {
+        self.queue.len() + self.slots.iter().filter(|slot| slot.state != State::Done).count()
+    }
+
     /// Bytes that are remembered.
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -128,7 +137,8 @@ impl Outbound {
         *self = Self { version: self.version, ..Self::new() };
     }
 
-    fn may_send(&self) -> bool {
+    /// Whether the window lets another PUBLISH begin its way.
+    pub fn may_send(&self) -> bool {
         self.sent < self.window && self.slots.len() < SPAN_MAX && self.resend_at >= self.slots.len()
     }
 
@@ -147,7 +157,7 @@ impl Outbound {
         subscription_ids: &[u32],
         online: bool,
         remember: impl FnOnce() -> Arc<Message>,
-        bounds: &Bounds,
+        bounds: &mut Bounds,
         out: &mut Vec<u8>,
     ) -> Delivered {
         let envelope = Envelope {
@@ -159,30 +169,90 @@ impl Outbound {
             subscription_ids,
             expiry_secs: None,
         };
-        if online && content.packet_bytes(&envelope) > self.packet_bytes_max {
+        let bytes = content.packet_bytes(&envelope);
+        if online && bytes > self.packet_bytes_max {
             return Delivered::TooLarge;
         }
+        let queued_bytes = queued_cost(content.cost(), subscription_ids);
         if online && self.queue.is_empty() && out.len() < bounds.out_bytes_max && self.may_send() {
-            if !self.kept {
+            if !self.kept && bytes <= bounds.room {
+                bounds.room -= bytes;
                 content.append(&envelope, out);
                 self.open_slot(qos, None);
                 return Delivered::Sent;
             }
-            if self.bytes < bounds.queue_bytes_max {
+            if self.kept
+                && self.bytes < bounds.queue_bytes_max
+                && bytes <= bounds.room
+                && queued_bytes <= bounds.queue_room
+            {
+                bounds.room -= bytes;
+                bounds.queue_room -= queued_bytes;
                 content.append(&envelope, out);
-                let message = remember();
-                self.bytes += message.cost();
-                self.open_slot(qos, Some(Queued { message, qos, retain, subscription_ids: subscription_ids.into() }));
+                let queued = Queued { message: remember(), qos, retain, subscription_ids: subscription_ids.into() };
+                self.bytes += queued.cost();
+                self.open_slot(qos, Some(queued));
                 return Delivered::Sent;
             }
         }
-        if self.queue.len() >= bounds.queue_messages_max || self.bytes >= bounds.queue_bytes_max {
+        if self.queue.len() >= bounds.queue_messages_max
+            || self.bytes >= bounds.queue_bytes_max
+            || queued_bytes > bounds.queue_room
+        {
             return Delivered::QueueFull;
         }
-        let message = remember();
-        self.bytes += message.cost();
-        self.queue.push_back(Queued { message, qos, retain, subscription_ids: subscription_ids.into() });
+        bounds.queue_room -= queued_bytes;
+        let queued = Queued { message: remember(), qos, retain, subscription_ids: subscription_ids.into() };
+        self.bytes += queued.cost();
+        self.queue.push_back(queued);
         Delivered::Queued
+    }
+
+    /// Sends a retained message to a new subscription, whatever is queued. Above QoS 0 the caller has asked
+    /// [`Self::may_send`]. `QueueFull`: the budget has no room for it now.
+    #[allow(clippy::too_many_arguments)]
+    pub fn send_retained(
+        &mut self,
+        message: &Arc<Message>,
+        content: &Content<'_>,
+        qos: QoS,
+        subscription_ids: &[u32],
+        expiry_secs: Option<u32>,
+        bounds: &mut Bounds,
+        out: &mut Vec<u8>,
+    ) -> Delivered {
+        let envelope = Envelope {
+            version: self.version,
+            qos,
+            dup: false,
+            retain: true,
+            packet_id: self.next_id(),
+            subscription_ids,
+            expiry_secs,
+        };
+        let bytes = content.packet_bytes(&envelope);
+        if bytes > self.packet_bytes_max {
+            return Delivered::TooLarge;
+        }
+        let remembered = self.kept && qos > QoS::AtMostOnce;
+        let queued_bytes = if remembered { queued_cost(content.cost(), subscription_ids) } else { 0 };
+        if bytes > bounds.room || queued_bytes > bounds.queue_room {
+            return Delivered::QueueFull;
+        }
+        bounds.room -= bytes;
+        bounds.queue_room -= queued_bytes;
+        content.append(&envelope, out);
+        if qos > QoS::AtMostOnce {
+            let queued = remembered.then(|| Queued {
+                message: message.clone(),
+                qos,
+                retain: true,
+                subscription_ids: subscription_ids.into(),
+            });
+            self.bytes += queued.as_ref().map_or(0, Queued::cost);
+            self.open_slot(qos, queued);
+        }
+        Delivered::Sent
     }
 
     fn open_slot(&mut self, qos: QoS, message: Option<Queued>) {
@@ -194,7 +264,9 @@ impl Outbound {
 
     /// Writes what may go now: first what a reconnect must send again, then from the queue. Returns how many expired.
     pub fn fill(&mut self, now_ms: i64, bounds: &Bounds, out: &mut Vec<u8>) -> usize {
-        while self.sent < self.window && out.len() < bounds.out_bytes_max {
+        // One at least, or the session would wait for a room that nobody announces.
+        let out_bytes_max = bounds.out_bytes_max.min(bounds.room).max(1);
+        while self.sent < self.window && out.len() < out_bytes_max {
             let id = id_after(self.first_id, self.resend_at);
             let (version, max) = (self.version, self.packet_bytes_max);
             let Some(slot) = self.slots.get_mut(self.resend_at) else { break };
@@ -215,9 +287,9 @@ impl Outbound {
             self.resend_at += 1;
         }
         let mut expired = 0;
-        while self.may_send() && out.len() < bounds.out_bytes_max {
+        while self.may_send() && out.len() < out_bytes_max {
             let Some(queued) = self.queue.pop_front() else { break };
-            let cost = queued.message.cost();
+            let cost = queued.cost();
             let envelope = queued.envelope(self.version, self.next_id(), false);
             let content = queued.message.content();
             let Ok(left) = queued.message.expiry_left(now_ms) else {
@@ -287,7 +359,7 @@ impl Outbound {
                 let freed = match self.slot_mut(id) {
                     Some(slot) => {
                         slot.state = State::AwaitsPubComp;
-                        slot.message.take().map_or(0, |queued| queued.message.cost())
+                        slot.message.take().map_or(0, |queued| queued.cost())
                     }
                     None => 0,
                 };
@@ -314,7 +386,7 @@ impl Outbound {
         let Some(slot) = self.slot_mut(id) else { return };
         slot.state = State::Done;
         let sent = std::mem::take(&mut slot.sent);
-        let freed = slot.message.take().map_or(0, |queued| queued.message.cost());
+        let freed = slot.message.take().map_or(0, |queued| queued.cost());
         self.bytes -= freed;
         self.sent -= usize::from(sent);
         while self.slots.front().is_some_and(|slot| slot.state == State::Done) {
@@ -328,7 +400,16 @@ impl Outbound {
     }
 }
 
+/// Bytes that one entry of a queue costs.
+fn queued_cost(message_cost: usize, subscription_ids: &[u32]) -> usize {
+    message_cost + size_of::<Queued>() + size_of_val(subscription_ids)
+}
+
 impl Queued {
+    fn cost(&self) -> usize {
+        queued_cost(self.message.cost(), &self.subscription_ids)
+    }
+
     fn envelope(&self, version: Version, packet_id: u16, dup: bool) -> Envelope<'_> {
         Envelope {
             version,
@@ -357,7 +438,13 @@ mod tests {
     use super::*;
     use crate::codec::{Packet, Split, split};
 
-    const BOUNDS: Bounds = Bounds { queue_messages_max: 10, queue_bytes_max: 100_000, out_bytes_max: 1 << 20 };
+    const BOUNDS: Bounds = Bounds {
+        queue_messages_max: 10,
+        queue_bytes_max: 100_000,
+        out_bytes_max: 1 << 20,
+        room: 1 << 20,
+        queue_room: 1 << 20,
+    };
 
     fn content() -> Content<'static> {
         Content { topic: b"t", properties: &[], expiry_at: None, payload: b"x" }
@@ -365,7 +452,7 @@ mod tests {
 
     fn deliver(o: &mut Outbound, qos: QoS, online: bool, out: &mut Vec<u8>) -> Delivered {
         let remember = || Arc::new(Message::new(&content(), None, qos, 0));
-        o.deliver(&content(), qos, false, &[], online, remember, &BOUNDS, out)
+        o.deliver(&content(), qos, false, &[], online, remember, &mut { BOUNDS }, out)
     }
 
     /// (type, packet id, dup) of each packet.
