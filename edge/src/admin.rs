@@ -13,7 +13,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use daemon::admin::{AdminClient, AdminPort, Observed, table};
 use daemon::metrics::Metrics;
-use mqtt::front::{Front, Stats};
+use mqtt::front::{Front, MEMORY_USES, Stats};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use serde::{Deserialize, Serialize};
@@ -187,6 +187,29 @@ impl Gateway {
         let dropped = dropped.map(|(why, count)| (vec![("reason", why)], count));
         metrics.counters("tributary_edge_mqtt_dropped_messages", "Messages a subscriber did not get", dropped)?;
         metrics.counter("tributary_edge_mqtt_refused_messages", "PUBLISHes refused", mqtt.refused_total)?;
+        let kept = mqtt.sessions_kept as f64;
+        metrics.gauge("tributary_edge_mqtt_sessions_kept", "Sessions that outlive their connections", kept)?;
+        let evicted = mqtt.sessions_evicted_total;
+        metrics.counter("tributary_edge_mqtt_sessions_evicted", "Sessions ended to make room for others", evicted)?;
+        let refused = mqtt.sessions_refused_total;
+        metrics.counter("tributary_edge_mqtt_sessions_refused", "CONNECTs refused for want of a session", refused)?;
+        let evicted = mqtt.connections_evicted_total;
+        let help = "Connections without a CONNECT closed to make room for others";
+        metrics.counter("tributary_edge_mqtt_connections_evicted", help, evicted)?;
+        let refused = mqtt.connections_refused_total;
+        metrics.counter("tributary_edge_mqtt_connections_refused", "Connections closed at once: too many", refused)?;
+        let used = MEMORY_USES.iter().zip(mqtt.memory_bytes).map(|(name, bytes)| (vec![("use", *name)], bytes as f64));
+        metrics.gauges("tributary_edge_mqtt_memory_bytes", "Memory held for clients", used)?;
+        let max = mqtt.memory_bytes_max as f64;
+        metrics.gauge("tributary_edge_mqtt_memory_bytes_max", "Most memory held for clients", max)?;
+        let refused = mqtt.memory_refused_total;
+        metrics.counter("tributary_edge_mqtt_memory_refused", "What clients asked for and memory was full", refused)?;
+        let stuck = mqtt.stuck_readers_total;
+        metrics.counter(
+            "tributary_edge_mqtt_stuck_readers",
+            "Connections ended that held memory and read nothing",
+            stuck,
+        )?;
         let errors = mqtt.protocol_errors_total;
         metrics.counter("tributary_edge_mqtt_protocol_errors", "Connections ended for what they sent", errors)?;
         let failed = [("mqtt", self.front.failed_logins()), ("admin", self.admin.throttle.failed_total())];
@@ -235,7 +258,8 @@ struct From {
 
 /// Routes of the edge's own: `/streams/{name}/records?from=N` answers with records as JSON lines, waiting for one.
 pub fn routes(gateway: Gateway) -> Router {
-    Router::new().route("/streams/{name}/records", get(records)).with_state(gateway)
+    let sessions = crate::sessions::routes(gateway.front.clone());
+    Router::new().route("/streams/{name}/records", get(records)).with_state(gateway).merge(sessions)
 }
 
 async fn records(State(gateway): State<Gateway>, Path(name): Path<String>, Query(query): Query<From>) -> Response {

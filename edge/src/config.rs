@@ -71,6 +71,12 @@ pub struct MqttConfig {
     pub receive_maximum: u16,
     /// Most connections at once.
     pub connections_max: usize,
+    /// Most sessions that outlive their connections; for one more, the longest absent one that holds no message is ended.
+    pub sessions_max: usize,
+    /// Longest life of a session without a connection.
+    pub session_expiry_max: Span,
+    /// What all clients together may make the broker hold in memory, besides retained messages.
+    pub memory_bytes: ByteSize,
     /// How long a PUBLISH waits for room in a full stream before its client is disconnected and must send again.
     pub hold_timeout: Span,
 }
@@ -86,6 +92,9 @@ impl Default for MqttConfig {
             packet_bytes_max: ByteSize(1 << 20),
             receive_maximum: 1024,
             connections_max: 10_000,
+            sessions_max: 20_000,
+            session_expiry_max: Span::secs(7 * 24 * 3600),
+            memory_bytes: ByteSize(64 << 20),
             hold_timeout: Span::secs(30),
         }
     }
@@ -212,6 +221,9 @@ impl Default for StorageConfig {
 /// Files kept for the database, its copies, the uplink, the log and what the runtime needs.
 const FILES: usize = 64;
 
+/// The least memory for all clients, in largest packets.
+const MEMORY_PER_PACKET: u64 = 8;
+
 impl EdgeConfig {
     /// The MQTT listeners, the short form included.
     pub fn mqtt_listeners(&self) -> Vec<MqttListenerConfig> {
@@ -296,6 +308,14 @@ impl EdgeConfig {
             let fix = "use transport = \"tls\" with tls = { cert_file = FILE, key_file = FILE }";
             listener.bind.check_plaintext("[mqtt] listen", "passwords", takes, fix, listener.allow_plaintext)?;
         }
+        let (memory, packet) = (self.mqtt.memory_bytes, self.mqtt.packet_bytes_max);
+        if memory.0 / MEMORY_PER_PACKET < packet.0 {
+            return Err(format!(
+                "[mqtt] memory_bytes = \"{memory}\": one client gets an eighth of it, and packet_bytes_max is {packet}: \
+                 expected at least {}",
+                ByteSize(packet.0.saturating_mul(MEMORY_PER_PACKET))
+            ));
+        }
         let mqtt = self.mqtt_listeners();
         let all = mqtt.iter().map(|listener| ("[mqtt] listen", listener.bind));
         distinct_listeners(all.chain([("[admin] listen", self.admin.listen)]))?;
@@ -351,6 +371,13 @@ mod tests {
         assert_eq!(config.stream.len(), 1);
         assert_eq!(config.uplink.0[0].url, "http://127.0.0.1:9480");
         assert_eq!(config.mqtt_listeners()[0].bind, ListenAddr::loopback(1883));
+    }
+
+    #[test]
+    fn memory_that_no_largest_packet_fits_in_is_refused() {
+        let refused = parse("[mqtt]\npacket_bytes_max = \"16 MiB\"").check().unwrap_err();
+        assert!(refused.contains("memory_bytes") && refused.contains("128 MiB"), "{refused}");
+        parse("[mqtt]\npacket_bytes_max = \"16 MiB\"\nmemory_bytes = \"128 MiB\"").check().unwrap();
     }
 
     #[test]

@@ -5,6 +5,7 @@ pub mod config;
 pub mod redb_log;
 pub mod retention;
 pub mod salvage;
+pub mod sessions;
 pub mod store;
 pub mod streams;
 pub mod uplink;

@@ -65,6 +65,11 @@ enum Command {
         #[command(flatten)]
         settings: SettingsArgs,
     },
+    /// Shows or ends the sessions of MQTT clients at a running broker.
+    Sessions {
+        #[command(subcommand)]
+        command: SessionsCommand,
+    },
     /// Prints a stream's records as they come.
     Tail {
         /// The stream.
@@ -75,6 +80,31 @@ enum Command {
         /// One JSON object per line, keys and values in base64.
         #[arg(long)]
         json: bool,
+        /// The broker's admin port.
+        #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
+        admin: String,
+        #[command(flatten)]
+        access: AdminArgs,
+    },
+}
+
+#[derive(Subcommand)]
+enum SessionsCommand {
+    /// Prints each session: its client, whether it is connected, subscriptions, what is queued, when it ends.
+    Ls {
+        /// One JSON object per line.
+        #[arg(long)]
+        json: bool,
+        /// The broker's admin port.
+        #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
+        admin: String,
+        #[command(flatten)]
+        access: AdminArgs,
+    },
+    /// Ends a session with all it holds: subscriptions, queued messages, packet ids. A connected client is disconnected.
+    Rm {
+        /// The client identifier.
+        client: String,
         /// The broker's admin port.
         #[arg(long, default_value = "http://127.0.0.1:9481", value_name = "URL")]
         admin: String,
@@ -110,6 +140,16 @@ fn main() -> anyhow::Result<()> {
             let loaded = load(&settings)?;
             runtime.block_on(salvage(&file, remove, loaded.settings))
         }
+        Command::Sessions { command } => runtime.block_on(async {
+            match command {
+                SessionsCommand::Ls { json, admin, access } => {
+                    edge::sessions::ls(&AdminClient::new(&admin, &access, STATUS_PATIENCE)?, json).await
+                }
+                SessionsCommand::Rm { client, admin, access } => {
+                    edge::sessions::rm(&AdminClient::new(&admin, &access, STATUS_PATIENCE)?, &client).await
+                }
+            }
+        }),
         Command::Tail { stream, from, json, admin, access } => {
             let client = AdminClient::new(&admin, &access, TAIL_PATIENCE)?;
             runtime.block_on(tail(&client, &stream, from, json))
@@ -365,6 +405,9 @@ async fn mqtt(
         packet_bytes_max: config.mqtt.packet_bytes_max.0 as usize,
         receive_maximum: config.mqtt.receive_maximum,
         connections_max: share.granted,
+        sessions_max: config.mqtt.sessions_max,
+        session_expiry_secs_max: u32::try_from(config.mqtt.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX),
+        memory_bytes_max: usize::try_from(config.mqtt.memory_bytes.0).unwrap_or(usize::MAX),
         hold_timeout: config.mqtt.hold_timeout.0,
         users: users(config)?,
         ..Settings::default()
