@@ -13,7 +13,7 @@ use shared::door::DoorStatus;
 use shared::name::{EdgeId, Offset, StreamName, TimestampMs, TopicName};
 use tokio::sync::watch;
 
-use crate::archive::{Archive, ArchiveStatus, CacheStatus};
+use crate::archive::{Archive, ArchiveStatus, CacheStatus, Presence, PresenceStatus};
 use crate::front::{Broker, FrontStatus};
 use crate::groups::GroupsStatus;
 use crate::ingest::Safety as _;
@@ -41,6 +41,8 @@ pub struct Node {
     pub stopping: watch::Receiver<bool>,
     /// The admin port itself.
     pub admin: AdminPort,
+    /// Its heartbeat in the bucket; none where archiving is off.
+    pub presence: Option<Arc<Presence>>,
 }
 
 #[derive(Serialize)]
@@ -50,6 +52,7 @@ struct Status {
     cluster_id: String,
     ready: Result<(), String>,
     ready_for_produce: Result<(), String>,
+    heartbeat: Option<PresenceStatus>,
     shards: Vec<ShardRow>,
     kafka: FrontStatus,
     groups: GroupsStatus,
@@ -192,6 +195,7 @@ impl Observed for Node {
             cluster_id: self.cluster_id.clone(),
             ready: self.ready(),
             ready_for_produce: self.ready_for("produce").unwrap_or(Ok(())),
+            heartbeat: self.presence.as_ref().map(|presence| presence.status()),
             shards: self.shards(),
             kafka: self.broker.status(),
             groups: self.broker.groups.status(),
@@ -284,6 +288,13 @@ impl Node {
         let claimed = |a: &ArchiveStatus| if a.state == "claimed" { 1.0 } else { 0.0 };
         let help = "1 while this node owns the shard in the bucket";
         archives.gauge(metrics, "tributary_cloud_archive_claimed", help, claimed)?;
+        let confirmed = |a: &ArchiveStatus| a.confirmed_age_ms.map_or(f64::INFINITY, |age| age as f64 / 1e3);
+        let help = "How long ago the bucket last said that the shard is this node's";
+        archives.gauge(metrics, "tributary_cloud_archive_confirmed_age_seconds", help, confirmed)?;
+        if let Some(age_ms) = self.presence.as_ref().and_then(|presence| presence.status().age_ms) {
+            let help = "How long ago this node's heartbeat was written";
+            metrics.gauge("tributary_cloud_heartbeat_age_seconds", help, age_ms as f64 / 1e3)?;
+        }
         archives.gauge(metrics, "tributary_cloud_archive_segments", "Segment objects", |a| a.segments as f64)?;
         archives
             .gauge(metrics, "tributary_cloud_archive_segment_bytes", "Bytes of them", |a| a.segment_bytes as f64)?;
@@ -398,11 +409,22 @@ pub fn render(status: &serde_json::Value) -> String {
     } else if let Some(why) = status["ready_for_produce"]["Err"].as_str() {
         let _ = writeln!(out, "NOT READY FOR PRODUCE: {why}");
     }
-    let mut rows =
-        vec![heading(&["SHARD", "ENGINE", "EPOCH", "SLOTS", "BLOCKS", "WAL BYTES", "ARCHIVE", "STATE", "LAG MS"])];
+    let mut rows = vec![heading(&[
+        "SHARD",
+        "ENGINE",
+        "EPOCH",
+        "SLOTS",
+        "BLOCKS",
+        "WAL BYTES",
+        "ARCHIVE",
+        "STATE",
+        "CONFIRMED MS AGO",
+        "LAG MS",
+    ])];
     for shard in list(&status["shards"]) {
         let archive = &shard["archive"];
         let state = match (&archive["ships"], shard["engine"].as_str()) {
+            (serde_json::Value::Bool(true), _) if !shard["holds_back"].is_null() => "not confirmed".to_owned(),
             (serde_json::Value::Bool(true), _) => text(&archive["state"]),
             (_, Some("memory")) => "nothing survives a restart".to_owned(),
             _ => "local: safe means durable".to_owned(),
@@ -416,6 +438,7 @@ pub fn render(status: &serde_json::Value) -> String {
             text(&shard["wal"]["bytes"]),
             text(&archive["archive"]),
             state,
+            text(&archive["confirmed_age_ms"]),
             text(&shard["unshipped_ms"]),
         ]);
     }

@@ -8,9 +8,12 @@ mod archiver;
 mod cache;
 mod claim;
 mod cold;
+mod confirmation;
+mod departure;
 mod identity;
 mod load;
 mod pace;
+mod presence;
 mod shipper;
 mod splitter;
 mod store;
@@ -28,7 +31,14 @@ pub use archiver::{Archive, ArchiveError, ArchiveSettings, ArchiveStatus};
 pub(crate) use cache::TwoQueue;
 pub use cache::{CacheStatus, DiskCache};
 pub use cold::Cold;
-pub use store::{RequestSettings, Requests, STORAGE_CLASS, Store, StoreError, backoff};
+pub use confirmation::{Confirmation, Uptime, uptime};
+pub use departure::Departure;
+pub use identity::cluster_id_in;
+pub use presence::{
+    AdvertisedListener, BEAT, DataDirError, DataDirLock, Heartbeat, NodePhase, OwnedShard, OwnerIdentity, OwnerVerdict,
+    OwnerWatch, Presence, PresenceSettings, PresenceStatus, Sighting, WATCH,
+};
+pub use store::{RequestSettings, Requests, STORAGE_CLASS, Store, StoreError, backoff, random};
 
 /// Archived batches, readable by offset and time. All answers are about whole batches with their CRC checked.
 pub trait ColdTier: Send + Sync + 'static {

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use daemon::admin::DefaultPort;
 use daemon::descriptors::{DoorShare, share};
@@ -196,6 +197,9 @@ pub struct ArchiveConfig {
     pub retry_budget: u32,
     /// Bytes per second of shipping, splitting and the command-line tool; without bound when absent.
     pub bandwidth_max: Option<ByteSize>,
+    /// A node that could not confirm for so long that its shards on the disk are still its own acknowledges nothing until it
+    /// can; off when absent.
+    pub stop_unconfirmed_after: Option<Span>,
 }
 
 impl Default for ArchiveConfig {
@@ -212,6 +216,7 @@ impl Default for ArchiveConfig {
             storage_class: None,
             retry_budget: RequestSettings::default().retry_budget,
             bandwidth_max: None,
+            stop_unconfirmed_after: None,
         }
     }
 }
@@ -267,6 +272,15 @@ impl ArchiveConfig {
         if self.bandwidth_max.is_some_and(|bytes| bytes.0 < BANDWIDTH_MIN) {
             return Err(format!("[archive] bandwidth_max: expected {BANDWIDTH_MIN} bytes per second or more"));
         }
+        if self.stop_unconfirmed_after.is_some_and(|span| span.0 < UNCONFIRMED_MIN) {
+            return Err(format!(
+                "[archive] stop_unconfirmed_after: expected {UNCONFIRMED_MIN:?} or more: the bucket is looked at every 3 s, and a \
+                 request may take 5 s"
+            ));
+        }
+        if self.stop_unconfirmed_after.is_some() && self.url.as_deref() == Some("off") {
+            return Err("[archive] stop_unconfirmed_after means nothing with url = \"off\": leave it out".into());
+        }
         // One object is one conditional PUT, whose body is held in memory.
         if self.segment_bytes.0 > SEGMENT_BYTES_MAX {
             return Err(format!("[archive] segment_bytes: expected {SEGMENT_BYTES_MAX} or less"));
@@ -275,6 +289,8 @@ impl ArchiveConfig {
     }
 }
 
+/// Less would stop a node that is well: one look at the bucket that fails, and the next.
+const UNCONFIRMED_MIN: Duration = Duration::from_secs(10);
 /// Below this, shipping could not even keep up with its own blocks.
 const BANDWIDTH_MIN: u64 = 16 << 10;
 /// Largest segment that may be asked for.
@@ -621,6 +637,8 @@ mod tests {
             (&format!("{s3}storage_class = \"DEEP_ARCHIVE\""), "cannot be read at once"),
             (&format!("{s3}storage_class = \"standard\""), "STANDARD_IA"),
             (&format!("{s3}bandwidth_max = 100"), "16384"),
+            (&format!("{s3}stop_unconfirmed_after = \"5s\""), "10s"),
+            ("[archive]\nurl = \"off\"\nstop_unconfirmed_after = \"60s\"", "leave it out"),
             (&format!("{s3}segment_bytes = \"1 GiB\""), "536870912"),
         ] {
             let refused = parse(bad).check().unwrap_err();

@@ -11,6 +11,7 @@ pub mod groups;
 pub mod ingest;
 pub mod manifest;
 mod planted;
+pub mod salvage;
 pub mod segment;
 pub mod shard;
 pub mod shards;

@@ -1,19 +1,21 @@
 //! `tributary-cloud`: the command line, and the one place that puts the parts together. Engines are named in `open`.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow};
 use clap::{Parser, Subcommand};
 use cloud::admin::{Node, render};
-use cloud::archive::tool;
+use cloud::archive::{DataDirLock, Presence, tool};
 use cloud::catalogue::{Catalogue, CatalogueSettings, EngineRule, Placement};
 use cloud::config::CloudConfig;
 use cloud::front::{Broker, FrontSettings, Listener};
 use cloud::groups::{GroupSettings, Groups};
 use cloud::ingest::{EdgeGrant, Grants, Ingest, IngestSettings};
+use cloud::salvage::{self, SalvageArgs};
 use cloud::shard::{Clock, ShardSettings};
 use cloud::shards::Shards;
 use daemon::admin::{AdminArgs, AdminClient};
@@ -37,6 +39,8 @@ const ENV_PREFIX: &str = "TRIBUTARY_CLOUD";
 const CARE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a running broker may take to say how it is.
 const STATUS_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the end of a node waits for the archive to say who has its shard now.
+const DEPOSED_PATIENCE: Duration = Duration::from_secs(2);
 const RETENTION_CHECK: Duration = Duration::from_secs(30);
 
 /// The cloud broker: receives edges, serves Kafka clients, archives to object storage.
@@ -50,12 +54,21 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Runs the broker until SIGTERM or Ctrl-C.
-    Run(SettingsArgs),
+    Run {
+        #[command(flatten)]
+        settings: SettingsArgs,
+        /// Takes the shards from a node that owns them in the archive, whether it lives or not. That node stops.
+        #[arg(long)]
+        take_over: bool,
+    },
     /// Checks the settings and prints each effective value with its origin.
     Check(SettingsArgs),
     /// Looks into an archive, checks it or copies it, without a running broker.
     #[command(subcommand)]
     Archive(tool::ArchiveCommand),
+    /// Sends what this node alone has, since another one took its shards over, to that one. Exit code: 0 everything was sent,
+    /// 1 something was not.
+    Salvage(SalvageArgs),
     /// Prints topics, partitions and edges of a running broker.
     Status {
         /// The broker's admin port.
@@ -71,11 +84,11 @@ fn main() -> anyhow::Result<()> {
     tls::install_provider();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match Cli::parse().command {
-        Command::Run(args) => {
+        Command::Run { settings, take_over } => {
             daemon::init_logging();
-            let loaded = load(&args)?;
-            warnings(&args, &loaded.settings).iter().for_each(|text| warn!("{text}"));
-            runtime.block_on(run(loaded.settings))
+            let loaded = load(&settings)?;
+            warnings(&settings, &loaded.settings).iter().for_each(|text| warn!("{text}"));
+            runtime.block_on(run(loaded.settings, take_over))
         }
         Command::Check(args) => {
             let loaded = load(&args)?;
@@ -86,6 +99,11 @@ fn main() -> anyhow::Result<()> {
         Command::Archive(command) => {
             let config = command.settings().load::<CloudConfig>(ENV_PREFIX)?.settings;
             std::process::exit(runtime.block_on(tool::run(&command, &config, aws_variables())))
+        }
+        Command::Salvage(args) => {
+            let config = args.settings.load::<CloudConfig>(ENV_PREFIX)?.settings;
+            let code = runtime.block_on(salvage::run(&args, &config, aws_variables(), &mut std::io::stdout()))?;
+            std::process::exit(code)
         }
         Command::Status { admin, access } => {
             let client = AdminClient::new(&admin, &access, STATUS_PATIENCE)?;
@@ -155,11 +173,59 @@ struct Serving {
     certificates: Vec<Arc<ServerCertificate>>,
 }
 
-async fn run(config: CloudConfig) -> anyhow::Result<()> {
+/// What is held for as long as the process runs.
+struct NodeHold {
+    data_dir: PathBuf,
+    _lock: DataDirLock,
+    presence: Option<Arc<Presence>>,
+    /// Connections of each door: Kafka, link, admin.
+    shares: [DoorShare; 3],
+}
+
+async fn run(config: CloudConfig, take_over: bool) -> anyhow::Result<()> {
     let signal = daemon::stop_signal();
     tokio::pin!(signal);
+    let held = tokio::select! {
+        held = hold(&config, take_over) => held?,
+        stopped = &mut signal => return stopped,
+    };
+    let result = serve(&config, &held, signal).await;
+    // Everything has ended: whoever comes next need not watch.
+    if let Some(presence) = &held.presence {
+        presence.leave().await;
+    }
+    info!("stopped");
+    result
+}
+
+/// Takes the data directory, and asks who owns the archive.
+async fn hold(config: &CloudConfig, take_over: bool) -> anyhow::Result<NodeHold> {
+    let limit = descriptors::raise();
+    let shares = config.doors(limit);
+    info!(limit, kafka = shares[0].granted, link = shares[1].granted, "files that may be open, and connections");
+    let data_dir = std::path::absolute(&config.data_dir)?;
+    keep_private("data_dir", &data_dir)?;
+    if let Some(archive) =
+        config.archive_url().map_err(|text| anyhow!(text))?.as_deref().and_then(|url| url.strip_prefix("file://"))
+    {
+        keep_private("[archive] url", Path::new(archive))?;
+    }
+    let lock = DataDirLock::acquire(&data_dir)?;
+    let presence = open::presence(config, &data_dir, &lock, aws_variables(), take_over).await?;
+    if let Some(presence) = presence.clone() {
+        // To the end: to open shards and to ship what is left may take long.
+        tokio::spawn(presence.run());
+    }
+    Ok(NodeHold { data_dir, _lock: lock, presence, shares })
+}
+
+async fn serve(
+    config: &CloudConfig,
+    held: &NodeHold,
+    mut signal: Pin<&mut impl Future<Output = anyhow::Result<()>>>,
+) -> anyhow::Result<()> {
     let mut started = tokio::select! {
-        started = start(&config) => started?,
+        started = start(config, held) => started?,
         stopped = &mut signal => return stopped,
     };
     let shards = started.node.shards.clone();
@@ -192,31 +258,30 @@ async fn run(config: CloudConfig) -> anyhow::Result<()> {
             warn!("{cause:#}");
         }
     }
-    info!("stopped");
     result
 }
 
-async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
-    let limit = descriptors::raise();
-    let [kafka_share, link_share, admin_share] = config.doors(limit);
-    info!(limit, kafka = kafka_share.granted, link = link_share.granted, "files that may be open, and connections");
-    let data_dir = std::path::absolute(&config.data_dir)?;
-    keep_private("data_dir", &data_dir)?;
-    if let Some(archive) =
-        config.archive_url().map_err(|text| anyhow!(text))?.as_deref().and_then(|url| url.strip_prefix("file://"))
-    {
-        keep_private("[archive] url", Path::new(archive))?;
-    }
-    let clock: Clock = Arc::new(wall_ms);
-    let Opened { shards, archives, cluster_id } = open::open(config, &data_dir, clock, aws_variables()).await?;
-    info!(node = config.node_id, cluster = cluster_id, shards = shards.members().len(), data_dir = %data_dir.display(), "log is open");
-
+async fn start(config: &CloudConfig, held: &NodeHold) -> anyhow::Result<Started> {
+    let NodeHold { data_dir, presence, shares, .. } = held;
+    let [kafka_share, link_share, admin_share] = shares.clone();
     let (stop, stopping) = watch::channel(false);
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let clock: Clock = Arc::new(wall_ms);
+    let Opened { shards, archives, cluster_id } =
+        open::open(config, data_dir, clock, aws_variables(), presence.clone()).await?;
+    info!(node = config.node_id, cluster = cluster_id, shards = shards.members().len(), data_dir = %data_dir.display(), "log is open");
+
     for member in shards.members() {
         if let Some(archive) = archives.get(&member.number) {
+            let (archive, stopping) = (archive.clone(), stopping.clone());
             let run = archive.clone().run(member.shard.clone(), stopped(stopping.clone()));
-            tasks.spawn(until_stopped(run, stopping.clone()));
+            tasks.spawn(async move {
+                run.await;
+                match archive.status().deposed {
+                    Some(why) => Err(anyhow!(why)),
+                    None => until_stopped(std::future::ready(()), stopping).await,
+                }
+            });
         }
     }
     tasks.spawn(retention(shards.clone(), stopping.clone()));
@@ -240,8 +305,9 @@ async fn start(config: &CloudConfig) -> anyhow::Result<Started> {
     }
 
     let port = config.admin.port(Door::new(admin_share.granted))?;
-    let admin = port.clone();
-    let node = Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest, stopping, admin };
+    let (admin, presence) = (port.clone(), presence.clone());
+    let node =
+        Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest, stopping, admin, presence };
     let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(node.clone()), Box::new(node.clone()));
@@ -351,6 +417,8 @@ async fn retention(shards: Arc<Shards>, stopping: watch::Receiver<bool>) -> anyh
         }
         for member in shards.members() {
             if let Some(why) = member.shard.status().stopped {
+                // Why an owner was deposed takes a moment to be found out, and is the better word.
+                tokio::time::sleep(DEPOSED_PATIENCE).await;
                 anyhow::bail!("the log of shard {} ({}) has stopped: {why}", member.number, member.engine);
             }
         }

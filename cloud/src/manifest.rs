@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <prefix>/cluster-id                                              text: which system this archive belongs to
+//! <prefix>/cluster/nodes/{node id:010}                              heartbeats, see `archive::presence`
 //! <prefix>/shards/{shard}/engine                                   text: file or object
 //! <prefix>/shards/{shard}/manifest/{seq:020}                       roots: the one with the greatest seq is in force
 //! <prefix>/shards/{shard}/pages/{seq:020}-{number:04}-{nonce:016x} index pages and state snapshots
@@ -12,7 +13,7 @@
 //! page      "TRBPAGE\n", payload length u32, kind u8 (1 index, 2 snapshot), payload, crc32c u32 of all before it
 //! ```
 //! Envelope integers are big-endian; payloads are postcard (LEB128 varints), versioned by enum variants that are never
-//! edited. A snapshot's payload is the shard's own encoding. Everything is written once, by `PutMode::Create`: a root
+//! edited. A snapshot's payload is the shard's own encoding. Everything but heartbeats is written once, by `PutMode::Create`: a root
 //! after the pages it names, a page after the segments it names. A new root names the pages that did not change by the
 //! same pointers, so a publication writes what changed and no more.
 //!
@@ -200,14 +201,16 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     postcard::to_stdvec(value).expect("plain data always encodes into memory")
 }
 
-fn decode<T: for<'de> Deserialize<'de>>(payload: &[u8]) -> Result<T, ManifestError> {
+/// A payload, all of it.
+pub(crate) fn decode<T: for<'de> Deserialize<'de>>(payload: &[u8]) -> Result<T, ManifestError> {
     match postcard::take_from_bytes(payload) {
         Ok((value, [])) => Ok(value),
         _ => Err(ManifestError::Unknown),
     }
 }
 
-fn envelope(magic: [u8; 8], kind: Option<u8>, payload: &[u8]) -> Bytes {
+/// Magic, length, kind and payload, and a checksum over all of it.
+pub(crate) fn envelope(magic: [u8; 8], kind: Option<u8>, payload: &[u8]) -> Bytes {
     let length = payload.len() + usize::from(kind.is_some());
     let mut out = Vec::with_capacity(length + 16);
     out.put_slice(&magic);
@@ -224,7 +227,8 @@ fn sealed(object: Bytes) -> (Bytes, u32) {
     (object, crc)
 }
 
-fn open(magic: [u8; 8], bytes: &[u8]) -> Result<&[u8], ManifestError> {
+/// Kind and payload of an envelope that holds.
+pub(crate) fn open(magic: [u8; 8], bytes: &[u8]) -> Result<&[u8], ManifestError> {
     let (mut head, rest) = bytes.split_at_checked(12).ok_or(ManifestError::Damaged("it is cut"))?;
     let (payload, mut crc) =
         rest.len().checked_sub(4).map(|at| rest.split_at(at)).ok_or(ManifestError::Damaged("it is cut"))?;

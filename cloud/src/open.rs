@@ -6,7 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use cloud::archive::{Archive, ArchiveSettings, DiskCache, Recovered};
+use cloud::archive::ArchiveError;
+use cloud::archive::{
+    AdvertisedListener, Archive, ArchiveSettings, DataDirLock, DiskCache, Presence, PresenceSettings, Recovered,
+    StoreError,
+};
 use cloud::config::CloudConfig;
 use cloud::shard::{Clock, LocalWal, Shard, ShardSettings};
 use cloud::shards::{Member, Shards, assign, reserve_offsets};
@@ -35,8 +39,53 @@ struct Opener<'a> {
     clock: Clock,
     archives: BTreeMap<u32, Arc<Archive>>,
     cache: Option<Arc<DiskCache>>,
+    presence: Option<Arc<Presence>>,
     /// Credentials, region and endpoint of an `s3://` store.
     aws_variables: Vec<(String, String)>,
+}
+
+/// The node's heartbeat in the archive that the settings name, once nobody else who lives owns what is there; `None` where
+/// archiving is off. Nothing is written.
+pub async fn presence(
+    config: &CloudConfig,
+    data_dir: &Path,
+    lock: &DataDirLock,
+    aws_variables: Vec<(String, String)>,
+    take_over: bool,
+) -> anyhow::Result<Option<Arc<Presence>>> {
+    let Some(url) = config.archive_url().map_err(|text| anyhow!(text))? else { return Ok(None) };
+    let mut kafka = Vec::new();
+    for listener in config.kafka_listeners() {
+        let (host, port) = listener.advertised().map_err(|text| anyhow!(text))?;
+        let name = listener.name.unwrap_or_else(|| listener.listen.to_string());
+        kafka.push(AdvertisedListener { name, address: format!("{host}:{port}") });
+    }
+    let link = &config.link;
+    let scheme = if link.tls.is_some() { "https" } else { "http" };
+    let settings = PresenceSettings {
+        node_id: config.node_id,
+        identity: lock.identity(),
+        kafka,
+        link_url: (!link.listen.0.ip().is_unspecified()).then(|| format!("{scheme}://{}", link.listen)),
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        data_dir: data_dir.display().to_string(),
+        take_over,
+    };
+    let options = config.archive.store_options(aws_variables);
+    let presence = Presence::open(&url, &options, config.archive.requests(), settings)?;
+    if take_over {
+        for owner in presence.describe_owners().await {
+            warn!(owner, "told to take over (--take-over): the owner is not asked whether it lives");
+        }
+    }
+    match presence.admit().await {
+        // Whoever needs the store says so; a file shard starts without it and asks before it claims.
+        Err(ArchiveError::Store(StoreError::Failed { operation, key, reason })) => {
+            warn!(operation, %key, reason, "the archive cannot be asked who owns it");
+        }
+        admitted => admitted?,
+    }
+    Ok(Some(presence))
 }
 
 /// Opens every shard there is, and those that the settings add.
@@ -45,10 +94,12 @@ pub async fn open(
     data_dir: &Path,
     clock: Clock,
     aws_variables: Vec<(String, String)>,
+    presence: Option<Arc<Presence>>,
 ) -> anyhow::Result<Opened> {
     let cache = disk_cache(config, data_dir);
-    let mut opener =
-        Opener { config, data_dir: data_dir.to_owned(), clock, archives: BTreeMap::new(), cache, aws_variables };
+    let (data_dir, archives) = (data_dir.to_owned(), BTreeMap::new());
+    let mut opener = Opener { config, data_dir, clock, archives, cache, presence, aws_variables };
+    let data_dir = opener.data_dir.clone();
     let wanted = config.shards.wanted();
     let first = if config.shards.file > 0 { Engine::File } else { Engine::Object };
     // Before anything is claimed: a take-over cannot be undone.
@@ -87,6 +138,14 @@ pub async fn open(
     }
     let shards = Arc::new(Shards::new(members, ceilings));
     shards.reconcile().await?;
+    if let Some(age_max) = config.archive.stop_unconfirmed_after {
+        // What an object shard acknowledges is in the bucket, where nobody else can have claimed it.
+        for member in shards.members().iter().filter(|member| member.engine == Engine::File) {
+            if let Some(archive) = opener.archives.get(&member.number) {
+                member.shard.acknowledge_while(archive.confirmation(), age_max.0);
+            }
+        }
+    }
     let archive = opener.archives.get(&CATALOGUE).context("the catalogue's shard has an archive")?;
     let cluster_id = archive.cluster_id().to_owned();
     Ok(Opened { shards, archives: opener.archives, cluster_id })
@@ -179,6 +238,7 @@ impl Opener<'_> {
             segment_age: config.segment_age.0,
             sweep_interval: config.sweep_interval.0,
             requests,
+            presence: self.presence.clone(),
             ..ArchiveSettings::default()
         })
     }

@@ -8,8 +8,8 @@
 //! The shard knows no protocol, no engine of its WAL and no object store: [`BlockLog`] is below, [`ColdTier`] beside, the
 //! archiver sees it as [`crate::archive::Source`].
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use shared::name::{Offset, Partition, TimestampMs};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::archive::{ColdTier, LocalBlocks, NothingCold, Recovered, SourceError};
+use crate::archive::{ColdTier, Confirmation, LocalBlocks, NothingCold, Recovered, SourceError};
 use crate::block::BlockError;
 use crate::planted::{Bug, planted};
 use crate::state::{Change, State, StateError, StateLog, StreamState};
@@ -37,6 +37,7 @@ mod committer;
 mod flight;
 mod fold;
 mod index;
+mod lease;
 mod read;
 mod recover;
 mod retention;
@@ -46,6 +47,8 @@ mod unshipped;
 mod waits;
 
 use flight::Inner;
+pub(crate) use fold::fold;
+use lease::Lease;
 
 /// Milliseconds since 1970 by the broker's clock.
 pub type Clock = Arc<dyn Fn() -> TimestampMs + Send + Sync>;
@@ -175,6 +178,8 @@ struct Core {
     wal_reserve: u64,
     /// Offsets from here on may not be used yet.
     offsets_max: AtomicI64,
+    /// What acknowledgements depend on besides durability.
+    lease: OnceLock<Lease>,
     inner: Mutex<Inner>,
     /// Something can be written, or the shard is closing: for the writer.
     work: Notify,
@@ -198,6 +203,8 @@ pub struct ShardStatus {
     pub leader_epoch: i32,
     /// Why it takes nothing more; `None` while it does.
     pub stopped: Option<String>,
+    /// Why it acknowledges nothing for now; `None` while it does.
+    pub holds_back: Option<String>,
     /// The number the next durable block will have.
     pub next_seq: u64,
     /// Blocks below this number are in the bucket.
@@ -399,6 +406,7 @@ impl Shard {
     /// Counters and gauges.
     pub fn status(&self) -> ShardStatus {
         let (wal, disk_free_bytes) = (self.core.wal.usage(), self.core.wal.disk_free_bytes());
+        let holds_back = self.holds_back();
         let no_room = self.produce_room(ROOM_BYTES).err();
         let full_ratio = if no_room.is_some() { 1.0 } else { self.core.taken_ratio(&wal, disk_free_bytes) };
         let inner = self.core.inner.lock();
@@ -408,6 +416,7 @@ impl Shard {
             epoch: self.core.epoch,
             leader_epoch: inner.state.leader_epoch(),
             stopped: inner.stopped.as_ref().map(ToString::to_string),
+            holds_back,
             next_seq: inner.next_seq,
             shipped_seq: inner.shipped_seq,
             unshipped_bytes: backlog.map_or(0, |backlog| backlog.bytes),
@@ -427,7 +436,7 @@ impl Shard {
     pub fn produce_room(&self, bytes: usize) -> Result<(), Refused> {
         {
             let inner = self.core.inner.lock();
-            if let Some(error) = inner.refuses() {
+            if let Some(error) = inner.refuses().or_else(|| self.core.check_lease(false).err()) {
                 return Err(Refused::Stopped(error.to_string()));
             }
             // Where the oldest records make room, who was refused once is taken when it tries again.
@@ -481,7 +490,19 @@ impl Shard {
         append: Append,
         stream: StreamState,
     ) -> BoxFuture<'static, Result<Appended, AppendError>> {
-        Box::pin(self.core.admit(append, Some(stream)).resolve())
+        let admitted = self.core.admit(append, Some(stream));
+        Box::pin(self.core.clone().acknowledged(admitted))
+    }
+
+    /// From now on nothing is acknowledged while the last confirmation of this node's claim is older than `age_max`. Reads go
+    /// on. The first call counts.
+    pub fn acknowledge_while(&self, confirmation: Arc<Confirmation>, age_max: Duration) {
+        self.core.set_lease(confirmation, age_max);
+    }
+
+    /// Why nothing is acknowledged now, although the shard goes on; `None` while all is.
+    pub fn holds_back(&self) -> Option<String> {
+        self.core.check_lease(false).err().map(|error| error.to_string())
     }
 
     /// The log is about to be closed: an append that may never end has a few seconds left.
@@ -529,7 +550,7 @@ impl Drop for Shard {
 impl Log for Shard {
     fn append(&self, append: Append) -> BoxFuture<'static, Result<Appended, AppendError>> {
         let admitted = self.core.admit(append, None);
-        Box::pin(admitted.resolve())
+        Box::pin(self.core.clone().acknowledged(admitted))
     }
 
     fn read(&self, partition: Partition, from: Offset, limits: ReadLimits) -> BoxFuture<'_, Result<Read, ReadError>> {
@@ -581,7 +602,7 @@ impl Log for Shard {
 impl StateLog for Shard {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
         let admitted = self.core.admit_changes(changes);
-        Box::pin(async move { admitted.resolve().await })
+        Box::pin(self.core.clone().acknowledged(admitted))
     }
 
     fn with_state(&self, read: &mut dyn FnMut(&State)) {

@@ -154,6 +154,16 @@ pub enum AppendError {
     /// No room now; the same append may succeed later.
     #[error("the log is full: {0}")]
     Full(String),
+    /// The owner could not confirm for long that the log is still its own; the same append may succeed later.
+    #[error(
+        "this node could not confirm for {secs} s that it still owns the log, so it acknowledges nothing until it can"
+    )]
+    Unconfirmed {
+        /// How long.
+        secs: u64,
+        /// The batch is in this node's log all the same.
+        stored: bool,
+    },
     /// Another owner has taken this log over.
     #[error("the log was taken over by epoch {0}")]
     Fenced(u32),

@@ -38,6 +38,8 @@ pub struct Broker {
     pub wrapper: Vec<String>,
     /// The program, if not the one built beside this one.
     pub program: PathBuf,
+    /// Takes shards over without asking whether their owner lives.
+    pub take_over: bool,
     child: Option<Child>,
 }
 
@@ -51,6 +53,7 @@ impl Broker {
             env: Vec::new(),
             wrapper: Vec::new(),
             program: program(kind.program())?,
+            take_over: false,
             child: None,
         })
     }
@@ -78,6 +81,9 @@ impl Broker {
         let log = open_log(&self.log)?;
         let config = self.config.to_string_lossy().into_owned();
         let mut command = self.command(&["run", "--config", &config]);
+        if self.take_over {
+            command.arg("--take-over");
+        }
         command.stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("start {}", self.program.display()))?;
         self.child = Some(child);

@@ -14,12 +14,13 @@ use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
 use super::claim::View;
+use super::confirmation::{self, Uptime};
 use super::shipper::Shipper;
 use super::splitter::Splitter;
 use super::store::backoff;
 use super::{
-    CacheStatus, Cold, ColdTier, DiskCache, LocalBlocks, Recovered, RequestSettings, Source, SourceError, Store,
-    StoreError, StoredBlock, Tail, identity,
+    CacheStatus, Cold, ColdTier, Confirmation, DiskCache, LocalBlocks, Presence, Recovered, RequestSettings, Source,
+    SourceError, Store, StoreError, StoredBlock, Tail, identity,
 };
 use crate::manifest::{Index, Keys, OBJECT_BYTES_MAX, PagePointer, Root, sequence_of};
 use crate::state::Engine;
@@ -59,8 +60,12 @@ pub struct ArchiveSettings {
     pub requests: RequestSettings,
     /// Whether segments are built on threads of their own.
     pub threads: bool,
+    /// The node's heartbeat, and whom to ask before a claim. Without it claims are made without asking.
+    pub presence: Option<Arc<Presence>>,
     /// Milliseconds since 1970.
     pub clock: fn() -> TimestampMs,
+    /// What the age of a confirmation is counted by.
+    pub uptime: Uptime,
 }
 
 impl ArchiveSettings {
@@ -92,7 +97,9 @@ impl Default for ArchiveSettings {
             cache_bytes: 64 << 20,
             requests: RequestSettings::default(),
             threads: true,
+            presence: None,
             clock: system_clock,
+            uptime: confirmation::uptime,
         }
     }
 }
@@ -137,7 +144,8 @@ pub enum ArchiveError {
     /// Both have blocks of one number and they differ.
     #[error(
         "block {seq} here is not the one in {archive}: another node went on with this shard. \
-         What only this node holds is in its WAL; move that directory away to start from the archive's content"
+         What only this node holds is in its WAL: send it to that node with `tributary-cloud salvage --to HOST:PORT`, then move \
+         that directory away to start from the archive's content"
     )]
     Diverged {
         /// The block.
@@ -208,6 +216,18 @@ pub enum ArchiveError {
     /// What was shipped since the claim must be claimed over again.
     #[error("blocks were shipped by an earlier owner after this node's claim; it claims again")]
     Overtaken,
+    /// The shards are owned by a node that is alive. Nothing was claimed.
+    #[error(
+        "the archive {archive} belongs to a node that is alive: {owner}. Nothing was claimed here. Set [archive] url to a place of \
+         this node's own, or stop that node first, or start this one with --take-over: then that node stops at once, and what \
+         it has acknowledged and not shipped is left on its disk, from where `tributary-cloud salvage` sends it"
+    )]
+    Owned {
+        /// The store.
+        archive: String,
+        /// The node, for people.
+        owner: String,
+    },
     /// Another owner has the shard.
     #[error("another node has claimed this shard in the archive with epoch {epoch}: this one must stop")]
     Deposed {
@@ -216,8 +236,10 @@ pub enum ArchiveError {
     },
 }
 
-/// How often an owner of the WAL in the store looks whether it still is.
+/// How often an owner of the WAL in the store looks whether it still is, where no heartbeat sets the pace.
 const OWNER_CHECK: Duration = Duration::from_secs(10);
+/// How long such a look may take: there is another one soon.
+const OWNER_LOOK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is in force, between a claim and the task that works on.
 #[derive(Debug, Clone)]
@@ -252,6 +274,7 @@ pub struct Archive {
     pub(super) facts: Facts,
     held: Mutex<Option<Held>>,
     epoch: AtomicU32,
+    pub(super) confirmation: Arc<Confirmation>,
 }
 
 /// What status and metrics show, kept where it happens.
@@ -265,6 +288,8 @@ pub(super) struct Facts {
     pub errors: AtomicU64,
     pub fenced_by: AtomicU32,
     pub last_error: Mutex<Option<String>>,
+    /// Why this node no longer has the shard, and what to do.
+    pub deposed: Mutex<Option<String>>,
 }
 
 /// Where the archive stands.
@@ -278,6 +303,8 @@ pub struct ArchiveStatus {
     pub state: &'static str,
     /// The epoch claimed with.
     pub epoch: u32,
+    /// How long ago the bucket last said that the shard is this node's; `None` if it never did.
+    pub confirmed_age_ms: Option<u64>,
     /// Every block below is in the bucket.
     pub shipped_seq: u64,
     /// Every block below is in segments.
@@ -292,6 +319,8 @@ pub struct ArchiveStatus {
     pub errors: u64,
     /// What the last of them said; gone when one succeeded.
     pub last_error: Option<String>,
+    /// Why this node no longer has the shard, and what to do; `None` while it has it.
+    pub deposed: Option<String>,
     /// Requests to the store.
     pub puts: u64,
     /// Bytes written.
@@ -364,10 +393,18 @@ impl Archive {
             let engine = if settings.owns_wal { Engine::Object } else { Engine::File };
             identity::agree_on_engine(&store, &keys.engine(), settings.shard, engine).await?;
         }
+        Ok(Arc::new(Self::looking(settings, store, mirror, cluster_id)))
+    }
+
+    /// The same for who only looks: nothing is probed, agreed upon or written.
+    pub fn looking(settings: ArchiveSettings, store: Store, mirror: Option<Store>, cluster_id: String) -> Self {
+        let ships = mirror.is_some() || settings.owns_wal;
+        let keys = Keys::new(store.prefix().clone(), settings.shard);
+        let confirmation = Arc::new(Confirmation::new(settings.uptime));
         let store = Arc::new(store);
         let cold =
             Arc::new(Cold::new(store.clone(), keys.clone(), Index::default(), settings.cache_bytes, settings.threads));
-        Ok(Arc::new(Self {
+        Self {
             settings,
             store,
             mirror: mirror.map(Arc::new),
@@ -383,7 +420,8 @@ impl Archive {
             facts: Facts::default(),
             held: Mutex::default(),
             epoch: AtomicU32::new(0),
-        }))
+            confirmation,
+        }
     }
 
     /// The id of the system that data directory and bucket belong to.
@@ -414,6 +452,11 @@ impl Archive {
     /// Keeps what is read from the bucket on the local disk as well. Only the first cache counts.
     pub fn use_disk_cache(&self, disk: Arc<DiskCache>) {
         self.cold.use_disk(disk);
+    }
+
+    /// When this node last knew that the shard is its own.
+    pub fn confirmation(&self) -> Arc<Confirmation> {
+        self.confirmation.clone()
     }
 
     /// Makes segments of what there is now, however little and young.
@@ -529,23 +572,41 @@ impl Archive {
         self.claim_running(&local, view, self.epoch.load(Ordering::Relaxed)).await
     }
 
-    /// Looks now and then whether another owner has claimed the shard. One that writes learns it from its next PUT; one that
-    /// nobody writes to would go on for ever to answer readers, and to refuse producers, from a state that is over.
+    /// Looks at each beat whether another owner has claimed the shard. One that writes to the bucket learns it from its next
+    /// PUT; one that does not would go on to answer readers, and with a log on its disk to acknowledge, from a state that is
+    /// over.
     async fn watch_for_another(&self) -> ArchiveError {
-        if !self.settings.owns_wal {
+        let mut beats = self.settings.presence.as_ref().filter(|_| self.ships).map(|presence| presence.beats());
+        if beats.is_none() && !self.settings.owns_wal {
             std::future::pending::<()>().await;
         }
         loop {
-            tokio::time::sleep(OWNER_CHECK).await;
-            // A claim has the number after the newest root, and is never deleted.
-            let next = self.facts.manifest_seq.load(Ordering::Relaxed) + 1;
-            let Ok(bytes) = self.store.get(&self.keys.root(next), OBJECT_BYTES_MAX).await else { continue };
-            let own = self.facts.claimed_epoch.load(Ordering::Relaxed);
-            match Root::decode(&bytes) {
-                Ok(root) if root.epoch > own => return ArchiveError::Deposed { epoch: root.epoch },
-                _ => {}
+            match &mut beats {
+                // The sender lives as long as the settings.
+                Some(beats) => drop(beats.changed().await),
+                None => tokio::time::sleep(OWNER_CHECK).await,
+            }
+            if let Some(epoch) = self.look_for_another().await {
+                return ArchiveError::Deposed { epoch };
             }
         }
+    }
+
+    /// The epoch of a later claim; `None` if there is none or the store does not say.
+    async fn look_for_another(&self) -> Option<u32> {
+        // A claim has the number after the newest root, and is never deleted.
+        let next = self.facts.manifest_seq.load(Ordering::Relaxed) + 1;
+        let begun = self.confirmation.now();
+        let there = match self.store.glance(&self.keys.root(next), OBJECT_BYTES_MAX, OWNER_LOOK_PATIENCE).await {
+            Ok(there) => there,
+            Err(StoreError::Missing(_)) => {
+                self.confirmation.confirm(begun);
+                return None;
+            }
+            Err(_) => return None,
+        };
+        let own = self.facts.claimed_epoch.load(Ordering::Relaxed);
+        Root::decode(&there).ok().map(|root| root.epoch).filter(|epoch| *epoch > own)
     }
 
     /// Another owner has the shard, or two histories met: the shard must acknowledge nothing more.
@@ -553,12 +614,46 @@ impl Archive {
         let epoch = match &error {
             ArchiveError::Deposed { epoch } => *epoch,
             ArchiveError::Source(SourceError::Closed) => return,
-            _ => self.view().await.ok().flatten().map_or(0, |view: View| view.root.epoch),
+            _ => self.epoch_in_force().await,
         };
-        error!(%error, "the archive stops");
-        self.failed(&error);
         self.facts.fenced_by.store(epoch.max(1), Ordering::Relaxed);
+        // Before anything else is asked for: from here on nothing is acknowledged.
         source.fenced(epoch);
+        self.failed(&error);
+        let shard = self.settings.shard;
+        let owner = match &self.settings.presence {
+            Some(presence) => presence.owner_of(shard, epoch).await,
+            None => None,
+        };
+        let owner = owner.map(|owner| format!("; {owner} has it now")).unwrap_or_default();
+        let why = format!("shard {shard}: {error}{owner}. {}", self.what_is_here(source));
+        error!("{why}");
+        *self.facts.deposed.lock() = Some(why);
+    }
+
+    /// What of a shard that this node no longer has is on its disk alone, and how it gets to the new owner.
+    fn what_is_here(&self, source: &dyn Source) -> String {
+        if self.settings.owns_wal || !self.ships {
+            return "All that was acknowledged is in the archive".to_owned();
+        }
+        let (from, to) = (*self.shipped.borrow(), source.durable().next_seq);
+        let has_claimed = self.facts.claimed_epoch.load(Ordering::Relaxed) > 0;
+        let what = match (has_claimed, to.saturating_sub(from)) {
+            (true, 0) => return "All that was acknowledged is in the archive".to_owned(),
+            (true, 1) => format!("Block {from} is"),
+            (true, _) => format!("Blocks {from} to {} are", to.saturating_sub(1)),
+            (false, _) => "What was acknowledged here since the last claim is".to_owned(),
+        };
+        format!(
+            "{what} on this node's disk alone: `tributary-cloud salvage --to HOST:PORT`, with this node's settings, sends that to \
+             the new owner. Edges send theirs again by themselves"
+        )
+    }
+
+    /// The epoch of the root in force, as far as the store says it at once; 0 if it does not.
+    async fn epoch_in_force(&self) -> u32 {
+        let view = tokio::time::timeout(OWNER_LOOK_PATIENCE, self.view()).await;
+        view.ok().and_then(Result::ok).flatten().map_or(0, |view: View| view.root.epoch)
     }
 
     /// Whether the root in force is one that this node has made.
@@ -569,8 +664,7 @@ impl Archive {
 
     /// The epoch of whoever took the name that we wanted.
     pub(super) async fn taken_by(&self) -> ArchiveError {
-        let epoch = self.view().await.ok().flatten().map_or(0, |view| view.root.epoch);
-        ArchiveError::Deposed { epoch }
+        ArchiveError::Deposed { epoch: self.epoch_in_force().await }
     }
 
     pub(super) fn failed(&self, error: &ArchiveError) {
@@ -652,6 +746,7 @@ impl Archive {
                 _ => "claimed",
             },
             epoch: claimed,
+            confirmed_age_ms: self.confirmation.age().map(|age| age.as_millis() as u64),
             shipped_seq: *self.shipped.borrow(),
             split_seq: load(&facts.trim),
             manifest_seq: load(&facts.manifest_seq),
@@ -659,6 +754,7 @@ impl Archive {
             segment_bytes: load(&facts.segment_bytes),
             errors: load(&facts.errors),
             last_error: facts.last_error.lock().clone(),
+            deposed: facts.deposed.lock().clone(),
             puts: load(&requests.puts),
             put_bytes: load(&requests.put_bytes),
             gets: load(&requests.gets),

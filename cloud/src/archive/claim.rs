@@ -110,6 +110,7 @@ impl Archive {
             match self.recover_once(local, mirror.as_ref().ok().and_then(Option::as_ref), &mut loaded).await {
                 Ok(Ok(recovered)) => return Ok(recovered),
                 Ok(Err(why)) => {
+                    self.claim_lost();
                     lost = why;
                     info!(shard = self.settings.shard, ?lost, "another owner was quicker in the bucket, looking again");
                 }
@@ -249,6 +250,7 @@ impl Archive {
                 }
                 Err(lost) => lost,
             };
+            self.claim_lost();
             info!(
                 shard,
                 ?lost,
@@ -361,6 +363,10 @@ impl Archive {
         // A claim of ours counts as long as nothing was shipped since: what is shipped next is what it fences with.
         let ours = self.attempted.lock().contains(&view.root.nonce)
             && view.root.fences.last().is_some_and(|fence| fence.wal_seq == view.next);
+        if let Some(presence) = self.settings.presence.as_ref().filter(|_| !ours) {
+            // Whose the shard is says more than that another history went on.
+            presence.admit().await?;
+        }
         let known = self.held_root();
         let continues = match judge(view.next, local.bounds()) {
             Judgement::Continue { check } => self.check_continues(&view, local, check, known.as_ref()),
@@ -404,18 +410,41 @@ impl Archive {
         }
     }
 
-    /// Makes the root that claims the shard after `old`. `None` when another owner was quicker.
+    /// Whoever was quicker lives, or did a moment ago.
+    fn claim_lost(&self) {
+        if let Some(presence) = &self.settings.presence {
+            presence.claim_lost(self.settings.shard);
+        }
+    }
+
+    /// Makes the root that claims the shard after `old`, once nobody else is known to own it. `None` when another owner was quicker.
     async fn claim_from(&self, old: &Root, epoch: u32, wal_next: u64) -> Result<Option<Root>, ArchiveError> {
+        if let Some(presence) = &self.settings.presence {
+            presence.before_claim(self.settings.shard, epoch).await?;
+        }
         let mut root = Root { epoch, seq: old.seq + 1, nonce: random(), ..old.clone() };
         root.fences.push(Fence { epoch, manifest_seq: root.seq, wal_seq: wal_next });
         self.attempted.lock().push(root.nonce);
+        let begun = self.confirmation.now();
         match self.store.create(&self.keys.root(root.seq), &[root.encode()]).await {
             Ok(()) => {}
-            Err(StoreError::Taken(_)) => return Ok(None),
+            Err(StoreError::Taken(_)) => {
+                self.claim_lost();
+                return Ok(None);
+            }
             Err(error) => return Err(error.into()),
         }
         // The name was free because its root had been cleared away: then there are newer ones, and this claim is void.
-        Ok(self.is_newest(root.seq).await?.then_some(root))
+        let is_newest = self.is_newest(root.seq).await?;
+        match &self.settings.presence {
+            _ if !is_newest => self.claim_lost(),
+            Some(presence) => {
+                self.confirmation.confirm(begun);
+                presence.after_claim(self.settings.shard).await;
+            }
+            None => self.confirmation.confirm(begun),
+        }
+        Ok(is_newest.then_some(root))
     }
 
     pub(super) async fn is_newest(&self, seq: u64) -> Result<bool, ArchiveError> {

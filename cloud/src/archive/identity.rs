@@ -87,6 +87,11 @@ pub(super) async fn agree_on_engine(store: &Store, key: &Path, shard: u32, engin
     Ok(())
 }
 
+/// The id of the system that a data directory belongs to; `None` if it has none yet.
+pub fn cluster_id_in(data_dir: &FilePath) -> Result<Option<String>, ArchiveError> {
+    read(data_dir)
+}
+
 fn parse(bytes: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(bytes).ok()?.trim();
     let legal = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');

@@ -136,8 +136,9 @@ impl<'a> Shipper<'a> {
         let next = last.seq + 1;
         let chunks: Vec<Bytes> =
             self.pending.iter().map(|block| block.bytes.clone()).chain(self.mark.clone()).collect();
+        let begun = self.archive.confirmation.now();
         match self.archive.store.create(&self.archive.keys.wal(self.next), &chunks).await {
-            Ok(()) => {}
+            Ok(()) => self.archive.confirmation.confirm(begun),
             // An owner from before, or this node's own last life, shipped once more after the claim had looked.
             Err(StoreError::Taken(_)) if self.mark.is_some() && self.archive.is_still_ours().await? => {
                 return Err(ArchiveError::Overtaken);

@@ -1,7 +1,7 @@
-//! One object store, as carefully as it must be used: nothing is overwritten, no outcome is guessed, nothing is read
+//! One object store, as carefully as it must be used: nothing of it is overwritten but hints, no outcome is guessed, nothing is read
 //! beyond a bound.
 //!
-//! Every write is a `PutMode::Create`. When its outcome is not known (a time-out, a 5xx after the store had done it), it
+//! Every write but a heartbeat is a `PutMode::Create`. When its outcome is not known (a time-out, a 5xx after the store had done it), it
 //! is made again with the same bytes; `AlreadyExists` is settled by reading back and comparing.
 
 use std::io;
@@ -219,12 +219,28 @@ impl Store {
         Ok(Self { storage_class, ..Self::new(Arc::new(inner), prefix, settings) })
     }
 
+    /// As [`Store::open`], for what may be lost: where the store is a directory, nothing is synced.
+    pub(super) fn open_unsynced(
+        url: &str,
+        options: &[(String, String)],
+        settings: RequestSettings,
+    ) -> Result<Self, StoreError> {
+        match local_directory(url)? {
+            Some(directory) => Self::at_directory(directory, settings, false),
+            None => Self::s3(url, options, settings),
+        }
+    }
+
     /// Opens a directory, which is made if need be. Every write is synced, file and directory.
     pub fn directory(directory: &FilePath, settings: RequestSettings) -> Result<Self, StoreError> {
+        Self::at_directory(directory, settings, true)
+    }
+
+    fn at_directory(directory: &FilePath, settings: RequestSettings, synced: bool) -> Result<Self, StoreError> {
         let refused = |reason: String| StoreError::Url { url: format!("file://{}", directory.display()), reason };
         std::fs::create_dir_all(directory).map_err(|e| refused(e.to_string()))?;
         let inner = LocalFileSystem::new_with_prefix(directory).map_err(|e| refused(e.to_string()))?;
-        Ok(Self { is_local: true, ..Self::new(Arc::new(inner.with_fsync(true)), Path::default(), settings) })
+        Ok(Self { is_local: true, ..Self::new(Arc::new(inner.with_fsync(synced)), Path::default(), settings) })
     }
 
     /// Whether this is a directory. Then the kernel reads ahead, if what adjoins is read in order, and many requests at a
@@ -301,6 +317,27 @@ impl Store {
             options.attributes.insert(Attribute::StorageClass, class.clone().into());
         }
         options
+    }
+
+    /// Writes an object over what is there, in one attempt. For heartbeats alone: nothing else is ever written over.
+    pub(super) async fn overwrite(&self, key: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        let length = bytes.len() as u64;
+        let put = self.inner.put_opts(key, bytes.into(), PutMode::Overwrite.into());
+        match self.timed("PUT", key, put).await {
+            Ok(_) => {
+                count(&self.requests.puts, 1);
+                count(&self.requests.put_bytes, length);
+                Ok(())
+            }
+            Err(Attempt::Failed(error)) => Err(error),
+            Err(Attempt::Exists(reason)) => Err(StoreError::Failed { operation: "PUT", key: key.clone(), reason }),
+        }
+    }
+
+    /// As [`Store::get`], in one attempt that takes no longer than `patience`: for who will look again soon.
+    pub(super) async fn glance(&self, key: &Path, bytes_max: u64, patience: Duration) -> Result<Bytes, StoreError> {
+        let get = tokio::time::timeout(patience, self.get_once(key, bytes_max)).await;
+        get.unwrap_or_else(|_| Err(unanswered("GET", key)))
     }
 
     /// A whole object of at most `bytes_max` bytes.
@@ -637,6 +674,11 @@ pub(super) async fn off_async<T: Send + 'static>(work: impl FnOnce() -> T + Send
 pub fn backoff(base: Duration, attempt: u32) -> Duration {
     let full = base * 2u32.pow(attempt.saturating_sub(1).min(6));
     full / 2 + full.mul_f64((random() >> 11) as f64 / (1u64 << 53) as f64) / 2
+}
+
+/// Random bytes, of the same kind.
+pub(super) fn random_bytes() -> [u8; 16] {
+    (u128::from(random()) << 64 | u128::from(random())).to_be_bytes()
 }
 
 /// A random number; where the system has none, one that is at least different on each call.

@@ -1,7 +1,8 @@
 //! The archive's promises, on a shard double and a store that fails on order.
 
+mod departure;
 pub(crate) mod faulty;
-mod node;
+pub(crate) mod node;
 mod quiet;
 pub(crate) mod s3;
 mod shipping;

@@ -164,7 +164,8 @@ pub(super) fn refuse_append(error: &AppendError) -> Refusal {
         AppendError::OutOfOrderSequence { .. } => ErrorCode::OUT_OF_ORDER_SEQUENCE_NUMBER,
         AppendError::ProducerFenced { .. } => ErrorCode::INVALID_PRODUCER_EPOCH,
         // Retried without a new look at the metadata, and it says that nothing was stored.
-        AppendError::Full(_) => ErrorCode::NOT_ENOUGH_REPLICAS,
+        AppendError::Full(_) | AppendError::Unconfirmed { stored: false, .. } => ErrorCode::NOT_ENOUGH_REPLICAS,
+        AppendError::Unconfirmed { stored: true, .. } => ErrorCode::NOT_ENOUGH_REPLICAS_AFTER_APPEND,
         AppendError::Fenced(_) | AppendError::Closed => ErrorCode::NOT_LEADER_OR_FOLLOWER,
         AppendError::Storage(_) => ErrorCode::KAFKA_STORAGE_ERROR,
         AppendError::WrongPosition { .. } => ErrorCode::UNKNOWN_SERVER_ERROR,

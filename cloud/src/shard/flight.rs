@@ -433,7 +433,7 @@ impl Core {
     pub fn admit(&self, append: Append, elsewhere: Option<StreamState>) -> Admitted<Appended> {
         let mut inner = self.inner.lock();
         let inner = &mut *inner;
-        if let Some(error) = inner.refuses() {
+        if let Some(error) = inner.refuses().or_else(|| self.check_lease(false).err()) {
             inner.counters.refused_batches.stopped += 1;
             return Admitted::now(Err(error));
         }
@@ -534,7 +534,7 @@ impl Core {
     /// Takes changes' place in the order.
     pub fn admit_changes(&self, changes: Vec<Change>) -> Admitted<()> {
         let mut inner = self.inner.lock();
-        if let Some(error) = inner.refuses() {
+        if let Some(error) = inner.refuses().or_else(|| self.check_lease(false).err()) {
             return Admitted::now(Err(error));
         }
         if changes.is_empty() {

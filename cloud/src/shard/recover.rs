@@ -1,7 +1,7 @@
 //! Bringing a shard back: snapshot, then every block after it, by the same code that a living shard commits with.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -69,6 +69,7 @@ pub fn recover(
         clock,
         epoch,
         offsets_max: AtomicI64::new(i64::MAX),
+        lease: OnceLock::new(),
         wal_reserve: (usage.bytes_max / 16).min(WAL_RESERVE_MAX),
         inner: Mutex::new(inner),
         work: Notify::new(),

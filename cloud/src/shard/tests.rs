@@ -18,6 +18,7 @@ use crate::wal::memory::MemoryWal;
 
 mod ahead;
 mod flight;
+mod lease;
 mod powercut;
 mod room;
 mod tiers;

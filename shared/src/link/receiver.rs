@@ -364,9 +364,11 @@ pub fn outcome_of(error: AppendError) -> Outcome {
         error @ (AppendError::OutOfOrderSequence { .. } | AppendError::ProducerFenced { .. }) => {
             Outcome::Rejected { reason: bounded_text(error.to_string()) }
         }
-        error @ (AppendError::Full(_) | AppendError::Fenced(_) | AppendError::Storage(_) | AppendError::Closed) => {
-            Outcome::Later { reason: bounded_text(error.to_string()) }
-        }
+        error @ (AppendError::Unconfirmed { .. }
+        | AppendError::Full(_)
+        | AppendError::Fenced(_)
+        | AppendError::Storage(_)
+        | AppendError::Closed) => Outcome::Later { reason: bounded_text(error.to_string()) },
     }
 }
 

@@ -12,7 +12,8 @@ use shared::name::{Offset, Partition, TimestampMs, TopicId};
 use super::chain::{Follower, walk};
 use super::view::{ShardView, View};
 use super::{CLEAN, FINDINGS, Finding, ToolError, bytes_text};
-use crate::archive::Store;
+use crate::archive::presence::{nodes, sightings};
+use crate::archive::{NodePhase, Sighting, Store};
 use crate::block::{Block, split_batches};
 use crate::manifest::HeldRun;
 
@@ -23,6 +24,8 @@ const CONCURRENCY: usize = 16;
 struct Listing {
     archive: String,
     cluster_id: Option<String>,
+    /// What nodes say of themselves: a hint, and no part of the archive.
+    nodes: Vec<NodeLine>,
     shards: Vec<ShardLine>,
     partitions: Vec<PartitionLine>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -67,10 +70,38 @@ struct PartitionLine {
 }
 
 #[derive(Debug, Serialize)]
+struct NodeLine {
+    key: String,
+    /// The node, for people.
+    node: String,
+    /// Whether it has stopped in order.
+    gone: bool,
+    /// Shards and the epochs that it claimed them with.
+    shards: Vec<(u32, u32)>,
+}
+
+impl NodeLine {
+    fn of(seen: &Sighting) -> Self {
+        let beat = seen.beat.as_ref();
+        Self {
+            key: seen.key.to_string(),
+            node: seen.describe(),
+            gone: beat.is_some_and(|beat| beat.state == NodePhase::Gone),
+            shards: beat
+                .iter()
+                .flat_map(|beat| &beat.shards)
+                .filter(|owned| owned.claimed)
+                .map(|owned| (owned.number, owned.epoch))
+                .collect(),
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
 struct ObjectLine {
     key: String,
     bytes: u64,
-    /// Whether the root in force names it, or keeps it as a fence.
+    /// Whether the root in force names it, or keeps it as a fence, or it is a node's heartbeat.
     named: bool,
 }
 
@@ -95,6 +126,7 @@ async fn list(store: &Store, objects: bool) -> Result<Listing, ToolError> {
     let mut listing = Listing {
         archive: store.describe(),
         cluster_id: view.cluster_id.clone(),
+        nodes: sightings(store).await?.iter().map(NodeLine::of).collect(),
         shards: Vec::new(),
         partitions: Vec::new(),
         objects: None,
@@ -110,7 +142,9 @@ async fn list(store: &Store, objects: bool) -> Result<Listing, ToolError> {
             };
             shard.objects.iter().map(line)
         });
-        listing.objects = Some(lines.collect());
+        let beats = store.list(&nodes(store.prefix())).await?.into_iter();
+        let beats = beats.map(|beat| ObjectLine { key: beat.location.to_string(), bytes: beat.size, named: true });
+        listing.objects = Some(lines.chain(beats).collect());
     }
     let mut partitions: BTreeMap<(u32, Partition), PartitionLine> = BTreeMap::new();
     for shard in &mut view.shards {
@@ -217,6 +251,10 @@ fn add_block(lines: &mut BTreeMap<Partition, PartitionLine>, block: &Block) {
 fn print(listing: &Listing, out: &mut dyn Write) -> Result<(), ToolError> {
     let cluster = listing.cluster_id.as_deref().unwrap_or("unknown");
     writeln!(out, "archive {}, system {cluster}", listing.archive)?;
+    for line in &listing.nodes {
+        let state = if line.gone { "stopped in order" } else { "says that it serves" };
+        writeln!(out, "{}: {state}", line.node)?;
+    }
     for shard in &listing.shards {
         writeln!(
             out,
