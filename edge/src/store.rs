@@ -310,6 +310,7 @@ impl EdgeStore {
     /// Makes durable what waits and closes the database cleanly. Blocks for a commit; also done on drop.
     pub fn close(&self) {
         let Some(committer) = self.committer.lock().take() else { return };
+        self.core.state.lock().store_count((self.core.clock)().at);
         self.core.bell.close();
         if committer.join().is_err() {
             tracing::error!("the committer panicked");

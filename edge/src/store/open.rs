@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use shared::clock::ClockReading;
 use tracing::{error, info, warn};
 
+use super::sessions::SessionBooks;
 use super::*;
 use crate::redb_log::backend::{CappedFile, OpenStorage};
 use crate::redb_log::committer::{self, Pace};
@@ -157,13 +158,13 @@ impl EdgeStore {
         let lock = lock(&dir)?;
         let mut aside = set_aside(&dir).map_err(|error| io(&dir, error, writable))?;
         let path = dir.join(DATABASE);
-        let bytes_max = disk_budget(&settings, &path, &aside)?;
-        let budget = Budget::new(bytes_max);
-        let free = {
+        let bounded = |aside: &[PathBuf]| -> Result<(Budget, Arc<DiskBound>), OpenError> {
+            let budget = Budget::new(disk_budget(&settings, &path, aside)?);
             let dir = dir.clone();
-            move || rustix::fs::statvfs(&dir).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
+            let free = move || rustix::fs::statvfs(&dir).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+            Ok((budget, DiskBound::on_disk(budget.bytes_max, budget.reserve, Box::new(free))))
         };
-        let bound = DiskBound::on_disk(budget.bytes_max, budget.reserve, Box::new(free));
+        let (mut budget, mut bound) = bounded(&aside)?;
         let storage = CappedFile::opener(path.clone(), bound.clone());
         make(&dir, &path, &settings, &bound, &aside)?;
         let opened = match open_log(&storage, &settings, &bound) {
@@ -173,8 +174,9 @@ impl EdgeStore {
                 fs::rename(&path, &bad).map_err(|error| io(&path, error, writable))?;
                 error!(%what, moved_to = %bad.display(), "the database is damaged and was set aside; what it had not sent stays there");
                 aside.push(bad);
+                (budget, bound) = bounded(&aside)?;
                 make(&dir, &path, &settings, &bound, &aside)?;
-                open_log(&storage, &settings, &bound)
+                open_log(&CappedFile::opener(path.clone(), bound.clone()), &settings, &bound)
             }
             other => other,
         };
@@ -296,7 +298,8 @@ fn compact_if_worth(
     bound: &Arc<DiskBound>,
 ) -> Result<(RedbLog, crate::redb_log::Contents), LogError> {
     let records = contents.streams.values().map(|one| one.next_bytes.saturating_sub(one.first_bytes)).sum();
-    let live = Budget::live(records, contents.retained.iter().map(|(_, size)| u64::from(*size)).sum());
+    let retained: u64 = contents.retained.iter().map(|(_, size)| u64::from(*size)).sum();
+    let live = Budget::live(records, retained + SessionBooks::new(&log.sessions()?, u64::MAX).bytes());
     let before = bound.used();
     if !wants_compaction(before, live) {
         return Ok((log, contents));

@@ -40,6 +40,8 @@ pub(super) struct State {
     no_room: Option<NoRoom>,
     /// When the disk was last asked what it has free.
     looked: Option<Instant>,
+    /// The log says that the disk has less than the budget.
+    told_limited: bool,
     /// How old things are.
     clock: ExpiryClock,
     /// The count when the last commit was taken.
@@ -133,6 +135,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub(super) const RECORDS_PART: u32 = 1;
 /// A step back of the clock up to this is NTP at work, or a leap second, or a time zone mistaken and mended.
 const STEP_BACK_MS: i64 = 60 * 60 * 1000;
+/// What of the count of running time a clean end may lose.
+const COUNT_STORED_MS: i64 = 60_000;
 /// Ages are looked at this often when nothing else happens.
 const IDLE_TRIM: Duration = Duration::from_secs(60);
 
@@ -298,6 +302,7 @@ impl State {
             sessions: SessionBooks::new(sessions, budget.session_bytes_max()),
             no_room: None,
             looked: None,
+            told_limited: false,
             taken_ms: clock.now(reading.at),
             clock,
             budget,
@@ -379,7 +384,7 @@ impl State {
 
     /// Why the disk takes no records at present.
     pub(super) fn why_no_room(&self) -> Option<String> {
-        self.is_disk_full(true)
+        (self.is_disk_full(true) || (self.budget.is_limited() && self.is_full()))
             .then(|| "the disk is full, or takes less than it says: free some space on it".to_owned())
     }
 
@@ -391,10 +396,13 @@ impl State {
     /// The file takes `used` bytes, and the disk has `free`.
     pub(super) fn disk_has(&mut self, used: u64, free: Option<u64>) {
         let Some(free) = free else { return };
-        let was_limited = self.budget.is_limited();
         self.budget.limit_to(used, free);
         self.looked = Some(Instant::now());
-        if self.budget.is_limited() && !was_limited {
+        // Told once, and again only after there was clearly enough.
+        if used.saturating_add(free) > self.budget.bytes_max + self.budget.bytes_max / 8 {
+            self.told_limited = false;
+        }
+        if self.budget.is_limited() && !std::mem::replace(&mut self.told_limited, true) {
             tracing::warn!(
                 used,
                 free,
@@ -613,6 +621,11 @@ impl State {
         let now_ms = self.clock.now(at);
         let uses: Vec<StreamUse> = self.in_database().map(|stream| stream.in_use(now_ms)).collect();
         trims(&uses, self.excess())
+    }
+
+    /// At a clean end: the count of running time is stored if it went on for long since it was.
+    pub(super) fn store_count(&mut self, at: Instant) {
+        self.pending.urgent |= self.age_ms(at, self.taken_ms) > COUNT_STORED_MS;
     }
 
     /// How long ago that was, by the count of running time.

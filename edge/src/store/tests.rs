@@ -678,6 +678,31 @@ fn whatever_the_clock_shows_retention_by_age_counts_what_passed() {
 }
 
 #[test]
+fn a_clean_stop_keeps_the_time_that_passed_since_the_last_commit() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rule = stream("a", "a");
+    rule.retention_age = Some(Span::secs(3600));
+    let hands = Hands::new(CLOCK_MS);
+    let open = || {
+        let settings = StoreSettings { clock: hands.clock(), ..settings(dir.path()) };
+        EdgeStore::open(settings, vec![rule.clone()]).unwrap()
+    };
+    for _ in 0..3 {
+        let store = open();
+        put(&store, "a", &vec![1; 50_000]);
+        put(&store, "a", b"x");
+        let next = store.position(&name("a")).unwrap().next;
+        store.set_safe(&name("a"), next);
+        hands.pass(1_300_000);
+    }
+    let store = open();
+    for _ in 0..2 {
+        put(&store, "a", &vec![1; 50_000]);
+    }
+    assert_eq!(store.position(&name("a")).unwrap().first, 1, "an hour passed over three runs without a commit");
+}
+
+#[test]
 fn a_database_of_another_format_ends_the_start_with_the_remedy() {
     for format in [1u32, 2, 99] {
         let dir = tempfile::tempdir().unwrap();
