@@ -97,7 +97,7 @@ pub struct ColdRun {
     pub bytes: u64,
     /// The greatest record timestamp.
     pub max_timestamp: TimestampMs,
-    /// When its newest block was appended, by the broker's clock: time retention runs on this.
+    /// When its newest block was appended, by the shard's count of running time: time retention runs on this.
     pub appended_ms: TimestampMs,
 }
 
@@ -170,6 +170,9 @@ pub trait Source: Send + Sync + 'static {
 
     /// Another owner has claimed the shard in the bucket with this epoch: nothing more may be acknowledged.
     fn fenced(&self, epoch: u32);
+
+    /// What time it is by the count that blocks are stamped with.
+    fn now_ms(&self) -> TimestampMs;
 
     /// What must be kept of a partition; `None` when its topic is deleted (or was never there).
     fn retained(&self, partition: Partition) -> Option<Retained>;

@@ -90,7 +90,7 @@ pub struct BlockHeader {
     pub nonce: u64,
     /// Its place in the shard's sequence, without holes.
     pub seq: u64,
-    /// When it was appended, by the broker's clock. Retention by time runs on this.
+    /// When it was appended, by the shard's count of running time (`shared::clock`). Retention by time runs on this.
     pub append_ms: TimestampMs,
 }
 

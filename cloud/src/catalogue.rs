@@ -7,12 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{FutureExt as _, Shared};
 use shared::limited;
 use shared::log::{AppendError, BoxFuture};
-use shared::name::{NameError, Partition, TimestampMs, TopicId, TopicName};
+use shared::name::{NameError, Partition, TopicId, TopicName};
 use tokio::time::{Instant, timeout_at};
 
 use claims::{Claim, Claims, Held};
@@ -328,7 +327,7 @@ impl Catalogue {
             // Whatever rules say later, the topic says what it is.
             configs.insert(ENGINE_SETTING.to_owned(), engine.name().to_owned());
         }
-        Ok((Topic { id: fresh_topic_id()?, name, partitions, configs, created_ms: wall_ms() }, shards))
+        Ok((Topic { id: fresh_topic_id()?, name, partitions, configs, created_ms: self.state.now_ms() }, shards))
     }
 
     fn check_room(&self, there: usize, more: u32) -> Result<(), CatalogueError> {
@@ -447,11 +446,6 @@ fn fresh_topic_id() -> Result<TopicId, CatalogueError> {
     }
 }
 
-fn wall_ms() -> TimestampMs {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -493,6 +487,10 @@ mod tests {
 
         fn with_state(&self, read: &mut dyn FnMut(&State)) {
             self.log.with_state(read);
+        }
+
+        fn now_ms(&self) -> shared::name::TimestampMs {
+            self.log.now_ms()
         }
     }
 

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use shared::limited;
@@ -128,9 +128,8 @@ pub struct Groups {
     settings: GroupSettings,
     /// Told when something is due earlier than was thought, and at the end.
     wake: Arc<Notify>,
-    began: Instant,
     /// A group that had members when the last process ended is empty since then, as far as anybody knows.
-    began_ms: TimestampMs,
+    began: Instant,
 }
 
 struct Inner {
@@ -157,7 +156,6 @@ impl Groups {
             state,
             wake: wake.clone(),
             began: Instant::now(),
-            began_ms: wall_ms(),
             settings: settings.clone(),
         });
         tokio::spawn(keep_time(Arc::downgrade(&groups), wake));
@@ -242,7 +240,7 @@ impl Groups {
             let mut changes = Vec::with_capacity(offsets.len() + 1);
             let log = self.log(group);
             let touch = self.admit_commit(log, group, has_members, &offsets)?;
-            let now_ms = wall_ms();
+            let now_ms = log.now_ms();
             if touch {
                 let empty_since_ms = (!has_members).then_some(now_ms);
                 changes.push(Change::GroupTouched { group: group.to_owned(), protocol_type, empty_since_ms });
@@ -406,7 +404,10 @@ impl Groups {
                     }
                 }
                 Effect::Populated => self.touch(&inner.coordinator, group, None),
-                Effect::Emptied => self.touch(&inner.coordinator, group, Some(wall_ms())),
+                Effect::Emptied => {
+                    let now_ms = self.log(&group).now_ms();
+                    self.touch(&inner.coordinator, group, Some(now_ms));
+                }
             }
         }
         let after = inner.coordinator.deadline();
@@ -443,16 +444,17 @@ impl Groups {
     }
 
     /// Removes what nobody has used for the retention time; returns how many offsets and groups went.
-    pub async fn expire(&self, now_ms: TimestampMs) -> usize {
+    pub async fn expire(&self) -> usize {
         let mut removed = 0;
         for log in coordinator_logs(&*self.state) {
-            removed += self.expire_in(log, now_ms).await;
+            removed += self.expire_in(log).await;
         }
         removed
     }
 
-    async fn expire_in(&self, log: &dyn StateLog, now_ms: TimestampMs) -> usize {
+    async fn expire_in(&self, log: &dyn StateLog) -> usize {
         let mut removed = 0;
+        let now_ms = log.now_ms();
         loop {
             let (count, stored) = {
                 let inner = self.inner.lock();
@@ -474,12 +476,13 @@ impl Groups {
         let retention = i64::try_from(self.settings.offsets_retention.as_millis()).unwrap_or(i64::MAX);
         let kept = i64::try_from(self.settings.empty_group_kept_ms).unwrap_or(i64::MAX);
         let over = |since: TimestampMs, time: i64| since.checked_add(time).is_some_and(|until| until <= now_ms);
+        let began_ms = now_ms.saturating_sub(i64::try_from(self.began.elapsed().as_millis()).unwrap_or(i64::MAX));
         let mut expired = Vec::new();
         for (name, group) in state.groups() {
             if inner.coordinator.has_members(name) || inner.committing.contains_key(name) {
                 continue;
             }
-            let empty_since = group.empty_since_ms.unwrap_or(self.began_ms);
+            let empty_since = group.empty_since_ms.unwrap_or(began_ms);
             let mut left = group.offsets.len();
             for (partition, committed) in &group.offsets {
                 if over(empty_since.max(committed.commit_ms), retention) {
@@ -548,7 +551,7 @@ async fn expire_offsets(groups: Weak<Groups>, every: Duration) {
     loop {
         tokio::time::sleep(every.max(Duration::from_millis(100))).await;
         let Some(groups) = groups.upgrade() else { return };
-        groups.expire(wall_ms()).await;
+        groups.expire().await;
     }
 }
 
@@ -564,9 +567,4 @@ fn fresh_member_id(prefix: &str) -> Result<String, GroupError> {
     let prefix: String = prefix.chars().take(PREFIX_CHARS_MAX).collect();
     let hex = u128::from_be_bytes(random);
     Ok(format!("{prefix}-{hex:032x}"))
-}
-
-fn wall_ms() -> TimestampMs {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }

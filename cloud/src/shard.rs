@@ -17,6 +17,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
 use shared::block_on::block_on;
+use shared::clock::{ClockReading, ExpiryClock};
 use shared::histogram::Histogram;
 use shared::log::{
     Append, AppendError, Appended, Bounds, BoxFuture, EpochEnd, Log, Read, ReadError, ReadLimits, StreamKey, TimePoint,
@@ -25,6 +26,7 @@ use shared::log::{
 use shared::name::{Offset, Partition, TimestampMs};
 use tokio::sync::Notify;
 use tokio::time::Instant;
+use tracing::warn;
 
 use crate::archive::{ColdTier, Confirmation, LocalBlocks, NothingCold, Recovered, SourceError};
 use crate::block::BlockError;
@@ -32,7 +34,6 @@ use crate::planted::{Bug, planted};
 use crate::state::{Change, State, StateError, StateLog, StreamState};
 use crate::wal::{BlockLog, Usage, WalError};
 
-mod clock;
 mod committer;
 mod flight;
 mod fold;
@@ -50,7 +51,7 @@ use flight::Inner;
 pub(crate) use fold::fold;
 use lease::Lease;
 
-/// Milliseconds since 1970 by the broker's clock.
+/// Milliseconds since 1970 by the machine's clock.
 pub type Clock = Arc<dyn Fn() -> TimestampMs + Send + Sync>;
 
 /// Bounds and identity of a shard.
@@ -171,7 +172,7 @@ struct Core {
     wal: Box<dyn BlockLog>,
     cold: Arc<dyn ColdTier>,
     clock: Clock,
-    cautious: Mutex<clock::CautiousClock>,
+    expiry: Mutex<ExpiryClock>,
     /// The owner's epoch, in every block's header.
     epoch: u32,
     /// Bytes of the WAL that only changes may use.
@@ -523,21 +524,43 @@ impl Shard {
     }
 
     /// Moves log starts to where topics' `retention.ms` and `retention.bytes` put them, and forgets producers that went away.
-    /// Returns how many partitions moved. Call it now and then.
+    /// Stores the time that was counted, where nothing else has for long. Returns how many partitions moved. Call it now and
+    /// then.
     pub async fn apply_retention(&self) -> Result<usize, AppendError> {
-        let moves = self.core.retention_moves();
-        let count = moves.len();
-        if count > 0 {
-            self.commit(moves).await?;
+        let mut changes = self.core.retention_moves();
+        let count = changes.len();
+        changes.extend(self.core.expired_producers());
+        changes.extend(self.core.time_counted());
+        if !changes.is_empty() {
+            self.commit(changes).await?;
         }
         Ok(count)
     }
 }
 
+fn read_clock(clock: &Clock) -> ClockReading {
+    ClockReading { wall_ms: clock(), at: Instant::now().into_std() }
+}
+
 impl Core {
-    /// What time it is, for blocks and for retention.
-    fn now(&self) -> clock::Now {
-        self.cautious.lock().judge((self.clock)(), Instant::now().into_std())
+    /// What time it is, for blocks and for retention: see [`shared::clock`].
+    fn now(&self) -> TimestampMs {
+        self.expiry.lock().now(Instant::now().into_std())
+    }
+
+    /// Says so when the wall clock is not where it was.
+    fn look_at_clock(&self) {
+        let reading = read_clock(&self.clock);
+        if let Some(jump) = self.expiry.lock().look(reading) {
+            let by_secs = jump.clock_ms.saturating_sub(jump.expected_ms) / 1000;
+            warn!(
+                shard = self.settings.shard,
+                clock_ms = jump.clock_ms,
+                by_secs,
+                "the wall clock jumped, or the node was off for so long: nothing expires sooner for it, ages are counted in \
+                 running time; set the clock if it is wrong"
+            );
+        }
     }
 }
 
@@ -607,6 +630,10 @@ impl StateLog for Shard {
 
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         read(&self.core.inner.lock().state);
+    }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.core.now()
     }
 }
 

@@ -503,6 +503,10 @@ impl StateLog for Shards {
         self.catalogue().with_state(read);
     }
 
+    fn now_ms(&self) -> TimestampMs {
+        self.catalogue().now_ms()
+    }
+
     fn slot_log(&self, slot: CoordinatorSlot) -> Option<&dyn StateLog> {
         let number = read_state(&**self.catalogue(), |state| state.slot_shard(slot));
         numbered(&self.members, number).map(|shard| &**shard as &dyn StateLog)

@@ -8,7 +8,7 @@
 //! changes in a block            snapshot in a manifest
 //! +---------+----------+---     +---------+--------------------------+
 //! | version | count    | ...    | version | State, postcard          |
-//! | u8 = 1  | varint   |        | u8 = 3  |                          |
+//! | u8 = 1  | varint   |        | u8 = 4  |                          |
 //! +---------+----------+---     +---------+--------------------------+
 //! ```
 //! Each change is postcard (varint variant number, then its fields in order). A variant is never edited or moved; what
@@ -17,6 +17,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use shared::clock::ClockState;
 use shared::log::{AppendError, BoxFuture, Chain, StreamKey};
 use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName, TimestampMs, TopicId, TopicName};
 
@@ -181,6 +182,13 @@ pub enum Change {
         /// The shard, which outlives the process.
         shard: u32,
     },
+    /// Producers that appended nothing since `before_ms` are forgotten, in every partition. Written by the shard alone.
+    ProducersExpired {
+        /// By the shard's count, see [`shared::clock`].
+        before_ms: TimestampMs,
+    },
+    /// The shard's count of running time stands here. Written by the shard alone, where no other block tells it for long.
+    TimeCounted(ClockState),
 }
 
 /// Where a shard's blocks rest, and so what its acknowledgements promise.
@@ -231,7 +239,7 @@ pub struct Topic {
     pub partitions: u32,
     /// Its settings, as far as they differ from the defaults.
     pub configs: BTreeMap<String, String>,
-    /// When it was created.
+    /// When it was created, by the count of the shard with the catalogue.
     pub created_ms: TimestampMs,
 }
 
@@ -244,7 +252,7 @@ pub struct CommittedOffset {
     pub leader_epoch: i32,
     /// Whatever the client said.
     pub metadata: String,
-    /// When.
+    /// When, by the count of the log it lies in.
     pub commit_ms: TimestampMs,
 }
 
@@ -418,6 +426,8 @@ pub struct State {
     skipped: Offset,
     /// Coordinator slots that were placed; the others are in the catalogue's shard.
     slots: BTreeMap<CoordinatorSlot, u32>,
+    /// The count of running time, as of the newest block.
+    clock: ClockState,
 }
 
 /// Why stored state was refused.
@@ -550,6 +560,21 @@ impl State {
         self.skipped
     }
 
+    /// The count of running time, as far as blocks tell it; `None` before the first.
+    pub fn clock(&self) -> Option<ClockState> {
+        (self.clock != ClockState::default()).then_some(self.clock)
+    }
+
+    /// A block was appended at `counted_ms`.
+    pub fn count_to(&mut self, counted_ms: TimestampMs) {
+        self.clock.counted_ms = self.clock.counted_ms.max(counted_ms);
+    }
+
+    /// Whether any producer is remembered that appended nothing since `before_ms`.
+    pub fn has_producers_before(&self, before_ms: TimestampMs) -> bool {
+        self.partitions.values().any(|partition| partition.producers.values().any(|known| known.append_ms < before_ms))
+    }
+
     /// Ids below this may have been given out.
     pub fn next_producer_id(&self) -> i64 {
         self.next_producer_id
@@ -620,6 +645,11 @@ impl State {
             }
             Change::SlotPlaced { slot, shard } => {
                 self.slots.insert(*slot, *shard);
+            }
+            Change::ProducersExpired { before_ms } => self.expire_producers(*before_ms),
+            Change::TimeCounted(clock) => {
+                self.count_to(clock.counted_ms);
+                self.clock.ahead_ms = clock.ahead_ms;
             }
         }
     }
@@ -730,7 +760,7 @@ impl State {
     }
 
     /// Forgets producers that appended nothing since `before_ms` (Kafka's `producer.id.expiration.ms`).
-    pub fn expire_producers(&mut self, before_ms: TimestampMs) {
+    fn expire_producers(&mut self, before_ms: TimestampMs) {
         for partition in self.partitions.values_mut() {
             partition.producers.retain(|_, producer| producer.append_ms >= before_ms);
         }
@@ -769,6 +799,9 @@ pub trait StateLog: Send + Sync + 'static {
     /// Shows the durable state, under a lock: copy what is needed and return. Where there are several shards it is the
     /// catalogue's: of partitions, of streams' positions and of groups it knows only those in its own shard.
     fn with_state(&self, read: &mut dyn FnMut(&State));
+
+    /// What time it is for what expires in this log, and what to stamp that with: see [`shared::clock`].
+    fn now_ms(&self) -> TimestampMs;
 
     /// The log that keeps what belongs to a coordinator slot's ids, groups and all; `None` if it is this one. Changes of
     /// a group are committed there. See [`coordinator_log`].

@@ -105,8 +105,10 @@ mod tests {
         Duration::from_millis(ms.unsigned_abs())
     }
 
-    /// What a clock shows instead of `right`.
-    const JUMPS: [(&str, fn(i64) -> i64); 7] = [
+    /// What a clock shows instead of what is right.
+    type Wrong = fn(i64) -> i64;
+
+    const JUMPS: [(&str, Wrong); 7] = [
         ("-400 d", |right| right - 400 * DAY),
         ("-1 d", |right| right - DAY),
         ("+20 h", |right| right + 20 * HOUR),

@@ -293,8 +293,7 @@ impl Archive {
         let newest = newest_in(&view.last)?.unwrap_or(0);
         let epoch = epoch.max(newest + 1);
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
-        let fence = (self.ships && !planted(Bug::NoFence))
-            .then(|| fence_block(self.settings.shard, epoch, view.next, self.now_ms()));
+        let fence = (self.ships && !planted(Bug::NoFence)).then(|| fence_block(self.settings.shard, epoch, view.next));
         if let Some(fence) = &fence {
             match self.store.create(&self.keys.wal(view.next), std::slice::from_ref(fence)).await {
                 // The old owner appended or shipped once more before it noticed; its blocks count.
@@ -511,8 +510,8 @@ fn newest_in(blocks: &[StoredBlock]) -> Result<Option<u32>, ArchiveError> {
     Ok(Some(block.header().epoch))
 }
 
-/// A block that says nothing but whose the shard is now.
-fn fence_block(shard: u32, epoch: u32, seq: u64, append_ms: i64) -> Bytes {
-    let header = BlockHeader { shard, epoch, nonce: random(), seq, append_ms };
+/// A block that says nothing but whose the shard is now: not even when, for no shard counts time here.
+fn fence_block(shard: u32, epoch: u32, seq: u64) -> Bytes {
+    let header = BlockHeader { shard, epoch, nonce: random(), seq, append_ms: 0 };
     BlockBuilder::default().finish(header).bytes().clone()
 }

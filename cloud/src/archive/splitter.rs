@@ -36,10 +36,9 @@ const SEGMENT_BYTES_MAX: u64 = 1 << 30;
 const MAINTENANCE: Duration = Duration::from_secs(60);
 
 /// A shard that split nothing for so long is looked through all the same, as often as that: its last hour and its last day
-/// are merged when the clock says that they are long over.
+/// are merged when the count of time says that they are long over.
 const IDLE: Duration = Duration::from_secs(3600);
-/// How long an hour or a day has been over by the clock then. The clock decides on nothing but this: one that is wrong
-/// costs a merge that is made again, or made late.
+/// How long an hour or a day has been over by the log's count of time then.
 const IDLE_MS: i64 = 3_600_000;
 
 /// How long upkeep waits while there is always more to split; then it writes one object.
@@ -206,9 +205,9 @@ impl<'a> Splitter<'a> {
         self.split.elapsed() >= IDLE && self.source.durable().next_seq <= self.root.trim
     }
 
-    /// Up to when the log has everything. Of a log that stands still the clock must say it.
+    /// Up to when the log has everything. Of a log that stands still its count of time must say it.
     fn log_ms(&self) -> Option<TimestampMs> {
-        self.log_ms.max(self.is_idle().then(|| self.archive.now_ms().saturating_sub(IDLE_MS)))
+        self.log_ms.max(self.is_idle().then(|| self.source.now_ms().saturating_sub(IDLE_MS)))
     }
 
     /// Waits for the next look; `true` when a roll was asked for.
@@ -285,7 +284,8 @@ impl<'a> Splitter<'a> {
             let pages = self.write_pages(&mut index, Some(snapshot), work).await?;
             let root = self.next_root(trim, end.map(|(crc, _)| crc).or(self.root.trim_crc), &pages);
             self.publish(root, index, pages.fresh, work).await?;
-            self.log_ms = end.map(|(_, appended_ms)| appended_ms).or(self.log_ms);
+            // A fence tells no time.
+            self.log_ms = self.log_ms.max(end.map(|(_, appended_ms)| appended_ms).filter(|ms| *ms > 0));
         }
         self.split = Instant::now();
         self.maintained = self.split;

@@ -22,7 +22,7 @@ use shared::log::conformance;
 use shared::log::faulty::{Fault, FaultyLog};
 use shared::log::memory::MemoryLog;
 use shared::log::{Append, AppendError, BoxFuture, Source};
-use shared::name::Partition;
+use shared::name::{Partition, TimestampMs};
 
 use super::*;
 use crate::catalogue::CatalogueSettings;
@@ -48,6 +48,10 @@ impl StateLog for Silent {
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         self.0.with_state(read);
     }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.0.now_ms()
+    }
 }
 
 impl StateLog for Store {
@@ -62,6 +66,10 @@ impl StateLog for Store {
 
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         self.state.with_state(read);
+    }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.state.now_ms()
     }
 
     fn slot_log(&self, _: CoordinatorSlot) -> Option<&dyn StateLog> {

@@ -9,7 +9,7 @@ use kafka_wire::{Message, Reader, RequestHeader, Writer};
 use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::log::memory::MemoryLog;
 use shared::log::{AppendError, BoxFuture};
-use shared::name::{Partition, TopicId};
+use shared::name::{Partition, TimestampMs, TopicId};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -47,6 +47,10 @@ impl StateLog for Shard {
 
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         self.state.with_state(read);
+    }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.state.now_ms()
     }
 }
 

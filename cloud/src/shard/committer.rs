@@ -157,7 +157,7 @@ impl Core {
             nonce: settings.nonce,
             seq: inner.next_seq + inner.sealed.len() as u64,
             // Under the lock: times ascend as numbers do.
-            append_ms: self.now().stamp,
+            append_ms: self.now(),
         };
         inner.sealed.push_back(Sealed {
             outcome: open.outcome.clone(),

@@ -8,15 +8,14 @@ use bytes::BytesMut;
 use parking_lot::Mutex;
 use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::block_on::block_on;
+use shared::clock::ExpiryClock;
 use shared::name::TimestampMs;
 use tokio::sync::Notify;
-use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::clock::CautiousClock;
 use super::flight::Inner;
 use super::read::Readers;
-use super::{Clock, Core, OpenError, ShardSettings};
+use super::{Clock, Core, OpenError, ShardSettings, read_clock};
 use crate::archive::{ColdTier, Recovered, Snapshot, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockError, BlockHeader, Placed};
 use crate::planted::{Bug, planted};
@@ -42,14 +41,13 @@ pub fn recover(
         Some(Snapshot { next_seq, state }) => (State::decode(state)?, *next_seq),
     };
     let now_ms = (clock)();
-    let inner = Inner::new(state, start);
-    let mut recovery = Recovery { inner, settings: &settings, epoch, now_ms, newest_ms: None };
+    let mut recovery = Recovery { inner: Inner::new(state, start), settings: &settings, epoch, now_ms };
     match tail {
         Tail::Local => recovery.replay_local(&*wal, start)?,
         Tail::Bucket(blocks) => recovery.restore(&*wal, start, blocks)?,
         Tail::Owned(blocks) => recovery.replay(blocks)?,
     }
-    let Recovery { mut inner, epoch, newest_ms, .. } = recovery;
+    let Recovery { mut inner, epoch, .. } = recovery;
     let usage = wal.usage();
     inner.wal_free_bytes = usage.free_bytes;
     info!(
@@ -60,11 +58,11 @@ pub fn recover(
         partitions = inner.state.partitions().count(),
         "shard recovered"
     );
-    Ok(Core {
+    let core = Core {
         readers: Readers::new(settings.read_cache_bytes_max),
         settings,
         wal,
-        cautious: Mutex::new(CautiousClock::new(newest_ms.unwrap_or_else(|| (clock)()), Instant::now().into_std())),
+        expiry: Mutex::new(ExpiryClock::new(inner.state.clock(), read_clock(&clock))),
         cold,
         clock,
         epoch,
@@ -76,7 +74,9 @@ pub fn recover(
         ahead: Notify::new(),
         committed: Arc::new(Notify::new()),
         safety: Arc::new(Notify::new()),
-    })
+    };
+    core.look_at_clock();
+    Ok(core)
 }
 
 /// A control batch that says nothing to any client: the commit marker of no transaction, without a timestamp.
@@ -97,10 +97,8 @@ struct Recovery<'a> {
     inner: Inner,
     settings: &'a ShardSettings,
     epoch: u32,
-    /// When this start is.
+    /// What the wall clock says of this start.
     now_ms: TimestampMs,
-    /// When the newest block was appended.
-    newest_ms: Option<TimestampMs>,
 }
 
 impl Recovery<'_> {
@@ -162,6 +160,8 @@ impl Recovery<'_> {
             self.absorb(seq, block)?;
         }
         let lives = lives.max(1);
+        // The count goes on from the newest block; none of it has passed in here.
+        let now = self.inner.state.clock().map_or(self.now_ms, |clock| clock.counted_ms);
         // All of this came from the bucket.
         self.inner.ship(self.inner.next_seq);
         let mut builder = BlockBuilder::default();
@@ -170,17 +170,17 @@ impl Recovery<'_> {
         builder.change(Change::EpochStarted { epoch, skip });
         let seq = self.inner.next_seq;
         let ShardSettings { shard, nonce, .. } = *self.settings;
-        let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: self.now_ms });
+        let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });
         block_on(wal.append(seq, block.bytes()))?;
         self.absorb(seq, block)?;
-        self.mark_beginnings(wal)?;
+        self.mark_beginnings(wal, now)?;
         wal.settle()?;
         Ok(())
     }
 
     /// Begins the new epoch of every partition with a control record, which clients skip: a consumer that reads to the end
     /// would otherwise wait at the left out offsets for a record that nobody may ever write.
-    fn mark_beginnings(&mut self, wal: &dyn BlockLog) -> Result<(), OpenError> {
+    fn mark_beginnings(&mut self, wal: &dyn BlockLog, now: TimestampMs) -> Result<(), OpenError> {
         let mut builder = BlockBuilder::default();
         for (partition, state) in self.inner.state.partitions() {
             builder.push(Placed {
@@ -194,7 +194,7 @@ impl Recovery<'_> {
             return Ok(());
         }
         let (seq, ShardSettings { shard, nonce, .. }) = (self.inner.next_seq, self.settings);
-        let header = BlockHeader { shard: *shard, epoch: self.epoch, nonce: *nonce, seq, append_ms: self.now_ms };
+        let header = BlockHeader { shard: *shard, epoch: self.epoch, nonce: *nonce, seq, append_ms: now };
         let block = builder.finish(header);
         block_on(wal.append(seq, block.bytes()))?;
         self.absorb(seq, block)
@@ -211,16 +211,18 @@ impl Recovery<'_> {
             return Err(wrong("it belongs to another shard"));
         }
         self.epoch = self.epoch.max(header.epoch);
-        self.newest_ms = Some(header.append_ms);
         Ok(block)
     }
 
     fn absorb(&mut self, seq: u64, block: Block) -> Result<(), OpenError> {
-        let (bytes, append_ms) = (block.bytes().len(), block.header().append_ms);
+        let (bytes, append_ms, is_fence) = (block.bytes().len(), block.header().append_ms, block.is_fence());
         self.inner.absorb(block, self.settings).map_err(|error| OpenError::Block { seq, error })?;
         if self.settings.archived {
-            // A clock that ran ahead then, or behind now, makes no block younger than now.
-            let age_ms = self.now_ms.saturating_sub(append_ms).max(0).unsigned_abs();
+            // By the wall clock, which was so far ahead of the count then: the time off counts here. A clock that is behind
+            // now makes no block younger than now, and a fence does not say when it was made.
+            let ahead_ms = self.inner.state.clock().map_or(0, |clock| clock.ahead_ms);
+            let age_ms = self.now_ms.saturating_sub(append_ms.saturating_add(ahead_ms)).max(0);
+            let age_ms = if is_fence { 0 } else { age_ms.unsigned_abs() };
             self.inner.unshipped.push(seq, bytes, Duration::from_millis(age_ms));
         }
         Ok(())

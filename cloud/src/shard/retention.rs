@@ -1,11 +1,21 @@
 //! What may go: by age of the append and by size, per partition, over all tiers.
 
+use shared::clock::{ClockState, JUMP_MS};
 use shared::name::{Offset, Partition, TimestampMs};
+use tokio::time::Instant;
 
-use super::Core;
 use super::flight::Inner;
+use super::{Core, ShardSettings};
 use crate::archive::ColdRun;
 use crate::state::{Change, Topic};
+
+/// In how many steps producers expire, as parts of the time that they are remembered.
+const PRODUCER_EXPIRY_STEPS: i64 = 24;
+
+/// A shard to which nothing is appended stores its count as often as this part of what is kept shortest, ...
+const COUNTED_PARTS: i64 = 16;
+/// ... but at most and at least so often. What was counted since is lost in a restart, and what ages lives so much longer.
+const COUNTED_MS: (i64, i64) = (20_000, 6 * 3600 * 1000);
 
 /// What a topic keeps. -1 is for ever, or without bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,14 +70,11 @@ fn new_start(parts: &[Part], kept: Kept, now: TimestampMs) -> Option<Offset> {
 }
 
 impl Core {
-    /// The log starts that retention moves now. Forgets old producers on the way.
+    /// The log starts that retention moves now.
     pub fn retention_moves(&self) -> Vec<Change> {
-        let now = self.now().retention;
-        let partitions: Vec<(Partition, Kept)> = {
-            let mut inner = self.inner.lock();
-            inner.state.expire_producers(now.saturating_sub(self.settings.producer_expiry_ms));
-            inner.kept_partitions(self.settings.retention_ms, self.settings.retention_bytes)
-        };
+        let now = self.now();
+        let partitions: Vec<(Partition, Kept)> =
+            self.inner.lock().kept_partitions(self.settings.retention_ms, self.settings.retention_bytes);
         let mut moves = Vec::new();
         for (partition, kept) in partitions {
             if kept.retention_ms < 0 && kept.retention_bytes < 0 {
@@ -85,6 +92,27 @@ impl Core {
             }
         }
         moves
+    }
+
+    /// Forgets producers that went away. Looked at in steps, so that many short lives are one change.
+    pub fn expired_producers(&self) -> Option<Change> {
+        let expiry = self.settings.producer_expiry_ms;
+        let step = (expiry / PRODUCER_EXPIRY_STEPS).max(1);
+        let before_ms = self.now().saturating_sub(expiry).div_euclid(step).saturating_mul(step);
+        self.inner.lock().state.has_producers_before(before_ms).then_some(Change::ProducersExpired { before_ms })
+    }
+
+    /// Stores the count of running time, where there is something that ages and no block has told the count for a part of what
+    /// that is kept; and where the wall clock stands, if that has changed.
+    pub fn time_counted(&self) -> Option<Change> {
+        self.look_at_clock();
+        let counted: ClockState = self.expiry.lock().state(Instant::now().into_std());
+        let inner = self.inner.lock();
+        let stored = inner.state.clock().unwrap_or_default();
+        let moved = counted.ahead_ms.abs_diff(stored.ahead_ms) > JUMP_MS.unsigned_abs();
+        let since = counted.counted_ms.saturating_sub(stored.counted_ms);
+        let due = |shortest: i64| since >= (shortest / COUNTED_PARTS).clamp(COUNTED_MS.0, COUNTED_MS.1);
+        (moved || inner.shortest_kept(&self.settings).is_some_and(due)).then_some(Change::TimeCounted(counted))
     }
 
     /// Whether the oldest part is too old. Parts go from the front, so that nothing else need be looked at if it is not.
@@ -105,6 +133,20 @@ impl Inner {
             (0..topic.partitions).map(move |index| (Partition { topic: id, index }, kept))
         };
         self.state.topics_of_any_name().flat_map(of).collect()
+    }
+
+    /// How long the first thing to expire is kept, as far as there is one.
+    fn shortest_kept(&self, settings: &ShardSettings) -> Option<i64> {
+        let kept = self.kept_partitions(settings.retention_ms, settings.retention_bytes).into_iter();
+        let with_records = kept.filter(|(partition, kept)| {
+            let state = self.state.partition(*partition);
+            kept.retention_ms >= 0 && state.is_some_and(|state| state.log_start < state.high_watermark)
+        });
+        let records = with_records.map(|(_, kept)| kept.retention_ms).min();
+        let producers = self.state.has_producers_before(TimestampMs::MAX).then_some(settings.producer_expiry_ms);
+        // How long offsets are kept is the groups' matter, and never so short that it counts here.
+        let offsets = self.state.groups().next().map(|_| COUNTED_MS.1.saturating_mul(COUNTED_PARTS));
+        [records, producers, offsets].into_iter().flatten().min()
     }
 
     /// The partition's parts, ascending: the archive's, then what only the WAL has.

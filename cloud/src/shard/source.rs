@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use shared::block_on::block_on;
 use shared::log::{AppendError, BoxFuture, StreamKey};
-use shared::name::{Offset, Partition};
+use shared::name::{Offset, Partition, TimestampMs};
 use tracing::{error, warn};
 
 use super::{Core, Shard, retention};
@@ -158,6 +158,10 @@ impl Source for Shard {
     fn fenced(&self, epoch: u32) {
         error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
         self.core.stop(AppendError::Fenced(epoch));
+    }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.core.now()
     }
 
     fn retained(&self, partition: Partition) -> Option<Retained> {

@@ -17,6 +17,7 @@ use crate::wal::file::{FileWal, FileWalSettings};
 use crate::wal::memory::MemoryWal;
 
 mod ahead;
+mod clock;
 mod flight;
 mod lease;
 mod powercut;
@@ -307,29 +308,24 @@ fn what_is_shipped_is_safe() {
     assert_eq!(shard.safe(&key), Some(20));
 }
 
-#[test]
-fn retention_goes_by_append_time_and_size() {
-    let now = Arc::new(AtomicI64::new(1_000));
-    let clock: Clock = {
-        let now = now.clone();
-        Arc::new(move || now.load(Ordering::SeqCst))
-    };
+#[tokio::test(start_paused = true)]
+async fn retention_goes_by_append_time_and_size() {
     let settings = ShardSettings { retention_ms: 500, ..ShardSettings::default() };
     let wal = MemoryWal::new(WAL_BYTES);
-    let shard = Shard::open(settings, Box::new(wal), Recovered::default(), None, clock).unwrap();
+    let shard = Shard::open(settings, Box::new(wal), Recovered::default(), None, clock()).unwrap();
     block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
-    for at in [1_000, 1_200, 1_400] {
-        now.store(at, Ordering::SeqCst);
+    for _ in 0..3 {
+        tokio::time::advance(Duration::from_millis(200)).await;
         // Whatever the device's clock says.
         append(&shard, batch(10, 4_000_000_000_000)).unwrap();
     }
     assert_eq!(block_on(shard.apply_retention()), Ok(0));
-    now.store(1_750, Ordering::SeqCst);
+    tokio::time::advance(Duration::from_millis(350)).await;
     assert_eq!(block_on(shard.apply_retention()), Ok(1));
     assert_eq!(shard.bounds(partition(1)).unwrap().log_start, 20);
     let configs = BTreeMap::from([("retention.ms".to_owned(), "-1".to_owned())]);
     block_on(shard.commit(vec![Change::TopicConfigured { id: TopicId([1; 16]), configs }])).unwrap();
-    now.store(1_000_000, Ordering::SeqCst);
+    tokio::time::advance(Duration::from_secs(1_000)).await;
     assert_eq!(block_on(shard.apply_retention()), Ok(0));
     let configs = BTreeMap::from([("retention.bytes".to_owned(), "0".to_owned())]);
     block_on(shard.commit(vec![Change::TopicConfigured { id: TopicId([1; 16]), configs }])).unwrap();
@@ -373,48 +369,21 @@ impl ColdTier for ManyRuns {
     }
 }
 
-#[test]
-fn retention_looks_at_the_oldest_run_alone_until_that_may_go() {
-    let now = Arc::new(AtomicI64::new(1_000));
-    let clock: Clock = {
-        let now = now.clone();
-        Arc::new(move || now.load(Ordering::SeqCst))
-    };
+#[tokio::test(start_paused = true)]
+async fn retention_looks_at_the_oldest_run_alone_until_that_may_go() {
     let cold = Arc::new(ManyRuns::default());
     let settings = ShardSettings { retention_ms: 500, ..ShardSettings::default() };
     let wal = Box::new(MemoryWal::new(WAL_BYTES));
-    let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock).unwrap();
+    let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
     block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
     append(&shard, batch(10, 1)).unwrap();
+    let begun = Instant::now();
     for (at, moved, walks) in [(1_200, 0, 0), (1_500, 0, 0), (1_750, 1, 1), (1_760, 0, 1), (1_850, 1, 2)] {
-        now.store(at, Ordering::SeqCst);
+        tokio::time::advance(Duration::from_millis(at - 1_000) - begun.elapsed()).await;
         assert_eq!(block_on(shard.apply_retention()), Ok(moved), "at {at}");
         assert_eq!(cold.walks.load(Ordering::SeqCst), walks, "at {at}");
     }
     assert_eq!(shard.bounds(partition(1)).unwrap().log_start, 4);
-}
-
-#[test]
-fn a_clock_that_jumps_to_2099_deletes_nothing() {
-    let now = Arc::new(AtomicI64::new(1_700_000_000_000));
-    let clock: Clock = {
-        let now = now.clone();
-        Arc::new(move || now.load(Ordering::SeqCst))
-    };
-    let wal = MemoryWal::new(WAL_BYTES);
-    let open = || {
-        let wal = Box::new(wal.clone());
-        Shard::open(ShardSettings::default(), wal, Recovered::default(), None, clock.clone()).unwrap()
-    };
-    let shard = open();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
-    append(&shard, batch(10, 1)).unwrap();
-    now.store(4_070_908_800_000, Ordering::SeqCst);
-    assert_eq!(block_on(shard.apply_retention()), Ok(0));
-    shard.close();
-    let shard = open();
-    assert_eq!(block_on(shard.apply_retention()), Ok(0), "nor after a start under that clock");
-    assert_eq!(shard.bounds(partition(1)).unwrap().log_start, 0);
 }
 
 // ---- recovery ----

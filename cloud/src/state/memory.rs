@@ -2,6 +2,7 @@
 
 use parking_lot::Mutex;
 use shared::log::{AppendError, BoxFuture};
+use shared::name::TimestampMs;
 
 use super::{Change, State, StateLog};
 
@@ -16,6 +17,7 @@ struct Inner {
     state: State,
     commits: Vec<Vec<Change>>,
     refuse: Option<AppendError>,
+    now_ms: TimestampMs,
 }
 
 impl MemoryStateLog {
@@ -34,6 +36,11 @@ impl MemoryStateLog {
     /// From now on every commit is refused with this, or taken again.
     pub fn refuse(&self, error: Option<AppendError>) {
         self.inner.lock().refuse = error;
+    }
+
+    /// From now on it is this late.
+    pub fn set_now(&self, now_ms: TimestampMs) {
+        self.inner.lock().now_ms = now_ms;
     }
 
     /// What was committed so far, commit by commit.
@@ -58,5 +65,9 @@ impl StateLog for MemoryStateLog {
 
     fn with_state(&self, read: &mut dyn FnMut(&State)) {
         read(&self.inner.lock().state);
+    }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.inner.lock().now_ms
     }
 }

@@ -7,11 +7,11 @@ use shared::log::StreamKey;
 use shared::name::{EdgeId, Offset, Partition, StreamName, TopicId, TopicName};
 
 use super::{
-    Edge, Group, Hosting, PartitionMap, PartitionState, ShardEntry, State, StateError, StreamState, Topic,
-    encode_versioned,
+    CoordinatorSlot, Edge, Group, Hosting, PartitionMap, PartitionState, ShardEntry, State, StateError, StreamState,
+    Topic, encode_versioned,
 };
 
-pub(super) const SNAPSHOT_VERSION: u8 = 3;
+pub(super) const SNAPSHOT_VERSION: u8 = 4;
 
 /// What a snapshot of version 1 holds.
 #[derive(Deserialize)]
@@ -35,6 +35,13 @@ struct StateV2 {
     leaving: BTreeMap<TopicId, Vec<u32>>,
     shards: BTreeMap<u32, ShardEntry>,
     skipped: Offset,
+}
+
+/// What a snapshot of version 3 holds.
+#[derive(Deserialize)]
+struct StateV3 {
+    second: StateV2,
+    slots: BTreeMap<CoordinatorSlot, u32>,
 }
 
 impl From<StateV1> for State {
@@ -61,6 +68,12 @@ impl From<StateV2> for State {
     }
 }
 
+impl From<StateV3> for State {
+    fn from(old: StateV3) -> Self {
+        Self { slots: old.slots, ..old.second.into() }
+    }
+}
+
 impl State {
     /// The whole state as bytes, for a manifest.
     pub fn encode(&self) -> Vec<u8> {
@@ -73,6 +86,7 @@ impl State {
         let state = match version {
             1 => decode_whole::<StateV1>(body)?.into(),
             2 => decode_whole::<StateV2>(body)?.into(),
+            3 => decode_whole::<StateV3>(body)?.into(),
             &SNAPSHOT_VERSION => decode_whole::<Self>(body)?,
             _ => return Err(StateError::Version(*version)),
         };

@@ -56,6 +56,8 @@ fn one_of_each() -> Vec<Change> {
         Change::ShardAdded { shard: 4, engine: Engine::Object },
         Change::OffsetsReserved { shard: 4, epoch: 2, ceiling: 1 << 32 },
         Change::SlotPlaced { slot: slot(63), shard: 4 },
+        Change::ProducersExpired { before_ms: 6 },
+        Change::TimeCounted(ClockState { counted_ms: 100, ahead_ms: -3 }),
     ]
 }
 
@@ -89,6 +91,8 @@ fn golden_bytes_of_every_change() {
         "10 04 01".into(),
         "11 04 04 8080808020".into(),
         "12 3f 04".into(),
+        "13 0c".into(),
+        "14 c801 05".into(),
     ];
     for (change, expected) in one_of_each().iter().zip(golden) {
         let hex: String = encode_changes(std::slice::from_ref(change)).iter().map(|b| format!("{b:02x}")).collect();
@@ -133,15 +137,26 @@ fn a_snapshot_of_version_2_is_read() {
     assert_eq!(State::decode(&bytes), Err(StateError::Malformed("bytes after the snapshot")));
 }
 
-/// Version 1 is version 3 without what it ends with.
+/// Version 3 is version 4 without the count of time.
+#[test]
+fn a_snapshot_of_version_3_is_read() {
+    let mut old = State::default();
+    one_of_each()[..19].iter().for_each(|change| old.apply(change));
+    let mut bytes = old.encode();
+    assert_eq!(bytes.split_off(bytes.len() - 2), [0; 2]);
+    bytes[0] = 3;
+    assert_eq!(State::decode(&bytes).unwrap(), old);
+}
+
+/// Version 1 is version 4 without what it ends with.
 #[test]
 fn a_snapshot_of_version_1_is_read() {
     let mut old = State::default();
     one_of_each()[..14].iter().for_each(|change| old.apply(change));
     old.skipped = 0;
     let mut bytes = old.encode();
-    // No hosting, nothing leaving, no shards, nothing skipped, no slots.
-    assert_eq!(bytes.split_off(bytes.len() - 5), [0; 5]);
+    // No hosting, nothing leaving, no shards, nothing skipped, no slots, nothing counted.
+    assert_eq!(bytes.split_off(bytes.len() - 7), [0; 7]);
     bytes[0] = 1;
     assert_eq!(State::decode(&bytes).unwrap(), old);
     bytes.push(0);

@@ -2,8 +2,8 @@
 //!
 //! What a shard's rounds wrote within an hour is merged when the hour is over, what lies in a day when the day is. Time is
 //! the log's own: the append time of the newest block that is split. So everything that belongs to an hour is there when
-//! it counts as over, whatever was late. The clock is asked only for a log that stands still, and what it says never deletes
-//! anything: merged runs go when their records may.
+//! it counts as over, whatever was late. For a log that stands still it is the log's count of running
+//! time. Neither deletes anything: merged runs go when their records may.
 //!
 //! A merged run is kept until its newest record may go. It therefore spans at most a sixth of `retention.ms`, rounded down
 //! to a power of two: topics that keep less than 2^29 ms (6.2 days) are not merged into days, those that keep less than

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use parking_lot::Mutex;
 use shared::batch::{Batch, BatchBuilder, Compression};
 use shared::log::{BoxFuture, ReadLimits};
-use shared::name::{Offset, Partition, TopicId};
+use shared::name::{Offset, Partition, TimestampMs, TopicId};
 use tempfile::TempDir;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -286,6 +286,10 @@ impl Source for Shard {
     fn fenced(&self, epoch: u32) {
         self.content.lock().fenced = Some(epoch);
         self.events.send_replace(());
+    }
+
+    fn now_ms(&self) -> TimestampMs {
+        self.content.lock().time_ms.unwrap_or(0)
     }
 
     fn retained(&self, partition: Partition) -> Option<Retained> {

@@ -16,11 +16,7 @@ use crate::manifest::SegmentId;
 const MINUTE: Duration = Duration::from_secs(60);
 const TEN_MINUTES_MS: i64 = 600_000;
 
-thread_local! {
-    static WALL_MS: std::cell::Cell<i64> = const { std::cell::Cell::new(0) };
-}
-
-/// As it is by default, but for small segments and the clock on the wall.
+/// As it is by default, but for small segments.
 fn slow(home: &Home) -> ArchiveSettings {
     let usual = ArchiveSettings::default();
     ArchiveSettings {
@@ -28,7 +24,6 @@ fn slow(home: &Home) -> ArchiveSettings {
         segment_age: usual.segment_age,
         grace: usual.grace,
         sweep_interval: usual.sweep_interval,
-        clock: || WALL_MS.with(std::cell::Cell::get),
         ..settings(home.dir.path().into())
     }
 }
@@ -98,7 +93,7 @@ async fn small_objects_become_hours_and_hours_become_days() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_shard_that_stands_still_is_merged_when_the_clock_says_that_its_hour_is_long_over() {
+async fn a_shard_that_stands_still_is_merged_when_its_hour_is_long_over() {
     let mut quiet = Quiet::new();
     let node = quiet.start().await;
     node.shard.keep_ms(-1);
@@ -106,12 +101,12 @@ async fn a_shard_that_stands_still_is_merged_when_the_clock_says_that_its_hour_i
         ten_minutes(&node, number).await;
     }
     let hour = |hours: i64| hours * 3_600_000;
-    for (wall_ms, expected) in [(0, 4), (hour(2) - 1, 4), (hour(2), 1), (hour(1), 1)] {
-        WALL_MS.with(|wall| wall.set(wall_ms));
+    for (now_ms, expected) in [(0, 4), (hour(2) - 1, 4), (hour(2), 1)] {
+        node.shard.at_ms(now_ms);
         tokio::time::sleep(130 * MINUTE).await;
-        assert_eq!(spans(&node, 1).len(), expected, "at {wall_ms}");
+        assert_eq!(spans(&node, 1).len(), expected, "at {now_ms}");
     }
-    // The clock was wrong: the hour goes on. What came too early is made again, and nothing is lost.
+    // Were its clock wrong, and the hour goes on: what came too early is made again, and nothing is lost.
     ten_minutes(&node, 4).await;
     ten_minutes(&node, 5).await;
     ten_minutes(&node, 6).await;
