@@ -31,6 +31,8 @@
 //! among them; bit 1: a transactional one. Other bits are zero. Both CRCs are CRC-32C: the header's over bytes 0..52, the
 //! block's over everything before it.
 
+use std::sync::Arc;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use shared::batch::{Batch, BatchError};
 use shared::name::{Offset, Partition, TimestampMs, TopicId};
@@ -398,6 +400,8 @@ pub struct Placed {
 #[derive(Debug, Default)]
 pub struct BlockBuilder {
     batches: Vec<Placed>,
+    /// Shared with whoever writes them again if the block is not stored.
+    committed: Arc<Vec<Change>>,
     changes: Vec<Change>,
     batch_bytes: usize,
     buffer: BytesMut,
@@ -430,6 +434,11 @@ impl BlockBuilder {
         self.changes.push(change);
     }
 
+    /// Puts these changes before those that are added one by one.
+    pub fn begin_with(&mut self, committed: Arc<Vec<Change>>) {
+        self.committed = committed;
+    }
+
     /// Bytes of batches so far.
     pub fn batch_bytes(&self) -> usize {
         self.batch_bytes
@@ -442,7 +451,7 @@ impl BlockBuilder {
 
     /// How many batches and changes so far.
     pub fn count(&self) -> usize {
-        self.batches.len() + self.changes.len()
+        self.batches.len() + self.committed.len() + self.changes.len()
     }
 
     /// Whether there is nothing to write.
@@ -453,7 +462,8 @@ impl BlockBuilder {
     /// Writes the block: each batch is copied once and placed.
     pub fn finish(mut self, header: BlockHeader) -> Block {
         self.batches.sort_by_key(|placed| placed.partition); // Stable: offsets stay in order.
-        let changes = encode_changes(&self.changes);
+        let changes: Vec<&Change> = self.committed.iter().chain(&self.changes).collect();
+        let changes = encode_changes(changes.iter().copied());
         let runs = self.batches.chunk_by(|a, b| a.partition == b.partition).count();
         let room = HEADER_BYTES + self.batch_bytes + changes.len() + runs * ENTRY_BYTES + CRC_BYTES;
         let mut out = std::mem::take(&mut self.buffer);

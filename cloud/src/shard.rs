@@ -436,7 +436,7 @@ impl Shard {
     /// Whether the next `bytes` bytes of batches would be taken, as far as that can be told without taking them.
     pub fn produce_room(&self, bytes: usize) -> Result<(), Refused> {
         {
-            let inner = self.core.inner.lock();
+            let mut inner = self.core.inner.lock();
             if let Some(error) = inner.refuses().or_else(|| self.core.check_lease(false).err()) {
                 return Err(Refused::Stopped(error.to_string()));
             }
@@ -444,7 +444,7 @@ impl Shard {
             if self.core.settings.drops_oldest {
                 return Ok(());
             }
-            self.core.full(&inner, bytes)?;
+            self.core.full(&mut inner, bytes)?;
         }
         self.core.wal_room(bytes)
     }

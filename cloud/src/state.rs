@@ -768,8 +768,15 @@ impl State {
 }
 
 /// Changes as a block carries them; no bytes for none.
-pub fn encode_changes(changes: &[Change]) -> Vec<u8> {
-    if changes.is_empty() { Vec::new() } else { encode_versioned(CHANGES_VERSION, &changes) }
+pub fn encode_changes<'a>(changes: impl IntoIterator<Item = &'a Change, IntoIter: ExactSizeIterator>) -> Vec<u8> {
+    let changes = changes.into_iter();
+    let count = changes.len();
+    if count == 0 {
+        return Vec::new();
+    }
+    changes.fold(encode_versioned(CHANGES_VERSION, &count), |out, change| {
+        postcard::to_extend(change, out).expect("plain data always encodes to memory")
+    })
 }
 
 /// Reads what [`encode_changes`] wrote. Nothing is allocated that the bytes do not back.
@@ -843,4 +850,4 @@ pub fn read_state<T, L: StateLog + ?Sized>(log: &L, read: impl FnOnce(&State) ->
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

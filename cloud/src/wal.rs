@@ -27,6 +27,19 @@ pub trait BlockLog: Send + Sync + 'static {
     /// is opened again.
     fn append<'a>(&'a self, seq: u64, block: &'a Bytes) -> BoxFuture<'a, Result<(), WalError>>;
 
+    /// Whether a block of `block` bytes can be appended so that `leave` bytes more can be after it, come what may. Makes the
+    /// room where an engine has to; [`WalError::Full`] if it cannot. Waits where an append does.
+    fn make_room<'a>(&'a self, block: u64, leave: u64) -> BoxFuture<'a, Result<(), WalError>> {
+        let Usage { free_bytes, .. } = self.usage();
+        let needed = block.saturating_add(leave);
+        let room = if needed <= free_bytes {
+            Ok(())
+        } else {
+            Err(WalError::Full(format!("there is room for {free_bytes} bytes, and {leave} of them are kept")))
+        };
+        Box::pin(std::future::ready(room))
+    }
+
     /// Number of the first block that can be read, and the number after the newest; `None` without blocks.
     fn bounds(&self) -> Option<(u64, u64)>;
 
@@ -88,11 +101,15 @@ pub trait BlockLog: Send + Sync + 'static {
     /// How much is kept.
     fn usage(&self) -> Usage;
 
-    /// Whether a block of `bytes` bytes would be taken now, as far as that can be told without writing it. Asks the disk, where
-    /// there is one, how much it has left.
-    fn room(&self, bytes: u64) -> Result<(), NoRoom> {
+    /// What [`BlockLog::make_room`] would say, as far as that can be told without making any. Asks the disk, where there is
+    /// one, how much it has left.
+    fn room(&self, bytes: u64, leave: u64) -> Result<(), NoRoom> {
         let free = self.usage().free_bytes;
-        if free < bytes { Err(NoRoom::Bound(format!("the log has room for {free} bytes more"))) } else { Ok(()) }
+        if free < bytes.saturating_add(leave) {
+            Err(NoRoom::Bound(format!("the log has room for {free} bytes more")))
+        } else {
+            Ok(())
+        }
     }
 
     /// How much the disk has left that the log grows on; `None` where there is none, or it does not say.

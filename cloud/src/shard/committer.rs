@@ -23,6 +23,9 @@ use crate::planted::{Bug, planted};
 use crate::state::Change;
 use crate::wal::WalError;
 
+/// How often it is told that the WAL is full.
+const FULL_TOLD_AGAIN: Duration = Duration::from_secs(60);
+
 /// However a task of the committer ends, nobody waits for it afterwards.
 struct StopOnEnd<'a>(&'a Core);
 
@@ -54,7 +57,16 @@ impl Core {
         let _guard = StopOnEnd(self);
         while let Some(encoded) = self.next_block().await {
             let begun = Instant::now();
-            let appended = self.wal.append(encoded.block.header().seq, encoded.block.bytes()).await;
+            let bytes = encoded.block.bytes();
+            // Records leave room for what is small and needed to go on.
+            let room = match encoded.batches {
+                1.. => self.wal.make_room(bytes.len() as u64, self.wal_reserve).await,
+                0 => Ok(()),
+            };
+            let appended = match room {
+                Ok(()) => self.wal.append(encoded.block.header().seq, bytes).await,
+                full => full,
+            };
             let took = begun.elapsed();
             match appended {
                 Ok(()) => self.written(encoded, begun, took),
@@ -159,11 +171,14 @@ impl Core {
             // Under the lock: times ascend as numbers do.
             append_ms: self.now(),
         };
+        let changes = Arc::new(std::mem::take(&mut open.changes));
+        open.builder.begin_with(changes.clone());
         inner.sealed.push_back(Sealed {
             outcome: open.outcome.clone(),
             batches: open.builder.batches(),
             batch_bytes: open.builder.batch_bytes(),
-            committed_changes: open.committed_changes,
+            changes,
+            committed: open.committed.clone(),
             producers: std::mem::take(&mut open.producers),
             stage,
         });
@@ -172,7 +187,8 @@ impl Core {
 
     /// Puts the bytes of a block together: what takes time, and needs no lock.
     fn encode(&self, header: BlockHeader, mut open: OpenBlock) -> Encoded {
-        for (key, (partition, next, chain)) in std::mem::take(&mut open.streams) {
+        let positions = std::mem::take(&mut open.adopted).into_iter().chain(std::mem::take(&mut open.streams));
+        for (key, (partition, next, chain)) in positions {
             open.builder.change(Change::StreamPosition { key, partition, next, chain });
         }
         let dropped = self.drop_oldest(&mut open);
@@ -214,14 +230,15 @@ impl Core {
             let error = AppendError::Storage(error.to_string());
             drop(inner);
             self.stop(error.clone());
-            sealed.outcome.complete(Err(error));
+            sealed.outcome.complete(Err(error.clone()));
+            sealed.committed.complete(Err(error));
             return false;
         }
         if self.settings.archived {
             inner.unshipped.push(seq, bytes as usize, Duration::ZERO);
         }
         // Looked at under the lock: what a trim made free meanwhile must not be forgotten, for a full WAL gets no next block.
-        inner.wal_free_bytes = self.wal.usage().free_bytes;
+        inner.wal_free_bytes = self.wal_free().0;
         inner.counters.blocks += 1;
         inner.counters.block_bytes += bytes;
         inner.counters.batches += batches;
@@ -231,6 +248,7 @@ impl Core {
             self.published(below);
         }
         sealed.outcome.complete(Ok(()));
+        sealed.committed.complete(Ok(()));
         self.committed.notify_waiters();
         if !self.settings.archived {
             self.safety.notify_waiters();
@@ -268,15 +286,20 @@ impl Core {
         while self.publish() {}
         match error {
             WalError::Full(full) => {
-                warn!(full, "the WAL took no block: producers are refused until there is room");
                 // The log knows that it is full; the disk says whether that is why.
                 let why = match self.wal_room(block_bytes) {
                     Err(refused @ Refused::Disk(_)) => refused,
                     _ => Refused::Wal(full.clone()),
                 };
+                let free = self.wal_free();
                 let mut inner = self.inner.lock();
+                let told = inner.full_told.replace(Instant::now());
+                if told.is_none_or(|told| told.elapsed() >= FULL_TOLD_AGAIN) {
+                    warn!(full, "the WAL took no block: producers are refused until there is room");
+                }
+                inner.wal_free_bytes = free.0;
                 inner.refuse_all(&why);
-                inner.discard(&AppendError::Full(full));
+                inner.refuse_records(&AppendError::Full(full));
             }
             WalError::Fenced(epoch) => {
                 error!(epoch, "another node has taken this shard over: nothing more is acknowledged here");
@@ -365,7 +388,7 @@ impl Inner {
     /// What was in flight with this block is durable now: the overlay forgets it.
     fn land(&mut self, block: &Block, sealed: &Sealed, seq: u64) {
         self.in_flight_bytes = self.in_flight_bytes.saturating_sub(sealed.batch_bytes);
-        self.in_flight_changes = self.in_flight_changes.saturating_sub(sealed.committed_changes);
+        self.in_flight_changes = self.in_flight_changes.saturating_sub(sealed.changes.len());
         let overlay = &mut self.overlay;
         for entry in block.entries() {
             if let Entry::Occupied(end) = overlay.ends.entry(entry.partition)

@@ -58,6 +58,8 @@ pub struct Inner {
     pub in_flight_changes: usize,
     /// How much the WAL has room for, as of the last append or trim.
     pub wal_free_bytes: u64,
+    /// When it was last told that the WAL is full.
+    pub full_told: Option<tokio::time::Instant>,
     /// Why nothing more is taken and nothing in flight will be durable.
     pub stopped: Option<AppendError>,
     /// Nothing more is taken, what is in flight is made durable.
@@ -79,12 +81,20 @@ pub struct Inner {
 }
 
 /// A block that is being filled.
+///
+/// Where there is no room for records, what is small goes on without them: so changes that callers wait for are kept apart
+/// from what is only there because of records, and have an outcome of their own.
 #[derive(Default)]
 pub struct OpenBlock {
     pub builder: BlockBuilder,
+    /// Of the records.
     pub outcome: Arc<Outcome>,
-    /// Changes that callers wait for, among those in the builder.
-    pub committed_changes: usize,
+    /// Changes that callers wait for.
+    pub changes: Vec<Change>,
+    /// Of those.
+    pub committed: Arc<Outcome>,
+    /// Positions taken over from another shard, before this block.
+    pub adopted: Positions,
     /// Streams' positions after this block.
     pub streams: Positions,
     /// Producers with batches in it.
@@ -96,7 +106,8 @@ pub struct Sealed {
     pub outcome: Arc<Outcome>,
     pub batches: usize,
     pub batch_bytes: usize,
-    pub committed_changes: usize,
+    pub changes: Arc<Vec<Change>>,
+    pub committed: Arc<Outcome>,
     pub producers: Vec<(Partition, i64)>,
     pub stage: Stage,
 }
@@ -199,6 +210,7 @@ impl Inner {
             in_flight_bytes: 0,
             in_flight_changes: 0,
             wal_free_bytes: u64::MAX,
+            full_told: None,
             stopped: None,
             closing: false,
             shipped_seq: next_seq,
@@ -290,7 +302,8 @@ impl Inner {
         let bytes_max = settings.block_bytes_max.min(cut);
         let is_full = |block: &OpenBlock| {
             let builder = &block.builder;
-            !builder.is_empty() && (builder.batch_bytes() + bytes > bytes_max || builder.count() >= CHANGES_MAX)
+            let count = builder.count() + block.changes.len();
+            count > 0 && (builder.batch_bytes() + bytes > bytes_max || count >= CHANGES_MAX)
         };
         if self.open.back().is_none_or(is_full) {
             self.open.push_back(OpenBlock::default());
@@ -323,10 +336,46 @@ impl Inner {
         self.in_flight_changes = 0;
         for block in self.open.drain(..) {
             block.outcome.complete(Err(error.clone()));
+            block.committed.complete(Err(error.clone()));
         }
         for block in self.sealed.drain(..) {
             block.outcome.complete(Err(error.clone()));
+            block.committed.complete(Err(error.clone()));
         }
+    }
+
+    /// There was no room for the oldest block. Everything in flight that brings records is thrown away, for offsets and
+    /// sequences follow each other; changes that callers wait for are written again without. If there was nothing else in that
+    /// block there is no room for them either.
+    pub fn refuse_records(&mut self, error: &AppendError) {
+        let is_small = self.sealed.front().is_some_and(|block| block.batches == 0);
+        let mut deleting = std::mem::take(&mut self.overlay.deleting);
+        if is_small && let Some(block) = self.sealed.pop_front() {
+            block.outcome.complete(Err(error.clone()));
+            block.committed.complete(Err(error.clone()));
+            for change in block.changes.iter() {
+                if let Change::TopicDeleted { id } = change {
+                    deleting.remove(id);
+                }
+            }
+        }
+        self.overlay = Overlay { deleting, ..Overlay::default() };
+        self.in_flight_bytes = 0;
+        let mut again = VecDeque::new();
+        let mut keep = |changes: Vec<Change>, committed, outcome: Arc<Outcome>| {
+            outcome.complete(Err(error.clone()));
+            if !changes.is_empty() {
+                again.push_back(OpenBlock { changes, committed, ..OpenBlock::default() });
+            }
+        };
+        for block in self.sealed.drain(..) {
+            keep(Arc::unwrap_or_clone(block.changes), block.committed, block.outcome);
+        }
+        for block in self.open.drain(..) {
+            keep(block.changes, block.committed, block.outcome);
+        }
+        self.in_flight_changes = again.iter().map(|block| block.changes.len()).sum();
+        self.open = again;
     }
 
     /// Nothing more is taken, and everybody who waits learns of it.
@@ -381,7 +430,7 @@ impl Inner {
         }
         let StreamState { partition, next, chain } = stream;
         let block = self.open_block(0, settings);
-        block.builder.change(Change::StreamPosition { key: key.clone(), partition, next, chain });
+        block.adopted.insert(key.clone(), (partition, next, chain));
         let seq = self.open_seq();
         self.overlay.streams.insert(key.clone(), (next, seq));
     }
@@ -494,7 +543,7 @@ impl Core {
     }
 
     /// Whether `bytes` bytes of batches are taken, by what is known under the lock.
-    pub fn full(&self, inner: &Inner, bytes: usize) -> Result<(), Refused> {
+    pub fn full(&self, inner: &mut Inner, bytes: usize) -> Result<(), Refused> {
         let settings = &self.settings;
         if inner.in_flight_bytes > 0 && inner.in_flight_bytes + bytes > settings.in_flight_bytes_max {
             return Err(Refused::InFlight(format!("{} bytes wait for the disk", inner.in_flight_bytes)));
@@ -502,7 +551,15 @@ impl Core {
         // Changes may use what batches must leave: a full log can still be trimmed, and groups can commit.
         let needed = inner.in_flight_bytes as u64 + bytes as u64 + self.wal_reserve;
         if inner.wal_free_bytes < needed {
-            return Err(Refused::Wal(format!("the WAL has room for {} bytes more", inner.wal_free_bytes)));
+            // A disk has room again without saying so.
+            let (free, bound) = self.wal_free();
+            inner.wal_free_bytes = free;
+            let text = format!("the WAL has room for {free} bytes more");
+            match free < needed {
+                true if bound < needed => return Err(Refused::Wal(text)),
+                true => return Err(Refused::Disk(format!("{text} on this disk"))),
+                false => {}
+            }
         }
         if inner.index.entries() >= settings.index_entries_max {
             let entries = inner.index.entries();
@@ -511,9 +568,17 @@ impl Core {
         Ok(())
     }
 
+    /// How much the WAL has room for on its disk, and how much by its bound.
+    pub fn wal_free(&self) -> (u64, u64) {
+        let Usage { free_bytes, held_bytes, bytes_max, .. } = self.wal.usage();
+        let growth = bytes_max.saturating_sub(held_bytes);
+        let on_disk = self.wal.disk_free_bytes().map_or(growth, |free| growth.min(free));
+        (free_bytes.saturating_sub(growth - on_disk), free_bytes)
+    }
+
     /// Whether the log itself would take a block with so many bytes of batches.
     pub fn wal_room(&self, bytes: usize) -> Result<(), Refused> {
-        self.wal.room(bytes as u64 + BLOCK_OVERHEAD).map_err(|none| match none {
+        self.wal.room(bytes as u64 + BLOCK_OVERHEAD, self.wal_reserve).map_err(|none| match none {
             NoRoom::Bound(text) => Refused::Wal(text),
             NoRoom::Disk(text) => Refused::Disk(text),
         })
@@ -548,15 +613,12 @@ impl Core {
         }
         inner.in_flight_changes += changes.len();
         let block = inner.open_block(0, &self.settings);
-        block.committed_changes += changes.len();
-        let after = Some(block.outcome.clone());
-        let mut deleted = Vec::new();
-        for change in changes {
-            if let Change::TopicDeleted { id } = &change {
-                deleted.push(*id);
-            }
-            block.builder.change(change);
-        }
+        let after = Some(block.committed.clone());
+        let deleted: Vec<TopicId> = changes
+            .iter()
+            .filter_map(|change| if let Change::TopicDeleted { id } = change { Some(*id) } else { None })
+            .collect();
+        block.changes.extend(changes);
         inner.overlay.deleting.extend(deleted);
         self.wake_committer(&inner);
         Admitted { answer: Ok(()), after }

@@ -112,7 +112,9 @@ impl Core {
         let moved = counted.ahead_ms.abs_diff(stored.ahead_ms) > JUMP_MS.unsigned_abs();
         let since = counted.counted_ms.saturating_sub(stored.counted_ms);
         let due = |shortest: i64| since >= (shortest / COUNTED_PARTS).clamp(COUNTED_MS.0, COUNTED_MS.1);
-        (moved || inner.shortest_kept(&self.settings).is_some_and(due)).then_some(Change::TimeCounted(counted))
+        // Not looked through where blocks come all the time.
+        let idle = since >= COUNTED_MS.0;
+        (moved || idle && inner.shortest_kept(&self.settings).is_some_and(due)).then_some(Change::TimeCounted(counted))
     }
 
     /// Whether the oldest part is too old. Parts go from the front, so that nothing else need be looked at if it is not.

@@ -56,7 +56,7 @@ impl Core {
         }
         // Under the lock, as where a block is shown: the last one who looks has the newest answer.
         let mut inner = self.inner.lock();
-        inner.wal_free_bytes = self.wal.usage().free_bytes;
+        inner.wal_free_bytes = self.wal_free().0;
     }
 
     fn is_closed(&self) -> bool {

@@ -19,8 +19,10 @@ use crate::wal::memory::MemoryWal;
 mod ahead;
 mod clock;
 mod flight;
+mod full;
 mod lease;
 mod powercut;
+mod replay;
 mod room;
 mod tiers;
 

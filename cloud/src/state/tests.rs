@@ -28,7 +28,7 @@ fn committed(offset: Offset) -> CommittedOffset {
 }
 
 /// One of every variant, in the order of their numbers.
-fn one_of_each() -> Vec<Change> {
+pub fn one_of_each() -> Vec<Change> {
     let (edge, name) = stream();
     let map = BTreeMap::from([("k".to_owned(), "v".to_owned())]);
     vec![

@@ -77,10 +77,12 @@ impl Default for FileWalSettings {
 }
 
 impl FileWalSettings {
-    /// Bytes of the file that is made while an append waits that takes `taken`.
-    fn next_file_bytes(&self, taken: u64) -> u64 {
+    /// Bytes of the file that is made while somebody waits who needs `bytes`, where files take `held` bytes.
+    fn next_file_bytes(&self, bytes: u64, held: u64) -> u64 {
         let size = if self.background { self.hasty_file_bytes } else { self.file_bytes };
-        taken.max(size.min(self.file_bytes)).next_multiple_of(SECTOR)
+        // What is left of the bound may be less than a file, and is enough for what is small.
+        let left = self.bytes_max.saturating_sub(held) / SECTOR * SECTOR;
+        size.min(self.file_bytes).min(left).max(bytes).next_multiple_of(SECTOR)
     }
 }
 
@@ -254,6 +256,17 @@ impl Ring {
         newest + self.free.iter().map(|spare| spare.bytes).sum::<u64>() + self.filling
     }
 
+    /// Bytes that can be written for certain after a block that takes `taken` is; `None` if the block itself has no place.
+    fn ready_after(&self, taken: u64) -> Option<u64> {
+        let newest = self.live.back().map_or(0, |live| live.spare.bytes - live.used);
+        let spares: u64 = self.free.iter().map(|spare| spare.bytes).sum();
+        match newest.checked_sub(taken) {
+            Some(rest) => Some(rest + spares),
+            // What is left of the newest file is not used once another is begun.
+            None => self.free.iter().any(|spare| spare.bytes >= taken).then(|| spares - taken),
+        }
+    }
+
     fn locate(&self, seq: u64) -> Result<(Location, Arc<dyn DiskFile>), WalError> {
         let (first, next) = (self.first.unwrap_or(0), self.next().unwrap_or(0));
         let index = seq.checked_sub(first).and_then(|index| usize::try_from(index).ok());
@@ -281,16 +294,43 @@ impl FileWal {
         if let Some(place) = self.shared.place_in_ring(taken) {
             return Ok(place);
         }
-        let filled = self.shared.fill(self.shared.settings.next_file_bytes(taken));
+        let filled = self.fill_now(taken);
+        self.shared.place_in_ring(taken).ok_or_else(|| match filled {
+            Err(full) => full,
+            Ok(()) => WalError::Io("a new file has no room".into()),
+        })
+    }
+
+    /// Makes a file of at least `bytes` bytes while somebody waits.
+    fn fill_now(&self, bytes: u64) -> Result<(), WalError> {
+        let held = self.shared.ring.lock().held_bytes();
+        let filled = self.shared.fill(self.shared.settings.next_file_bytes(bytes, held));
         if filled.is_err() {
             // Perhaps a file is being filled at this moment that takes the room.
             if let Some(filler) = self.filler.lock().take() {
                 let _ = filler.join();
             }
         }
-        self.shared.place_in_ring(taken).ok_or_else(|| match filled {
-            Err(full) => full,
-            Ok(()) => WalError::Io("a new file has no room".into()),
+        filled
+    }
+
+    fn make_room(&self, block: u64, leave: u64) -> Result<(), WalError> {
+        let _one = self.appending.lock();
+        self.shared.check()?;
+        let taken = Frame::taken(block);
+        // One file for the block, one for what is left after it.
+        let mut filled = Ok(());
+        for last in [false, false, true] {
+            let ready = self.shared.ring.lock().ready_after(taken);
+            match ready {
+                Some(ready) if ready >= leave => return Ok(()),
+                _ if last || filled.is_err() => {}
+                Some(ready) => filled = self.fill_now(leave - ready),
+                None => filled = self.fill_now(taken),
+            }
+        }
+        filled.and_then(|()| {
+            Err(WalError::Full(format!("a block of {block} bytes would leave less than the {leave} that are kept")))
         })
     }
 
@@ -464,6 +504,10 @@ impl BlockLog for FileWal {
         Box::pin(async move { self.append(seq, block) })
     }
 
+    fn make_room<'a>(&'a self, block: u64, leave: u64) -> BoxFuture<'a, Result<(), WalError>> {
+        Box::pin(async move { self.make_room(block, leave) })
+    }
+
     fn bounds(&self) -> Option<(u64, u64)> {
         let ring = self.shared.ring.lock();
         if ring.blocks.is_empty() { None } else { ring.first.zip(ring.next()) }
@@ -547,25 +591,25 @@ impl BlockLog for FileWal {
         Usage { bytes: ring.bytes, held_bytes, bytes_max, free_bytes }
     }
 
-    fn room(&self, bytes: u64) -> Result<(), NoRoom> {
+    fn room(&self, bytes: u64, leave: u64) -> Result<(), NoRoom> {
         let taken = Frame::taken(bytes);
-        let needed = self.shared.settings.next_file_bytes(taken);
-        {
+        let needed = {
             let ring = self.shared.ring.lock();
-            let fits = |spare: &Spare, used: u64| used + taken <= spare.bytes;
-            if ring.live.back().is_some_and(|live| fits(&live.spare, live.used))
-                || ring.free.iter().any(|spare| fits(spare, 0))
-            {
-                return Ok(());
-            }
-            // One that is being filled will do, if the disk lets it.
+            let missing = match ring.ready_after(taken) {
+                Some(ready) if ready >= leave => return Ok(()),
+                Some(ready) => leave - ready,
+                None => taken,
+            };
             let (held, bound) = (ring.held_bytes(), self.shared.settings.bytes_max);
-            if ring.filling < taken && held + needed > bound {
+            let needed = self.shared.settings.next_file_bytes(missing, held);
+            // One that is being filled will do, if the disk lets it.
+            if ring.filling < missing && held + needed > bound {
                 return Err(NoRoom::Bound(format!(
                     "the log takes {held} of wal.bytes_max = {bound} bytes, and its next file needs {needed}"
                 )));
             }
-        }
+            needed
+        };
         match self.disk_free_bytes() {
             Some(free) if free < needed => Err(NoRoom::Disk(format!(
                 "the disk has {free} bytes left, and the next file of the log needs {needed}"

@@ -77,6 +77,8 @@ impl Content {
 pub enum Trouble {
     /// No room: nothing new is written, and what is there can be written over only now and then.
     Full,
+    /// No room for anything new, and what is there can be written over.
+    NoRoom,
     /// Everything that would change it fails.
     ReadOnly,
     /// Writes are taken and syncs fail.
@@ -142,6 +144,7 @@ impl Model {
     fn refuse(&self, grows: bool) -> io::Result<()> {
         match self.trouble {
             Some(Trouble::Full) if grows || self.operations.is_multiple_of(3) => Err(io::ErrorKind::StorageFull.into()),
+            Some(Trouble::NoRoom) if grows => Err(io::ErrorKind::StorageFull.into()),
             Some(Trouble::ReadOnly) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
             _ => Ok(()),
         }
@@ -271,6 +274,10 @@ fn put(bytes: &mut Vec<u8>, at: usize, some: &[u8]) {
 }
 
 impl Disk for CutDisk {
+    fn free_bytes(&self) -> Option<u64> {
+        (self.0.lock().trouble == Some(Trouble::NoRoom)).then_some(0)
+    }
+
     fn list(&self) -> io::Result<Vec<String>> {
         Ok(self.0.lock().names.keys().cloned().collect())
     }

@@ -117,6 +117,33 @@ fn a_block_put_together_ahead_fails_with_the_one_before_it() {
     assert_eq!(steps.wal.bounds(), Some((0, 2)));
 }
 
+/// The encoder may be at it while the append before fails: what is written again does not come from there.
+#[test]
+fn commits_in_blocks_put_together_ahead_are_written_again_in_their_order() {
+    let mut steps = Steps::new();
+    let offset = |offset| {
+        let committed =
+            crate::state::CommittedOffset { offset, leader_epoch: -1, metadata: String::new(), commit_ms: 0 };
+        vec![Change::OffsetCommitted { group: "g".into(), partition: partition(1), committed }]
+    };
+    let (mut records, mut commits) = (Vec::new(), Vec::new());
+    for n in 1..=3 {
+        commits.push(steps.shard.commit(offset(n)));
+        records.push(steps.send(2_000));
+        if n == 1 { steps.write() } else { steps.encode() }
+    }
+    steps.ends(Err(WalError::Full("test".into())));
+    assert!(records.iter_mut().all(|call| matches!(poll_once(call), Some(Err(AppendError::Full(_))))));
+    for (mut commit, n) in commits.into_iter().zip(1..) {
+        assert!(poll_once(&mut commit).is_none());
+        steps.ends(Ok(()));
+        assert_eq!(poll_once(&mut commit), Some(Ok(())));
+        let committed = read_state(&*steps.shard, |state| state.committed("g", partition(1)).unwrap().offset);
+        assert_eq!(committed, n);
+    }
+    assert_eq!((steps.wal.bounds(), steps.high_watermark()), (Some((0, 4)), 0));
+}
+
 #[test]
 fn what_is_durable_is_answered_although_the_disk_fails_behind_it() {
     let (mut steps, [mut first, mut second, mut third]) = Steps::three();
