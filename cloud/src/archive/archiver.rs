@@ -4,12 +4,11 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use serde::Serialize;
-use shared::name::TimestampMs;
 use tokio::sync::{Notify, watch};
 use tracing::{error, info, warn};
 
@@ -62,8 +61,6 @@ pub struct ArchiveSettings {
     pub threads: bool,
     /// The node's heartbeat, and whom to ask before a claim. Without it claims are made without asking.
     pub presence: Option<Arc<Presence>>,
-    /// Milliseconds since 1970.
-    pub clock: fn() -> TimestampMs,
     /// What the age of a confirmation is counted by.
     pub uptime: Uptime,
 }
@@ -98,7 +95,6 @@ impl Default for ArchiveSettings {
             requests: RequestSettings::default(),
             threads: true,
             presence: None,
-            clock: system_clock,
             uptime: confirmation::uptime,
         }
     }
@@ -480,10 +476,6 @@ impl Archive {
         ArchiveError::ClusterMismatch { local: self.cluster_id.clone(), bucket, archive: self.store.describe() }
     }
 
-    pub(super) fn now_ms(&self) -> i64 {
-        (self.settings.clock)()
-    }
-
     /// Ships and splits until `stop` resolves or another owner takes over, then ships what is left if it can.
     pub async fn run(self: Arc<Self>, source: Arc<dyn Source>, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
@@ -768,10 +760,6 @@ impl Archive {
             cache: self.cold.cache_status(),
         }
     }
-}
-
-fn system_clock() -> TimestampMs {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_millis() as i64)
 }
 
 /// What a running shard's WAL holds, as far as a claim compares it.

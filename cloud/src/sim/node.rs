@@ -216,7 +216,6 @@ impl Node {
             cache_bytes: 1 << 16,
             requests: requests(),
             threads: false,
-            clock: wall_ms,
             ..ArchiveSettings::default()
         }
     }
