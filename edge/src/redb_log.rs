@@ -5,6 +5,8 @@
 
 pub mod backend;
 pub mod committer;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod scan;
 mod tables;
 mod tail;

@@ -5,6 +5,8 @@ pub mod block_on;
 pub mod clock;
 pub mod config;
 pub mod door;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod histogram;
 pub mod limits;
 pub mod line_limit;

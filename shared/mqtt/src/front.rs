@@ -225,6 +225,12 @@ impl Front {
         self.throttle.failed_total()
     }
 
+    /// Serves one connection, for whoever accepted it elsewhere.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn serve_one(self: &Arc<Self>, stream: tokio::net::TcpStream, peer: SocketAddr) {
+        tokio::spawn(connection::run(self.clone(), stream, peer, None));
+    }
+
     /// Counters and sizes.
     pub fn stats(&self) -> Stats {
         let mut stats = self.counters.read();

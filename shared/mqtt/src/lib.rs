@@ -2,6 +2,8 @@
 
 pub mod codec;
 pub mod front;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod memory;
 mod message;
 mod retained;
