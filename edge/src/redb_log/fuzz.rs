@@ -6,10 +6,14 @@ use std::fs::File;
 use std::io::Write as _;
 use std::sync::Arc;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use shared::batch::{Batch, BatchError};
 
 use super::scan::Scan;
-use super::tables::{Row, decode_parts, encode_row, put_part};
+use super::tables::{
+    PacketRow, RetainedRow, Row, SessionRow, StreamRow, SubscriptionRow, decode_parts, encode_row, put_part,
+};
 
 #[path = "../../../tests/fuzz/checksums.rs"]
 mod checksums;
@@ -63,6 +67,20 @@ pub fn rows(data: &[u8]) {
             put_part(&mut out, *stream, row.bytes_before, &row.entries);
         }
         assert_eq!(out, bytes);
+    }
+    survives::<StreamRow>(&bytes);
+    survives::<SessionRow>(&bytes);
+    survives::<SubscriptionRow>(&bytes);
+    survives::<PacketRow>(&bytes);
+    survives::<RetainedRow>(&bytes);
+}
+
+/// What was read is read again from what is written of it.
+fn survives<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
+    if let Ok(row) = postcard::from_bytes::<T>(bytes) {
+        let written = postcard::to_stdvec(&row).expect("a row is plain data");
+        let again: T = postcard::from_bytes(&written).expect("what was written is a row");
+        assert_eq!(postcard::to_stdvec(&again).expect("as before"), written);
     }
 }
 
