@@ -124,12 +124,12 @@ pub fn read_connect(frame: &Frame) -> Option<SeenConnect> {
     Some(SeenConnect { v5: level == 5, clean: flags & 2 != 0, client_id: String::from_utf8_lossy(id).into_owned() })
 }
 
-fn put_text(out: &mut BytesMut, text: &str) {
+pub fn put_text(out: &mut BytesMut, text: &str) {
     out.put_u16(text.len() as u16);
     out.put_slice(text.as_bytes());
 }
 
-fn put_varint(out: &mut BytesMut, mut value: usize) {
+pub fn put_varint(out: &mut BytesMut, mut value: usize) {
     loop {
         let low = (value & 0x7f) as u8;
         value >>= 7;
@@ -140,7 +140,7 @@ fn put_varint(out: &mut BytesMut, mut value: usize) {
     }
 }
 
-fn put_packet(out: &mut BytesMut, first: u8, body: &[u8]) {
+pub fn put_packet(out: &mut BytesMut, first: u8, body: &[u8]) {
     out.put_u8(first);
     put_varint(out, body.len());
     out.put_slice(body);

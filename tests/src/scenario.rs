@@ -8,6 +8,7 @@ mod engines;
 mod hardship;
 mod kill;
 mod live;
+mod noisy_neighbour;
 pub mod security;
 mod takeover;
 
@@ -88,6 +89,7 @@ scenarios! {
     hardship::full_disk_at_either_side_loses_nothing,
     hardship::read_only_disk_is_named_and_harms_nothing,
     alarms::each_alert_rule_rings_of_a_real_process,
+    noisy_neighbour::one_hostile_client_of_each_kind_stops_nobody,
     bad_input::second_process_on_a_data_directory_is_refused,
     bad_input::unusable_data_directory_is_an_error_that_names_it,
     bad_input::listener_beyond_loopback_is_refused_with_both_fixes,
