@@ -78,22 +78,28 @@ neighbours! {
     repeated_wildcards_over_retained_messages,
     client_ids_without_end,
     wills_of_a_megabyte,
+    wills_delayed_for_ever,
     subscribers_that_do_not_read,
     topic_aliases_at_their_maximum,
     filters_of_a_hundred_levels,
+    filters_that_all_match_one_topic,
+    unsubscribes_without_end,
     reader_of_everything_beside_retain_publishers,
     subscribing_again_and_again_without_reading,
     silent_connections with 1024 descriptors,
     dripping_connects with 1024 descriptors,
+    silent_connections_to_the_admin_port with 1024 descriptors,
     packets_that_never_end,
     packet_ids_never_released,
     acknowledgements_never_sent,
     retained_messages_without_end,
+    retained_topics_of_a_hundred_levels,
     queues_of_absent_sessions,
     user_properties_without_end,
     connects_and_disconnects,
     one_client_id_for_all,
     pings_without_reading,
+    small_messages_to_many_readers,
     malformed_bytes,
 }
 
@@ -139,6 +145,7 @@ struct Figures {
 /// What a hostile client knows.
 struct Arena {
     edge: SocketAddr,
+    admin: SocketAddr,
     pid: u32,
     full: bool,
     seed: u64,
@@ -152,7 +159,7 @@ async fn beside(context: &Context, neighbour: &Neighbour) -> Result<Figures> {
     }
     edge.start().await?;
     let pid = edge.pid().context("a process")?;
-    let arena = Arena { edge: lab.edge.mqtt, pid, full: context.full, seed: context.seed };
+    let arena = Arena { edge: lab.edge.mqtt, admin: lab.edge.admin, pid, full: context.full, seed: context.seed };
     let innocent = Innocent::start(lab.edge.mqtt).await?;
     innocent.is_served(if context.full { 500 } else { ACKS_BESIDE }).await.context("before anybody was hostile")?;
     let quiet = innocent.times_so_far();
@@ -202,7 +209,10 @@ async fn judge(
     let open = (neighbour.attack)(arena).await.context("the hostile client itself")?;
     let beside = if context.full { 500 } else { ACKS_BESIDE };
     innocent.is_served(beside).await.context("beside the hostile client")?;
-    ensure!(admin::is_ready(lab.edge.admin).await, "the edge does not answer /readyz, or is not ready");
+    until("/readyz to be answered with 200", SILENCE_MAX, async || {
+        Ok(admin::is_ready(lab.edge.admin).await.then_some(()))
+    })
+    .await?;
     newcomer(lab.edge.mqtt).await.context("a newcomer beside the hostile client")?;
     if let Some(status) = edge.exited()? {
         bail!("the edge ended with {status}; see {}", edge.log.display());
@@ -611,6 +621,15 @@ async fn wills_of_a_megabyte(arena: &Arena) -> Result<Grip> {
     Ok(crowd(arena, 400, |n| Hello { will: will.clone(), ..Hello::v5(format!("dying-{n}")) }).await?.into())
 }
 
+/// The clients are gone; their wills are due in 136 years.
+async fn wills_delayed_for_ever(arena: &Arena) -> Result<Grip> {
+    let mut properties = vec![0x18, 0xff, 0xff, 0xff, 0xff];
+    properties.extend(user_properties(480_000));
+    let will = Some(("noise/will".to_owned(), properties, vec![b'w'; 60_000]));
+    drop(crowd(arena, 400, |n| Hello { will: will.clone(), ..Hello::v5(format!("delayed-{n}")).kept() }).await?);
+    Ok(Grip::default())
+}
+
 async fn subscribers_that_do_not_read(arena: &Arena) -> Result<Grip> {
     let mut open = crowd(arena, 300, |n| Hello::v4(format!("deaf-{n}"))).await?;
     for hostile in &mut open {
@@ -658,6 +677,47 @@ async fn filters_of_a_hundred_levels(arena: &Arena) -> Result<Grip> {
     Ok(open.into())
 }
 
+/// Every mixture of `l` and `+` over 14 levels, on each message of the topic that all of them match.
+async fn filters_that_all_match_one_topic(arena: &Arena) -> Result<Grip> {
+    let mut open = crowd(arena, 16, |n| Hello::v4(format!("overlaps-{n}"))).await?;
+    for (client, hostile) in open.iter_mut().enumerate() {
+        for n in 0..1_000 {
+            let number = client * 1_000 + n;
+            let levels: Vec<&str> = (0..14).map(|bit| if number >> bit & 1 == 1 { "+" } else { "l" }).collect();
+            if !hostile.offer(&subscribe([&*levels.join("/")], 1)).await {
+                break;
+            }
+        }
+    }
+    let topic = ["l"; 14].join("/");
+    for hostile in open.iter_mut().take(4) {
+        for n in 1..=50 {
+            if !hostile.offer(&publish(&topic, &[b'x'; 1_000], 1, n, false)).await {
+                break;
+            }
+        }
+    }
+    Ok(open.into())
+}
+
+async fn unsubscribes_without_end(arena: &Arena) -> Result<Grip> {
+    let mut body = BytesMut::new();
+    body.put_u16(1);
+    for _ in 0..300_000 {
+        put_text(&mut body, "a");
+    }
+    let packet = packed(0xa2, &body);
+    let mut open = crowd(arena, 4, |n| Hello::v4(format!("unsubscribes-{n}"))).await?;
+    for hostile in &mut open {
+        for _ in 0..5 {
+            if !hostile.offer(&packet).await {
+                break;
+            }
+        }
+    }
+    Ok(open.into())
+}
+
 async fn reader_of_everything_beside_retain_publishers(arena: &Arena) -> Result<Grip> {
     let publisher = retain(arena, "shelf", if arena.full { 20_000 } else { 5_000 }, 64).await?;
     let mut open: Vec<Hostile> = publisher.into_iter().collect();
@@ -686,21 +746,26 @@ async fn subscribing_again_and_again_without_reading(arena: &Arena) -> Result<Gr
 
 /// As many as the edge has descriptors, which say nothing; one that the edge closes comes again at once.
 async fn silent_connections(arena: &Arena) -> Result<Grip> {
-    lanes(arena, 1_100, 0).await
+    lanes(arena, arena.edge, 0).await
 }
 
 /// The same, with a byte of a CONNECT now and then.
 async fn dripping_connects(arena: &Arena) -> Result<Grip> {
-    lanes(arena, 1_100, 20).await
+    lanes(arena, arena.edge, 20).await
+}
+
+async fn silent_connections_to_the_admin_port(arena: &Arena) -> Result<Grip> {
+    lanes(arena, arena.admin, 0).await
 }
 
 /// Connections that come again for ever. Each writes so many bytes of a CONNECT, one by one, and waits until the edge
 /// has enough. Returns when the edge has been tried by all of them, or by as many as it lets come.
-async fn lanes(arena: &Arena, count: usize, bytes: usize) -> Result<Grip> {
+async fn lanes(arena: &Arena, at: SocketAddr, bytes: usize) -> Result<Grip> {
+    let count = 1_100;
     let mut grip = Grip::default();
     let knocked = Arc::new(AtomicU64::new(0));
     for _ in 0..count {
-        let (arena, knocked) = (Arena { ..*arena }, knocked.clone());
+        let (arena, knocked) = (Arena { edge: at, ..*arena }, knocked.clone());
         grip.lanes.spawn(async move {
             let hello = Hello::v4("a-client-id-that-takes-its-time").bytes();
             loop {
@@ -776,6 +841,18 @@ async fn retained_messages_without_end(arena: &Arena) -> Result<Grip> {
     Ok(open.into())
 }
 
+async fn retained_topics_of_a_hundred_levels(arena: &Arena) -> Result<Grip> {
+    let Some(mut hostile) = Hostile::connect(arena, &Hello::v4("retains-deep")).await? else {
+        return Ok(Grip::default());
+    };
+    for n in 0..20_000 {
+        if !hostile.offer(&publish(&format!("{n}{}", "/l".repeat(100)), b"r", 0, 0, true)).await {
+            break;
+        }
+    }
+    Ok(vec![hostile].into())
+}
+
 async fn queues_of_absent_sessions(arena: &Arena) -> Result<Grip> {
     let mut absent = crowd(arena, 100, |n| Hello::v4(format!("absent-{n}")).kept()).await?;
     for hostile in &mut absent {
@@ -846,6 +923,18 @@ async fn pings_without_reading(arena: &Arena) -> Result<Grip> {
     let pings = [0xc0, 0].repeat(500_000);
     for hostile in &mut open {
         hostile.shout(&pings).await;
+    }
+    Ok(open.into())
+}
+
+async fn small_messages_to_many_readers(arena: &Arena) -> Result<Grip> {
+    let mut open = crowd(arena, 50, |n| Hello::v4(format!("reads-little-{n}"))).await?;
+    for hostile in &mut open {
+        hostile.offer(&subscribe(["n"], 0)).await;
+    }
+    let messages = publish("n", b"", 0, 0, false).repeat(20_000);
+    for hostile in open.iter_mut().take(4) {
+        hostile.offer(&messages).await;
     }
     Ok(open.into())
 }
