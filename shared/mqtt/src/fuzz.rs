@@ -196,7 +196,7 @@ async fn play(listener: &TcpListener, data: &[u8]) {
         tokio::time::sleep(Duration::from_micros(50)).await;
     }
     let stats = front.stats();
-    assert_eq!((stats.input_bytes, stats.held_messages, stats.held_acks), (0, 0, 0), "nothing waits for nobody");
+    assert_eq!((stats.input_bytes(), stats.held_messages, stats.held_acks), (0, 0, 0), "nothing waits for nobody");
     let mut client = front.connect_for_fuzzing(listener).await;
     let mut hello = valid_connect(9, 0);
     hello.extend_from_slice(&[0xC0, 0]);
