@@ -265,7 +265,7 @@ fn an_older_disk_that_goes_on_is_found() {
 
 #[test]
 fn a_start_that_trusts_the_page_cache_is_found() {
-    is_found(Bug::CacheTrusted, 10..20);
+    is_found(Bug::CacheTrusted, 100..110);
 }
 
 /// A bug that the product had, and that the simulation found.

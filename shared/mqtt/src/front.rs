@@ -36,6 +36,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Mutex, RwLock};
+use shared::door::Door;
 use shared::limited;
 use shared::login::LoginThrottle;
 use tokio::net::TcpListener;
@@ -69,8 +70,8 @@ pub struct Front {
     pub(crate) counters: stats::Counters,
     pub(crate) throttle: Arc<LoginThrottle>,
     connections: Mutex<HashMap<u64, Arc<Handle>>>,
-    /// Of these, those that have not sent their CONNECT, the oldest first.
-    silent: Mutex<BTreeMap<u64, Arc<Handle>>>,
+    /// Who may come in, and who leaves for that: a connection is known once its CONNECT is good.
+    door: Arc<Door>,
     next_number: AtomicU64,
     /// Counts sessions that were left, over all starts.
     pub(crate) times_left: AtomicU64,
@@ -119,8 +120,10 @@ impl Front {
     /// Loads kept sessions and retained messages.
     pub fn new(settings: Settings, store: Arc<dyn Store>) -> Result<Arc<Self>, StoreFailed> {
         let memory = Arc::new(MemoryBudget::new(settings.memory_bytes_max));
+        let door = Door::new(settings.connections_max);
         let front = Arc::new_cyclic(|weak| Self {
             settings,
+            door,
             store,
             tree: RwLock::default(),
             generation: AtomicU64::new(1),
@@ -134,7 +137,6 @@ impl Front {
             counters: stats::Counters::default(),
             throttle: Arc::default(),
             connections: Mutex::default(),
-            silent: Mutex::default(),
             next_number: AtomicU64::new(1),
             times_left: AtomicU64::new(0),
             started: Instant::now(),
@@ -170,26 +172,29 @@ impl Front {
             }
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                () = closing => continue,
+                () = closing.as_mut() => continue,
             };
             match accepted {
                 Ok((stream, peer)) => {
-                    if !self.has_place() {
-                        stats::add(&self.counters.connections_refused_total, 1);
-                        let max = self.settings.connections_max;
+                    let seat = tokio::select! {
+                        seat = self.door.enter() => seat,
+                        () = closing => continue,
+                    };
+                    let Some(seat) = seat else {
+                        let max = self.door.max();
                         limited!(warn, %peer, max, "connection refused: there are as many clients as allowed");
                         continue;
-                    }
+                    };
                     stats::add(&self.counters.connections_total, 1);
                     if let Err(error) = stream.set_nodelay(true) {
                         debug!(%peer, %error, "TCP_NODELAY");
                     }
-                    tokio::spawn(connection::run(self.clone(), stream, peer, tls.clone()));
+                    tokio::spawn(connection::run(self.clone(), stream, peer, tls.clone(), seat));
                 }
                 Err(error) => {
                     // Out of file descriptors, most likely: those who have said nothing yet make room for those who want to.
                     limited!(warn, listener = %name, %error, "cannot accept a connection");
-                    self.close_silent(CLOSED_AT_ONCE);
+                    self.door.evict();
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -228,12 +233,19 @@ impl Front {
     /// Serves one connection, for whoever accepted it elsewhere.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn serve_one(self: &Arc<Self>, stream: tokio::net::TcpStream, peer: SocketAddr) {
-        tokio::spawn(connection::run(self.clone(), stream, peer, None));
+        let front = self.clone();
+        tokio::spawn(async move {
+            if let Some(seat) = front.door.enter().await {
+                connection::run(front, stream, peer, None, seat).await;
+            }
+        });
     }
 
     /// Counters and sizes.
     pub fn stats(&self) -> Stats {
         let mut stats = self.counters.read();
+        let door = self.door.status();
+        (stats.connections_refused_total, stats.connections_evicted_total) = (door.refused, door.evicted);
         stats.memory_bytes = self.memory.by_use();
         stats.memory_bytes_max = self.memory.bytes_max() as u64;
         stats.sessions_kept = self.sessions_kept.load(Ordering::Relaxed) as u64;
@@ -283,27 +295,6 @@ impl Front {
         self.sessions.lock().range::<str, _>(range).take(count).map(|(_, session)| session.clone()).collect()
     }
 
-    /// Whether there is a place for one more connection; the oldest without a CONNECT gives it up.
-    fn has_place(&self) -> bool {
-        let (count, max) = (self.connections.lock().len(), self.settings.connections_max);
-        count < max || (count < max + CLOSED_AT_ONCE && self.close_silent(1) > 0)
-    }
-
-    /// Closes connections that have not sent their CONNECT, the oldest first; returns how many.
-    fn close_silent(&self, count: usize) -> usize {
-        let mut silent = self.silent.lock();
-        let closed: Vec<_> = std::iter::from_fn(|| silent.pop_first()).take(count).collect();
-        drop(silent);
-        closed.iter().for_each(|(_, handle)| handle.kick(Reason::SERVER_BUSY));
-        stats::add(&self.counters.connections_evicted_total, closed.len());
-        closed.len()
-    }
-
-    /// The connection has sent its CONNECT.
-    pub(crate) fn has_spoken(&self, number: u64) {
-        self.silent.lock().remove(&number);
-    }
-
     pub(crate) fn next_number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
     }
@@ -313,18 +304,13 @@ impl Front {
     }
 
     fn enter(&self, number: u64, handle: Arc<Handle>) {
-        self.silent.lock().insert(number, handle.clone());
         self.connections.lock().insert(number, handle);
     }
 
     fn leave(&self, number: u64) {
-        self.silent.lock().remove(&number);
         self.connections.lock().remove(&number);
         if self.closing() {
             self.changed.notify_waiters();
         }
     }
 }
-
-/// Connections without a CONNECT that are closed together, and that may be closing beyond `connections_max`.
-const CLOSED_AT_ONCE: usize = 16;

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use shared::door::Seat;
 use shared::limited;
 use shared::log::BoxFuture;
 use shared::login::LoginDelay;
@@ -124,7 +125,8 @@ pub(super) struct Held {
 
 pub(super) struct Connection {
     pub front: Arc<Front>,
-    pub number: u64,
+    /// Its place at the door: it may lose this until its CONNECT is good.
+    pub seat: Arc<Seat>,
     pub handle: Arc<Handle>,
     pub io: Io,
     pub peer: SocketAddr,
@@ -188,8 +190,9 @@ pub(super) async fn run(
     stream: TcpStream,
     peer: SocketAddr,
     tls: Option<Arc<rustls::ServerConfig>>,
+    seat: Seat,
 ) {
-    let number = front.next_number();
+    let (number, seat) = (front.next_number(), Arc::new(seat));
     let connect_until = Instant::now() + front.settings.connect_timeout;
     let placeholder = Arc::new(Handle::new(None));
     front.enter(number, placeholder.clone());
@@ -216,6 +219,10 @@ pub(super) async fn run(
                     debug!(%peer, "TLS handshake broken off");
                     None
                 }
+                () = seat.evicted() => {
+                    debug!(%peer, "TLS handshake broken off in favour of another client");
+                    None
+                }
                 () = tokio::time::sleep_until(connect_until.into()) => {
                     debug!(%peer, "TLS handshake took too long");
                     None
@@ -233,15 +240,19 @@ pub(super) async fn run(
         if front.closing() {
             handle.kick(Reason::SERVER_SHUTTING_DOWN);
         }
-        let mut connection = Connection::new(front.clone(), number, handle, io, peer, connect_until);
+        let mut connection = Connection::new(front.clone(), seat.clone(), handle, io, peer, connect_until);
         // A bug must end one connection: it gives its session back like any other, and the client can come again.
-        let close = std::future::poll_fn(|cx| {
+        let served = std::future::poll_fn(|cx| {
             catch_unwind(AssertUnwindSafe(|| connection.poll(cx))).unwrap_or_else(|_| {
                 error!(%peer, "a panic ended a connection; this is a bug");
                 Poll::Ready(Close::ours(Reason::IMPLEMENTATION_SPECIFIC_ERROR, "internal error"))
             })
-        })
-        .await;
+        });
+        let close = tokio::select! {
+            biased;
+            close = served => close,
+            () = seat.evicted() => Close::ours(Reason::SERVER_BUSY, ""),
+        };
         connection.finish(close).await;
     }
     front.leave(number);
@@ -250,7 +261,7 @@ pub(super) async fn run(
 impl Connection {
     fn new(
         front: Arc<Front>,
-        number: u64,
+        seat: Arc<Seat>,
         handle: Arc<Handle>,
         io: Io,
         peer: SocketAddr,
@@ -260,7 +271,7 @@ impl Connection {
         let timer = Box::pin(tokio::time::sleep_until(connect_until.into()));
         Self {
             front,
-            number,
+            seat,
             handle,
             io,
             peer,

@@ -148,7 +148,7 @@ impl Connection {
                     return Err(Close::Refused);
                 };
                 self.will = will;
-                self.front.has_spoken(self.number);
+                self.seat.known();
                 let claim = self.front.clone().claim(terms.claim(), self.handle.clone());
                 self.terms = Some(terms);
                 self.stage = Stage::Claiming(Box::pin(claim));

@@ -20,6 +20,10 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: u64,)*
             /// Connections now.
             pub connections: u64,
+            /// Connections closed at once because there were too many.
+            pub connections_refused_total: u64,
+            /// Connections without a CONNECT closed to make room for others.
+            pub connections_evicted_total: u64,
             /// Sessions now, connected or kept.
             pub sessions: u64,
             /// Subscriptions now.
@@ -47,10 +51,6 @@ macro_rules! counters {
 counters! {
     /// Connections accepted.
     connections_total,
-    /// Connections closed at once because there were too many.
-    connections_refused_total,
-    /// Connections without a CONNECT closed to make room for others.
-    connections_evicted_total,
     /// Sessions ended, longest absent first, to make room for others.
     sessions_evicted_total,
     /// CONNECTs refused because there are as many sessions as allowed, and each is connected or holds messages.
