@@ -226,12 +226,13 @@ pub async fn what_a_deposed_file_node_alone_has_is_sent_and_nothing_is_lost(cont
     load.acknowledged(50).await?;
     let said = salvage(&first, &other).await.context("the first salvage")?;
     load.acknowledged(50).await?;
+    // A reader would not come to an end beside it.
+    all.extend(load.finish().await?);
     let there = read(context, &other).await?;
     let sent = sent_once(&mut alone, end, &there)?;
     ensure!(sent > 100, "the bucket lacked what the first node alone had: {sent}\n{said}");
     let again = salvage(&first, &other).await.context("the second salvage")?;
     all.extend(alone);
-    all.extend(load.finish().await?);
     judge(&all, &read(context, &other).await?, false).with_context(|| format!("after\n{said}\n{again}"))?;
 
     // The deposed node is told who has its shards, and a system of its own that it is pointed at the wrong bucket.
