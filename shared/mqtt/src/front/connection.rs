@@ -831,6 +831,8 @@ impl Connection {
         self.held_bytes = 0;
         self.partial = Vec::new();
         self.count_waiting();
+        // Freed before it counts as free: saying goodbye takes a while.
+        (self.aliases, self.targets) = (Vec::new(), Vec::new());
         self.count_topics(0);
         let client = self.session.as_ref().map_or("", |session| &*session.client_id).to_owned();
         let peer = self.peer;
@@ -920,13 +922,13 @@ async fn say_goodbye(io: Io, mut rest: &[u8], linger: bool) -> io::Result<()> {
                 }
             }
             socket2::SockRef::from((*socket).as_ref()).shutdown(std::net::Shutdown::Write)?;
-            let mut sink = vec![0u8; if linger { 16 << 10 } else { 0 }];
+            let mut sink = vec![0u8; if linger { 1024 } else { 0 }];
             while linger && read.read(&mut sink).await? > 0 {}
         }
         Io::Tls(mut stream) => {
             stream.write_all(rest).await?;
             stream.shutdown().await?;
-            let mut sink = vec![0u8; if linger { 16 << 10 } else { 0 }];
+            let mut sink = vec![0u8; if linger { 1024 } else { 0 }];
             while linger && stream.read(&mut sink).await? > 0 {}
         }
     }
