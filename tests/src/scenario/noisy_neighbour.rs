@@ -31,6 +31,8 @@ const RESIDENT_MIB_MAX: u64 = 64 * 3 / 2 + 40;
 const LOG_LINES_MAX: usize = 50;
 /// Descriptors that a connection may take, and what may be open beside connections when all are gone.
 const SPARE_DESCRIPTORS: usize = 16;
+/// Sessions that the edge keeps in the fast tier.
+const SESSIONS: usize = 2_000;
 /// Acknowledgements that the device gets while the hostile client has all it could take.
 const ACKS_BESIDE: u64 = 25;
 /// A hostile client that got nothing done for so long is held back, which is an answer.
@@ -152,7 +154,10 @@ struct Arena {
 }
 
 async fn beside(context: &Context, neighbour: &Neighbour) -> Result<Figures> {
-    let lab = context.lab(&format!("noisy-{}", neighbour.name))?;
+    let mut lab = context.lab(&format!("noisy-{}", neighbour.name))?;
+    if !context.full {
+        lab.edge.mqtt_extra = format!("sessions_max = {SESSIONS}");
+    }
     let mut edge = lab.edge()?;
     if let [descriptors] = neighbour.descriptors {
         edge.wrapper = vec!["prlimit".into(), format!("--nofile={descriptors}:{descriptors}")];
@@ -537,7 +542,7 @@ async fn huge_filters_in_one_kept_session(arena: &Arena) -> Result<Grip> {
     let Some(mut hostile) = Hostile::connect(arena, &Hello::v4("hog").kept()).await? else {
         return Ok(Grip::default());
     };
-    for n in 0..960 {
+    for n in 0..480 {
         let filter = format!("{n}/{}", "x".repeat(60_000));
         if !hostile.offer(&subscribe([&*filter], 1)).await {
             break;
@@ -547,14 +552,19 @@ async fn huge_filters_in_one_kept_session(arena: &Arena) -> Result<Grip> {
 }
 
 async fn many_kept_sessions_of_large_filters(arena: &Arena) -> Result<Grip> {
-    let mut open = crowd(arena, 60, |n| Hello::v4(format!("hog-{n}")).kept()).await?;
+    let mut open = crowd(arena, 45, |n| Hello::v4(format!("hog-{n}")).kept()).await?;
+    let mut refused = 0;
     for (client, hostile) in open.iter_mut().enumerate() {
         for part in 0..2 {
             let filters: Vec<String> =
                 (0..15).map(|n| format!("{client}/{part}/{n}/{}/+", "x".repeat(60_000))).collect();
-            if hostile.offer(&subscribe(filters.iter().map(String::as_str), 1)).await {
-                hostile.answer(packet::SUBACK).await?;
-            }
+            let offered = hostile.offer(&subscribe(filters.iter().map(String::as_str), 1)).await;
+            let suback = if offered { hostile.answer(packet::SUBACK).await? } else { None };
+            refused += usize::from(suback.is_none_or(|frame| frame.body.last() == Some(&0x80)));
+        }
+        // The edge has said no often enough.
+        if refused >= 8 {
+            break;
         }
     }
     // Absent, they are kept all the same.
@@ -603,7 +613,7 @@ async fn client_ids_without_end(arena: &Arena) -> Result<Grip> {
     for lane in 0..32_usize {
         let arena = Arena { ..*arena };
         tasks.spawn(async move {
-            for n in (lane..21_000).step_by(32) {
+            for n in (lane..if arena.full { 21_000 } else { SESSIONS + 200 }).step_by(32) {
                 Hostile::connect(&arena, &Hello::v4(format!("once-{n}")).kept()).await?;
             }
             anyhow::Ok(())
