@@ -3,6 +3,7 @@
 //! `tests/fuzz` runs them under libFuzzer; the tests at the end run them on the seeds that are kept in `tests/fuzz/corpus`.
 
 use std::cell::OnceCell;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -172,12 +173,12 @@ async fn play(listener: &TcpListener, data: &[u8]) {
         let (bytes, after) = tail.split_at(tail.len().min((*length).into()));
         rest = after;
         let number = who & 3;
-        if !clients.contains_key(&number) {
+        if let Entry::Vacant(place) = clients.entry(number) {
             let mut client = front.connect_for_fuzzing(listener).await;
             if who & 8 != 0 {
                 let _ = client.write_all(&valid_connect(number, *who)).await;
             }
-            clients.insert(number, client);
+            place.insert(client);
         }
         let Some(client) = clients.get_mut(&number) else { continue };
         // A front that hangs up is as good as one that reads.
