@@ -219,7 +219,12 @@ impl Archive {
             match view.agrees(loaded.blocks(), seq, &bytes) {
                 Some(true) => {}
                 Some(false) => return Err(self.diverged(seq)),
-                None => warn!(seq, "the local WAL is too old to be compared with the archive; it is set aside"),
+                None => {
+                    if let Some(departed) = self.departed(&view.root, local).await? {
+                        return Err(self.diverged(departed));
+                    }
+                    warn!(seq, "the local WAL is too old to be compared with the archive; it is set aside");
+                }
             }
         }
         let taken = self.take(view, loaded, epoch).await?;
@@ -227,6 +232,27 @@ impl Archive {
             info!(epoch, blocks = blocks.len(), "restored from the archive");
             Recovered { snapshot, tail: Tail::Bucket(blocks), epoch }
         }))
+    }
+
+    /// The first local block that is not in the history of a later owner. Blocks may be in segments by now, but what a claim
+    /// names is kept for ever.
+    async fn departed(&self, root: &Root, local: &dyn LocalBlocks) -> Result<Option<u64>, ArchiveError> {
+        let (first, next) = local.bounds().unwrap_or_default();
+        let newest = newest_epoch(local)?.unwrap_or(0);
+        let later = root.fences.iter().filter(|fence| fence.epoch > newest && fence.wal_seq < next);
+        for fence in later {
+            let blocks = match self.wal_object(fence.wal_seq).await {
+                // A claim that came to nothing left no object.
+                Err(ArchiveError::Store(StoreError::Missing(_))) => continue,
+                blocks => blocks?,
+            };
+            for block in blocks.into_iter().filter(|block| (first..next).contains(&block.seq)) {
+                if local.read(block.seq)? != block.bytes {
+                    return Ok(Some(block.seq));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Takes the shard over whose WAL is in the store, from whoever had it: from here on an append of theirs fails. A
