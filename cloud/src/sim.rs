@@ -255,7 +255,7 @@ fn a_memory_shard_that_uses_offsets_again_is_found() {
 
 #[test]
 fn a_stream_that_moves_before_it_is_safe_is_found() {
-    is_found(Bug::MovedUnsafe, 195..205);
+    is_found(Bug::MovedUnsafe, 340..350);
 }
 
 #[test]

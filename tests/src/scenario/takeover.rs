@@ -296,9 +296,11 @@ pub async fn owner_that_cannot_confirm_its_claim_acknowledges_nothing(context: &
     let mut cloud = lab.cloud()?;
     cloud.start().await?;
     // Nothing is acknowledged before the first claim is confirmed either.
-    until("the first claim", PATIENCE, async || Ok(make_topic(&lab).await.ok())).await?;
-    let mut client = kafka::Client::connect(lab.cloud.kafka).await?;
-    client.produce(TOPIC, b"confirmed").await?;
+    until("the first claim to be confirmed", PATIENCE, async || {
+        make_topic(&lab).await?;
+        Ok(kafka::Client::connect(lab.cloud.kafka).await?.produce(TOPIC, b"confirmed").await.ok())
+    })
+    .await?;
     way.cut();
     let acknowledged = AtomicUsize::new(1);
     until("produce to be refused", PATIENCE, async || {
