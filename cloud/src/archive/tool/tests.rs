@@ -149,13 +149,20 @@ async fn what_is_in_a_segment_and_in_the_shipped_log_comes_once() {
     node.create(1, 3).await;
     node.create(2, 1).await;
     node.shipped().await;
-    // Until a shipped object holds blocks from below the trim and from above it.
+    // Until a shipped object holds blocks from below the trim and from above it: nothing can be shipped while a round
+    // begins, so what is shipped then is from both sides.
+    let (shipped, aside) = (place.path().join("shards/0/wal"), place.path().join("wal-aside"));
     for attempt in 0.. {
         assert!(attempt < 100, "shipping never reaches over a trim");
-        node.produce(1).await;
         let before = node.archive.status().manifest_seq;
+        std::fs::rename(&shipped, &aside).unwrap();
+        std::fs::write(&shipped, b"").unwrap();
+        node.produce(1).await;
         node.archive.roll_now();
-        node.produce(2).await;
+        // Small ones, so that an object holds many, and for some time, so that the round begins among them.
+        node.trickle(30).await;
+        std::fs::remove_file(&shipped).unwrap();
+        std::fs::rename(&aside, &shipped).unwrap();
         while node.archive.status().manifest_seq == before {
             tokio::task::yield_now().await;
         }

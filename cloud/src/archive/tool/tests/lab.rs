@@ -169,6 +169,14 @@ impl Node {
         }
     }
 
+    /// Single records, one after the other.
+    pub async fn trickle(&self, count: i64) {
+        for n in 0..count {
+            self.append(from_producer(partition(1, 1), batch(n, 1))).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
     /// Where the gateway's stream stands.
     fn position(&self) -> Offset {
         crate::state::read_state(self.shard.as_ref(), |state| state.stream(&stream(1, 1)).map_or(0, |s| s.next))
