@@ -220,7 +220,8 @@ impl Archive {
                 Some(true) => {}
                 Some(false) => return Err(self.diverged(seq)),
                 None => {
-                    if let Some(departed) = self.departed(&view.root, local).await? {
+                    let ours = self.mirror_root().await?.map_or(Vec::new(), |root| root.fences);
+                    if let Some(departed) = self.departed(&view.root, &ours, local).await? {
                         return Err(self.diverged(departed));
                     }
                     warn!(seq, "the local WAL is too old to be compared with the archive; it is set aside");
@@ -234,12 +235,16 @@ impl Archive {
         }))
     }
 
-    /// The first local block that is not in the history of a later owner. Blocks may be in segments by now, but what a claim
-    /// names is kept for ever.
-    async fn departed(&self, root: &Root, local: &dyn LocalBlocks) -> Result<Option<u64>, ArchiveError> {
+    /// The first local block that is not in the history of a claim other than `ours`. Blocks may be in segments by now, but
+    /// what a claim names is kept for ever. Epochs do not tell claims apart: a start without the bucket raises its own.
+    async fn departed(
+        &self,
+        root: &Root,
+        ours: &[Fence],
+        local: &dyn LocalBlocks,
+    ) -> Result<Option<u64>, ArchiveError> {
         let (first, next) = local.bounds().unwrap_or_default();
-        let newest = newest_epoch(local)?.unwrap_or(0);
-        let later = root.fences.iter().filter(|fence| fence.epoch > newest && fence.wal_seq < next);
+        let later = root.fences.iter().filter(|fence| !ours.contains(fence) && fence.wal_seq < next);
         for fence in later {
             let blocks = match self.wal_object(fence.wal_seq).await {
                 // A claim that came to nothing left no object.

@@ -75,24 +75,34 @@ async fn a_deposed_node_that_had_shipped_everything_has_nothing_alone() {
 
 #[tokio::test(start_paused = true)]
 async fn a_deposed_node_with_records_of_its_own_does_not_start_however_far_the_new_owner_is() {
-    let (store, mirror, mut home) = (Faulty::new(), Faulty::new(), Home::new());
-    let node = start(&mut home, &store, &mirror).await;
-    produce(&node, 4);
-    node.shipped().await;
-    let (shipped, shard) = (node.shard.positions().0, node.shard.clone());
-    node.kill().await;
-    for _ in 0..3 {
-        shard.append(&[(partition(1), 5)]);
+    // A start that cannot reach the bucket raises its epoch to the new owner's.
+    for starts_alone in [false, true] {
+        let (store, mirror, mut home) = (Faulty::new(), Faulty::new(), Home::new());
+        let node = start(&mut home, &store, &mirror).await;
+        produce(&node, 4);
+        node.shipped().await;
+        let (shipped, shard) = (node.shard.positions().0, node.shard.clone());
+        node.kill().await;
+        for _ in 0..3 {
+            shard.append(&[(partition(1), 5)]);
+        }
+        if starts_alone {
+            store.plan.lock().down = true;
+            let node = start(&mut home, &store, &mirror).await;
+            node.shard.append(&[(partition(1), 5)]);
+            node.kill().await;
+            store.plan.lock().down = false;
+        }
+        let mut other = Home::new();
+        let node = start(&mut other, &store, &Faulty::new()).await;
+        // All that could be compared block by block is in segments.
+        for _ in 0..6 {
+            produce(&node, 6);
+            node.split().await;
+        }
+        node.stop().await;
+        let settings = settings(home.dir.path().into());
+        let refused = Node::start_quick(&mut home, &store, &mirror, settings).await.err().unwrap();
+        assert!(matches!(refused, ArchiveError::Diverged { seq, .. } if seq == shipped), "{starts_alone}: {refused}");
     }
-    let mut other = Home::new();
-    let node = start(&mut other, &store, &Faulty::new()).await;
-    // All that could be compared block by block is in segments.
-    for _ in 0..6 {
-        produce(&node, 6);
-        node.split().await;
-    }
-    node.stop().await;
-    let settings = settings(home.dir.path().into());
-    let refused = Node::start_quick(&mut home, &store, &mirror, settings).await.err().unwrap();
-    assert!(matches!(refused, ArchiveError::Diverged { seq, .. } if seq == shipped), "{refused}");
 }
