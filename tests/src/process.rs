@@ -230,7 +230,8 @@ pub async fn run_to_end(mut command: Command) -> Result<Vec<u8>> {
     let shown = format!("{command:?}");
     let output = tokio::task::spawn_blocking(move || command.stdin(Stdio::null()).output()).await??;
     if !output.status.success() {
-        bail!("{shown}\nended with {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+        let [said, errors] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+        bail!("{shown}\nended with {}\n{said}{errors}", output.status);
     }
     Ok(output.stdout)
 }

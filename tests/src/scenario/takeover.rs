@@ -26,6 +26,16 @@ async fn make_topic(lab: &Lab) -> Result<()> {
     kafka::Client::connect(lab.cloud.kafka).await?.touch(TOPIC).await
 }
 
+/// Waits until the bucket has all of the file shard.
+async fn is_shipped(lab: &Lab) -> Result<()> {
+    until("the bucket to have it", PATIENCE, async || {
+        let status = admin::cloud_status(lab.cloud.admin).await?;
+        let shard = status.shard("file")?;
+        Ok((shard.shipped_seq == shard.next_seq).then_some(()))
+    })
+    .await
+}
+
 async fn read(context: &Context, lab: &Lab) -> Result<Vec<Record>> {
     context.tools.read(Reader::Confluent, lab.cloud.kafka, TOPIC).await
 }
@@ -196,12 +206,7 @@ pub async fn what_a_deposed_file_node_alone_has_is_sent_and_nothing_is_lost(cont
     let mut load = Attempts::start(lab.cloud.kafka, TOPIC, "shipped", PRODUCERS);
     load.acknowledged(200).await?;
     let mut all = load.finish().await?;
-    until("the bucket to have it", PATIENCE, async || {
-        let status = admin::cloud_status(lab.cloud.admin).await?;
-        let shard = status.shard("file")?;
-        Ok((shard.shipped_seq == shard.next_seq).then_some(()))
-    })
-    .await?;
+    is_shipped(&lab).await?;
 
     // From here on the bucket lacks nearly all of what the first node acknowledges, and its disk has it.
     first.stop().await?;
@@ -268,6 +273,8 @@ pub async fn file_owner_that_was_paused_stops_soon_and_nothing_is_lost(context: 
     let (mut first, mut second) = (lab.cloud()?, other.cloud()?);
     first.start().await?;
     make_topic(&lab).await?;
+    // A salvage sends records and makes no topics.
+    is_shipped(&lab).await?;
     let mut load = Attempts::start(lab.cloud.kafka, TOPIC, "first", PRODUCERS);
     load.acknowledged(200).await?;
     first.pause()?;
