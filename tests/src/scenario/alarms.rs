@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -294,19 +295,20 @@ async fn edge_is_full_and_damaged(context: &Context, alarms: &mut Alarms) -> Res
     Ok(true)
 }
 
-/// A disk that stalls: the clocks run three hundred times as fast, so that each commit takes seconds by them.
+/// A disk that stalls: the process stands still for longer than a second in the midst of its commits, again and again.
 async fn commits_take_long(context: &Context, alarms: &mut Alarms) -> Result<()> {
     let lab = context.lab("alarms-slow")?;
     let mut edge = lab.edge()?;
-    edge.env = [("LD_PRELOAD", LIBFAKETIME), ("FAKETIME", "+0 x300")]
-        .map(|(name, value)| (name.into(), value.into()))
-        .to_vec();
     edge.start().await?;
     let before = Scrape::of(&edge).await;
+    let mut device = Link::connect(lab.edge.mqtt, "d", false, true).await?;
+    let load = tokio::spawn(async move { while device.publish("factory/1/telemetry/a", b"x").await.is_ok() {} });
     let slow = until("commits that take more than a second", PATIENCE, async || {
-        // A client whose time is up comes again.
-        if let Ok(mut device) = Link::connect(lab.edge.mqtt, "d", false, true).await {
-            let _ = device.publish("factory/1/telemetry/a", b"x").await;
+        for _ in 0..5 {
+            edge.pause()?;
+            tokio::time::sleep(Duration::from_millis(1_100)).await;
+            edge.resume()?;
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
         let scrape = Scrape::of(&edge).await;
         let count = |scrape: &Scrape, le: &str| {
@@ -318,6 +320,7 @@ async fn commits_take_long(context: &Context, alarms: &mut Alarms) -> Result<()>
     })
     .await?;
     alarms.ring(&before, &slow, &["TributaryEdgeCommitsSlow"]);
+    load.abort();
     edge.kill()
 }
 
