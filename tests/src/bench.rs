@@ -4,6 +4,7 @@ pub mod cloud;
 pub mod edge;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -45,6 +46,24 @@ impl Table {
         }
     }
 
+    /// Markdown: how the first of two builds compares with the second, round by round. Above 1 the first is better,
+    /// whichever way the row counts.
+    pub fn print_pairs(&self, ours: &str, before: &str) {
+        println!("\n| work | {ours} | {before} | ratio, better above 1 | |\n|---|---|---|---|---|");
+        for row in &self.rows {
+            let values = |peer: &str| self.values.get(&(row.to_owned(), peer.to_owned()));
+            let (Some(new), Some(old)) = (values(ours), values(before)) else { continue };
+            let better = |(new, old): (&f64, &f64)| if is_cost(row) { old / new } else { new / old };
+            let mut ratios: Vec<f64> = new.iter().zip(old).map(better).filter(|ratio| ratio.is_finite()).collect();
+            ratios.sort_by(f64::total_cmp);
+            let (Some(least), Some(greatest)) = (ratios.first(), ratios.last()) else { continue };
+            let median = ratios.get(ratios.len() / 2).copied().unwrap_or(f64::NAN);
+            let verdict = if *greatest < WORSE_BELOW { "worse" } else { "" };
+            let (ours, before) = (self.cell(row, ours), self.cell(row, before));
+            println!("| {row} | {ours} | {before} | {median:.2} ({least:.2}-{greatest:.2}) | {verdict} |");
+        }
+    }
+
     fn cell(&self, row: &str, peer: &str) -> String {
         let Some(values) = self.values.get(&(row.to_owned(), peer.to_owned())) else { return "-".into() };
         let least = values.iter().copied().fold(f64::INFINITY, f64::min);
@@ -61,6 +80,27 @@ impl Table {
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied()
     }
+}
+
+/// A row whose ratios all lie below this became slower by more than a run's noise.
+const WORSE_BELOW: f64 = 0.97;
+
+/// Whether less is better in a row: times, bytes and processor time.
+fn is_cost(row: &str) -> bool {
+    [", us", ", ms", ", s", "MiB resident", "CPU", "bytes written"].iter().any(|unit| row.contains(unit))
+}
+
+/// The name of the older build in tables.
+pub const BEFORE: &str = "before";
+
+/// A program of an older build, if there is a directory of one.
+pub fn older(directory: Option<&Path>, program: &str) -> Result<Option<PathBuf>> {
+    let Some(directory) = directory else { return Ok(None) };
+    let path = directory.join(program);
+    if !path.is_file() {
+        bail!("{} is missing: --before wants a directory with a release build of the older version", path.display());
+    }
+    Ok(Some(path.canonicalize()?))
 }
 
 fn short(value: f64) -> String {

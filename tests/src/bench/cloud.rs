@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::{Table, build_release, cpu_seconds, resident_mib};
+use super::{BEFORE, Table, build_release, cpu_seconds, older, resident_mib};
 use crate::admin;
 use crate::kafka::Client;
 use crate::lab::{EdgeBuild, Lab, PATIENCE, free_port, until};
@@ -27,6 +27,9 @@ pub struct Options {
     /// Bytes of backlog that the link drains, in MB.
     #[arg(long, default_value_t = 150)]
     backlog_mb: u64,
+    /// A directory with an older release build, measured in turns with this one, and without Apache Kafka.
+    #[arg(long)]
+    before: Option<PathBuf>,
     /// Where tests/bench/install put rdkafka_performance and Apache Kafka.
     #[arg(long, default_value = "target/bench-tools")]
     tools: PathBuf,
@@ -44,28 +47,39 @@ pub async fn run(options: Options) -> Result<()> {
         bail!("{} is missing: run tests/bench/install", tool.display());
     }
     let mut table = Table::default();
+    let before = older(options.before.as_deref(), "tributary-cloud")?;
     for round in 1..=options.rounds {
         println!("round {round} of {}", options.rounds);
-        ours(&options, &tool, &mut table).await?;
+        ours(&options, &tool, &mut table, NAME, None).await?;
+        if let Some(program) = &before {
+            ours(&options, &tool, &mut table, BEFORE, Some(program)).await?;
+            continue;
+        }
         for (name, flush) in [("Apache Kafka, page cache", false), ("Apache Kafka, flush each", true)] {
             let kafka = ApacheKafka::start(&options, flush).await?;
             produce_and_consume(&options, &tool, &mut table, name, kafka.address, kafka.child.id()).await?;
         }
         drain(&options, &mut table).await?;
     }
-    table.print();
+    match before {
+        Some(_) => table.print_pairs(NAME, BEFORE),
+        None => table.print(),
+    }
     Ok(())
 }
 
-async fn ours(options: &Options, tool: &Path, table: &mut Table) -> Result<()> {
+const NAME: &str = "tributary-cloud";
+
+async fn ours(options: &Options, tool: &Path, table: &mut Table, name: &str, program: Option<&PathBuf>) -> Result<()> {
     let lab = Lab::new(&options.dir.canonicalize()?, "lab", &EdgeBuild::default())?;
     let mut cloud = lab.cloud()?;
+    cloud.program = program.unwrap_or(&cloud.program).clone();
     let began = Instant::now();
     cloud.start().await?;
-    table.add("start to ready, ms", "tributary-cloud", began.elapsed().as_secs_f64() * 1e3);
+    table.add("start to ready, ms", name, began.elapsed().as_secs_f64() * 1e3);
     let pid = cloud.pid().context("running")?;
-    table.add("idle, MiB resident", "tributary-cloud", resident_mib(pid)?);
-    produce_and_consume(options, tool, table, "tributary-cloud", lab.cloud.kafka, pid).await?;
+    table.add("idle, MiB resident", name, resident_mib(pid)?);
+    produce_and_consume(options, tool, table, name, lab.cloud.kafka, pid).await?;
     cloud.stop().await
 }
 
@@ -191,11 +205,7 @@ async fn drain(options: &Options, table: &mut Table) -> Result<()> {
         Ok(status.stream("telemetry").filter(|s| s.durable == s.next).map(|_| ()))
     })
     .await?;
-    table.add(
-        &format!("link: {} MB of backlog, s", options.backlog_mb),
-        "tributary-cloud",
-        began.elapsed().as_secs_f64(),
-    );
+    table.add(&format!("link: {} MB of backlog, s", options.backlog_mb), NAME, began.elapsed().as_secs_f64());
     edge.stop().await?;
     cloud.stop().await
 }

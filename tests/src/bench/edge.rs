@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::{Table, build_release, cpu_seconds, resident_mib};
+use super::{BEFORE, Table, build_release, cpu_seconds, older, resident_mib};
 use crate::admin;
 use crate::device::Link;
 use crate::lab::{EdgeBuild, Lab, PATIENCE, free_port, until};
@@ -26,6 +26,9 @@ pub struct Options {
     /// A program that only forwards, called with a port: the limit of this generator on this machine.
     #[arg(long)]
     forwarder: Option<PathBuf>,
+    /// A directory with an older release build, measured in turns with this one.
+    #[arg(long)]
+    before: Option<PathBuf>,
     /// Scales the number of messages.
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
@@ -96,13 +99,21 @@ pub async fn run(options: Options) -> Result<()> {
     slow_disk::build()?;
     std::fs::create_dir_all(&options.dir)?;
     let (mut table, mut slow) = (Table::default(), Table::default());
+    let before = older(options.before.as_deref(), "tributary-edge")?;
     for round in 1..=options.rounds {
         println!("round {round} of {}", options.rounds);
-        slow_disk::round(&options, &mut slow).await?;
+        if before.is_none() {
+            slow_disk::round(&options, &mut slow).await?;
+        }
         if options.slow_disk {
             continue;
         }
-        ours(&options, &mut table, round == 1).await?;
+        let build = |program| EdgeBuild { program, ..EdgeBuild::default() };
+        ours(&options, &mut table, NAME, &build(None), round == 1).await?;
+        if before.is_some() {
+            ours(&options, &mut table, BEFORE, &build(before.clone()), round == 1).await?;
+            continue;
+        }
         mosquitto(&options, &mut table).await?;
         if let Some(program) = &options.forwarder {
             let address = free_port()?;
@@ -112,14 +123,18 @@ pub async fn run(options: Options) -> Result<()> {
             live(&options, &mut table, "forwarder", address).await?;
         }
     }
-    table.print();
+    match before {
+        Some(_) => table.print_pairs(NAME, BEFORE),
+        None => table.print(),
+    }
     slow.print();
     Ok(())
 }
 
-async fn ours(options: &Options, table: &mut Table, first: bool) -> Result<()> {
-    const NAME: &str = "tributary-edge";
-    let mut lab = Lab::new(&options.dir.canonicalize()?, "lab", &EdgeBuild::default())?;
+const NAME: &str = "tributary-edge";
+
+async fn ours(options: &Options, table: &mut Table, name: &str, build: &EdgeBuild, first: bool) -> Result<()> {
+    let mut lab = Lab::new(&options.dir.canonicalize()?, "lab", build)?;
     let ca = Authority::make(&lab.dir, "ca").await?;
     let certificate = ca.issue("server").await?;
     lab.edge.uplink_url = "http://127.0.0.1:9".into(); // Nobody there: the link is measured elsewhere.
@@ -138,34 +153,34 @@ async fn ours(options: &Options, table: &mut Table, first: bool) -> Result<()> {
     })
     .await?;
     link.publish("stored/first", b"x").await?;
-    table.add("start to first PUBACK of a stored message, ms", NAME, began.elapsed().as_secs_f64() * 1e3);
-    table.add("idle, TLS listener on, MiB resident", NAME, resident_mib(edge.pid().context("running")?)?);
+    table.add("start to first PUBACK of a stored message, ms", name, began.elapsed().as_secs_f64() * 1e3);
+    table.add("idle, TLS listener on, MiB resident", name, resident_mib(edge.pid().context("running")?)?);
 
-    live(options, table, NAME, lab.edge.mqtt).await?;
+    live(options, table, name, lab.edge.mqtt).await?;
     for row in STORED {
         let before = Counters::read(&edge).await?;
         let done = throughput(row, options, lab.edge.mqtt, "stored").await?;
         let after = Counters::read(&edge).await?;
         let messages = messages(row, options) * row.publishers as u64;
         let commits = after.commits - before.commits;
-        table.add(&format!("{}, acked/s", row.name), NAME, done.published_per_second);
-        table.add(&format!("{}, commits/s", row.name), NAME, commits * done.published_per_second / messages as f64);
+        table.add(&format!("{}, acked/s", row.name), name, done.published_per_second);
+        table.add(&format!("{}, commits/s", row.name), name, commits * done.published_per_second / messages as f64);
         let written = (after.written - before.written) / (messages * 256) as f64;
-        table.add(&format!("{}, bytes written per payload byte", row.name), NAME, written);
-        table.add(&format!("{}, CPU us per message", row.name), NAME, (after.cpu - before.cpu) * 1e6 / messages as f64);
+        table.add(&format!("{}, bytes written per payload byte", row.name), name, written);
+        table.add(&format!("{}, CPU us per message", row.name), name, (after.cpu - before.cpu) * 1e6 / messages as f64);
     }
-    latency(table, &format!("{NAME} (stored)"), lab.edge.mqtt, "stored").await?;
+    latency(table, &format!("{name} (stored)"), lab.edge.mqtt, "stored").await?;
     if options.memory && first {
         let row = Row { name: "", qos: 1, publishers: 50, subscribers: 0, window: 20, messages: 20_000 };
         throughput(
             &row,
-            &Options { scale: 1.0, dir: options.dir.clone(), forwarder: None, ..*options },
+            &Options { scale: 1.0, dir: options.dir.clone(), forwarder: None, before: None, ..*options },
             lab.edge.mqtt,
             "stored",
         )
         .await?;
         tokio::time::sleep(Duration::from_secs(60)).await;
-        table.add("60 s after 1 M stored messages, MiB resident", NAME, resident_mib(edge.pid().context("running")?)?);
+        table.add("60 s after 1 M stored messages, MiB resident", name, resident_mib(edge.pid().context("running")?)?);
     }
     edge.stop().await
 }
