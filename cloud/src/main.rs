@@ -308,7 +308,7 @@ async fn start(config: &CloudConfig, held: &NodeHold) -> anyhow::Result<Started>
     let (admin, presence) = (port.clone(), presence.clone());
     let node =
         Node { node_id: config.node_id, cluster_id, shards, archives, broker, ingest, stopping, admin, presence };
-    let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
+    let admin = daemon::bind("[admin] listen", config.admin.listen.0)?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(node.clone()), Box::new(node.clone()));
     let (closed, closing) = watch::channel(false);
@@ -354,7 +354,7 @@ async fn kafka(
     for listener in config.kafka_listeners() {
         let (advertised_host, advertised_port) = listener.advertised().map_err(|text| anyhow!(text))?;
         let tls = certificate(listener.tls.as_ref(), &mut serving.certificates)?;
-        let socket = daemon::bind("[kafka] listen", listener.listen.0).await?;
+        let socket = daemon::bind("[kafka] listen", listener.listen.0)?;
         info!(address = %listener.listen, advertised = %format!("{advertised_host}:{advertised_port}"), "listening for Kafka");
         let name = listener.name.unwrap_or_else(|| listener.listen.to_string());
         let listener = Arc::new(Listener { name, advertised_host, advertised_port, tls });
@@ -376,7 +376,7 @@ async fn link(
         IngestSettings { grants: grants(config)?, connections_max: share.granted, ..IngestSettings::default() };
     let ingest = Ingest::new(settings, shards.clone(), shards.clone(), catalogue.clone(), shards.clone(), wall_ms);
     let tls = certificate(config.link.tls.as_ref(), &mut serving.certificates)?;
-    let socket = daemon::bind("[link] listen", config.link.listen.0).await?;
+    let socket = daemon::bind("[link] listen", config.link.listen.0)?;
     info!(address = %config.link.listen, tls = tls.is_some(), "listening for edges");
     let served = cloud::ingest::serve(ingest.clone(), socket, tls, serving.stopping.clone());
     serving.tasks.spawn(async move { served.await.context("[link] listen") });

@@ -255,7 +255,7 @@ fn a_memory_shard_that_uses_offsets_again_is_found() {
 
 #[test]
 fn a_stream_that_moves_before_it_is_safe_is_found() {
-    is_found(Bug::MovedUnsafe, 340..350);
+    is_found(Bug::MovedUnsafe, 217..227);
 }
 
 #[test]
@@ -265,7 +265,7 @@ fn an_older_disk_that_goes_on_is_found() {
 
 #[test]
 fn a_start_that_trusts_the_page_cache_is_found() {
-    is_found(Bug::CacheTrusted, 100..110);
+    is_found(Bug::CacheTrusted, 20..30);
 }
 
 /// A bug that the product had, and that the simulation found.

@@ -274,7 +274,7 @@ async fn start(config: &EdgeConfig) -> anyhow::Result<Started> {
     }
     let (told, told_to_stop) = watch::channel(false);
     let gateway = Gateway { id, store, front, uplink, stopping: told_to_stop, admin: port.clone() };
-    let admin = daemon::bind("[admin] listen", config.admin.listen.0).await?;
+    let admin = daemon::bind("[admin] listen", config.admin.listen.0)?;
     info!(address = %config.admin.listen, "listening for admin");
     let (observed, collector) = (Arc::new(gateway.clone()), Box::new(gateway.clone()));
     let serving = daemon::admin::serve(admin, observed, collector, routes(gateway.clone()), port, stopping);
@@ -423,7 +423,7 @@ async fn mqtt(
             }
             _ => None,
         };
-        let socket = daemon::bind("[mqtt] listen", listener.bind.0).await?;
+        let socket = daemon::bind("[mqtt] listen", listener.bind.0)?;
         let settings = ListenerSettings { name: listener.bind.to_string(), allow_anonymous: listener.allow_anonymous };
         let serving = front.clone().serve(socket, tls, settings);
         tasks.spawn(async move { Ok(serving.await?) });

@@ -3,11 +3,12 @@
 //! A connection is *silent* until it has shown who it is (a good password or token), or, where nobody is asked, until it has
 //! made one whole request. When all seats are taken, the connection that is silent for longest is closed in favour of the
 //! new one. So connections that never say anything keep nobody out. Knows no sockets: whoever holds a [`Seat`]
-//! waits for [`Seat::evicted`] beside its work, and closes.
+//! waits for [`Seat::evicted`] beside its work, and closes after [`LEAVE_PAUSE`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use event_listener::Event;
 use parking_lot::Mutex;
@@ -15,6 +16,10 @@ use parking_lot::Mutex;
 /// Connections told to leave that have not left yet; while there are so many, new ones wait. They count beyond the
 /// bound, so descriptors are kept for them.
 pub const LEAVING_MAX: usize = 16;
+
+/// How long an evicted connection waits before it closes. With [`LEAVING_MAX`] it is the most that clients which come again
+/// and again can have of a full door: 2,000 new connections a second.
+pub const LEAVE_PAUSE: Duration = Duration::from_millis(8);
 
 /// The seats of one kind of listener.
 #[derive(Debug)]

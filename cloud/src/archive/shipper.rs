@@ -16,9 +16,6 @@ use crate::block::claim_mark;
 /// How long a stopping node goes on trying to ship what is left.
 const FINISH: Duration = Duration::from_secs(5);
 
-/// How often a block that waits for more of them looks whether they are there, at least.
-const LOOK_MAX: Duration = Duration::from_millis(100);
-
 /// Before looking again where a wait ended without a block.
 const IDLE: Duration = Duration::from_millis(100);
 
@@ -72,8 +69,7 @@ impl<'a> Shipper<'a> {
         }
     }
 
-    /// Waits for a block, and then for more of them: as long as they do not fill an object, the oldest may wait, and no
-    /// round of the splitter waits for them.
+    /// Waits for a block, and then for more of them: the oldest may wait as long as no round of the splitter waits for it.
     async fn wait(&self) {
         // What another owner has shipped counts as our own until we collide with it.
         self.source.wait(self.next).await;
@@ -81,17 +77,13 @@ impl<'a> Shipper<'a> {
         if !self.archive.ships || settings.owns_wal || self.mark.is_some() {
             return;
         }
-        let patience = settings.max_lag / 2;
-        // A look now and then, and not at each block: where many small ones come, each would wake this task.
-        let look = (settings.max_lag / 64).clamp(Duration::from_millis(1), LOOK_MAX);
         let mut wanted = self.archive.wanted.subscribe();
         while let Some(backlog) = self.source.backlog() {
-            let left = patience.saturating_sub(backlog.age);
-            let fills = backlog.bytes >= settings.ship_bytes as u64;
-            if fills || left.is_zero() || *wanted.borrow_and_update() > self.next {
+            let left = (settings.max_lag / 2).saturating_sub(backlog.age);
+            if left.is_zero() || *wanted.borrow_and_update() > self.next {
                 return;
             }
-            let _ = tokio::time::timeout(left.min(look), wanted.changed()).await;
+            let _ = tokio::time::timeout(left, wanted.changed()).await;
         }
     }
 

@@ -44,6 +44,11 @@ const IDLE_MS: i64 = 3_600_000;
 /// How long upkeep waits while there is always more to split; then it writes one object.
 const UPKEEP_PATIENCE: Duration = Duration::from_secs(10);
 
+/// Shipping is asked to hurry when the log holds this part of what it may hold: a burst below that has the disk for itself.
+const PRESSURE: u64 = 4;
+/// How often a round that waits looks whether the log fills.
+const PRESSURE_LOOK: Duration = Duration::from_millis(50);
+
 type Slices = Vec<(Bytes, TimestampMs)>;
 
 /// Splits one shard's blocks.
@@ -186,7 +191,7 @@ impl<'a> Splitter<'a> {
         self.settle().await?;
         let split = asked || self.due() || self.mirror_behind;
         if split {
-            self.round().await?;
+            self.round(asked).await?;
         }
         if self.upkept.elapsed() >= IDLE && self.is_idle() {
             self.upkeep_due.get_or_insert_with(Instant::now);
@@ -258,16 +263,16 @@ impl<'a> Splitter<'a> {
         found
     }
 
-    async fn round(&mut self) -> Result<(), ArchiveError> {
+    async fn round(&mut self, asked: bool) -> Result<(), ArchiveError> {
         let mut work = Work::default();
-        let done = self.round_with(&mut work).await;
+        let done = self.round_with(&mut work, asked).await;
         if done.is_err() {
             self.bury(work.written);
         }
         done
     }
 
-    async fn round_with(&mut self, work: &mut Work) -> Result<(), ArchiveError> {
+    async fn round_with(&mut self, work: &mut Work, asked: bool) -> Result<(), ArchiveError> {
         if self.mirror_behind {
             self.archive.write_mirror(&self.root, &HashMap::new()).await?;
             self.mirrored();
@@ -276,7 +281,7 @@ impl<'a> Splitter<'a> {
         let unwanted = self.unwanted();
         let snapshot = self.source.snapshot().await?;
         if snapshot.next_seq != self.root.trim || !unwanted.below_start.is_empty() {
-            self.wait_shipped(snapshot.next_seq).await;
+            self.wait_shipped(snapshot.next_seq, asked).await;
             let mut index = self.index.clone();
             index.replace(&unwanted.below_start, Vec::new()).map_err(local)?;
             let trim = snapshot.next_seq;
@@ -307,10 +312,19 @@ impl<'a> Splitter<'a> {
         }
     }
 
-    async fn wait_shipped(&self, seq: u64) {
-        self.archive.wanted.send_replace(seq);
-        // The sender lives as long as the archive, so this ends only when everything below `seq` is shipped.
-        let _ = self.archive.shipped.subscribe().wait_for(|shipped| *shipped >= seq).await;
+    /// Waits until everything below `seq` is shipped, and hurries it when the round was asked for or the log fills.
+    async fn wait_shipped(&self, seq: u64, asked: bool) {
+        let mut shipped = self.archive.shipped.subscribe();
+        loop {
+            let durable = self.source.durable();
+            if asked || durable.wal_bytes >= durable.wal_bytes_max / PRESSURE {
+                self.archive.wanted.send_replace(seq);
+            }
+            // The sender lives as long as the archive, so the wait fails only by its time.
+            if tokio::time::timeout(PRESSURE_LOOK, shipped.wait_for(|shipped| *shipped >= seq)).await.is_ok() {
+                return;
+            }
+        }
     }
 
     /// Runs below log starts, and partitions of deleted topics. The runs of those stay named until their objects are

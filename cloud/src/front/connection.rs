@@ -19,7 +19,7 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
 use kafka_wire::{ApiKey, Encoded};
-use shared::door::Seat;
+use shared::door::{LEAVE_PAUSE, Seat};
 use shared::log::BoxFuture;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -56,7 +56,10 @@ pub(super) async fn run(
 ) -> Close {
     tokio::select! {
         close = handshake(broker, listener, peer, stream, seat, shutdown) => close,
-        () = seat.evicted() => Close::Evicted,
+        () = seat.evicted() => {
+            tokio::time::sleep(LEAVE_PAUSE).await;
+            Close::Evicted
+        }
     }
 }
 

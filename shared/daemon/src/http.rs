@@ -17,7 +17,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
-use shared::door::{Door, Seat};
+use shared::door::{Door, LEAVE_PAUSE, Seat};
 use shared::limited;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -169,7 +169,10 @@ pub async fn serve(
             let served = connection(stream, acceptor, router, window, &visit, stop);
             tokio::select! {
                 () = served => {}
-                () = visit.0.seat.evicted() => debug!(%peer, "silent connection closed in favour of another"),
+                () = visit.0.seat.evicted() => {
+                    debug!(%peer, "silent connection closed in favour of another");
+                    sleep(LEAVE_PAUSE).await;
+                }
             }
         });
     }
@@ -251,6 +254,7 @@ where
 #[cfg(test)]
 mod tests {
     use axum::routing::get;
+    use shared::door::LEAVING_MAX;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
@@ -320,13 +324,16 @@ mod tests {
         let mut known = TcpStream::connect(address).await.unwrap();
         assert!(asks(&mut known).await);
         let mut silent = Vec::new();
-        for _ in 0..50 {
+        let began = Instant::now();
+        for _ in 0..200 {
             silent.push(TcpStream::connect(address).await.unwrap());
         }
         let mut new = TcpStream::connect(address).await.unwrap();
         assert!(asks(&mut new).await);
         assert!(asks(&mut known).await, "who is known stays");
         let status = door.status();
-        assert!(status.connections - status.leaving <= 3 && status.evicted == 49, "{status:?}");
+        assert!(status.connections - status.leaving <= 3 && status.evicted == 199, "{status:?}");
+        let paced = LEAVE_PAUSE * (199 / LEAVING_MAX as u32 - 1);
+        assert!(began.elapsed() >= paced, "a flood is let in slowly: {:?}", began.elapsed());
     }
 }

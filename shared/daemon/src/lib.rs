@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 /// Longest time a stop may take before the process ends anyway.
 pub const STOP_SECS_MAX: u64 = 10;
@@ -50,9 +50,36 @@ pub async fn stop_signal() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Connections that wait to be accepted. Of more than that the kernel drops the first packet, and a client tries again after
+/// a second: a fleet that comes back at once needs more than the 128 that libraries ask for.
+const BACKLOG: u32 = 1024;
+
 /// Listens on `address`; `what` is the setting's key.
-pub async fn bind(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
+pub fn bind(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // A start must not wait for what the last life's connections left behind.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().with_context(|| {
         format!("{what} = \"{address}\" cannot be listened on: is another process using it, or is it not this host's?")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_fleet_that_comes_at_once_is_not_told_to_try_again() {
+        let listener = bind("[mqtt] listen", "127.0.0.1:0".parse().unwrap()).unwrap();
+        let (address, mut fleet) = (listener.local_addr().unwrap(), Vec::new());
+        // Nobody accepts, so that one too many would wait for ever.
+        for _ in 0..500 {
+            let device = tokio::time::timeout(Duration::from_secs(10), tokio::net::TcpStream::connect(address)).await;
+            fleet.push(device.unwrap().unwrap());
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -50,6 +51,8 @@ struct Content {
 #[derive(Debug)]
 pub struct Shard {
     content: Mutex<Content>,
+    /// How much the WAL may hold, as it says; it takes more.
+    pub wal_bytes_max: AtomicU64,
     next_seq: watch::Sender<u64>,
     /// Moves with each of `shipped`, `published` and `fenced`.
     events: watch::Sender<()>,
@@ -58,7 +61,8 @@ pub struct Shard {
 impl Shard {
     fn new(content: Content) -> Arc<Self> {
         let next_seq = watch::Sender::new(content.next_seq);
-        Arc::new(Self { content: Mutex::new(content), next_seq, events: watch::Sender::new(()) })
+        let wal_bytes_max = AtomicU64::new(1 << 30);
+        Arc::new(Self { content: Mutex::new(content), wal_bytes_max, next_seq, events: watch::Sender::new(()) })
     }
 
     /// Begins as a start would: from a snapshot, blocks of the bucket or its own, and an epoch block.
@@ -220,7 +224,7 @@ impl Source for Shard {
     fn durable(&self) -> Durable {
         let content = self.content.lock();
         let wal_bytes = content.blocks.values().map(|bytes| bytes.len() as u64).sum();
-        Durable { next_seq: content.next_seq, wal_bytes, wal_bytes_max: 1 << 30 }
+        Durable { next_seq: content.next_seq, wal_bytes, wal_bytes_max: self.wal_bytes_max.load(Ordering::Relaxed) }
     }
 
     fn backlog(&self) -> Option<Backlog> {

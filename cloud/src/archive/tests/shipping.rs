@@ -1,5 +1,6 @@
-//! When blocks are shipped, on a virtual clock: at once when they fill an object, late when they do not.
+//! When blocks are shipped, on a virtual clock: late while nothing needs them shipped, and then as fast as they come.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -26,12 +27,14 @@ async fn node(home: &mut Home) -> (Node, Faulty) {
     (node, store)
 }
 
-/// Whatever the blocks' sizes are, what comes is shipped as it comes: it never waits while there is enough for an object.
+/// Whatever the blocks' sizes are, what comes is shipped as fast as it comes, from half of `max_lag` on.
 #[tokio::test(start_paused = true)]
 async fn shipped_bytes_keep_up_with_blocks_of_every_size() {
     const RATE: usize = 32 * MIB;
     const STEPS_PER_SEC: usize = 100;
-    let ship_bytes = ArchiveSettings::default().ship_bytes;
+    const LATE: usize = 5;
+    let (ship_bytes, max_lag) = (ArchiveSettings::default().ship_bytes, ArchiveSettings::default().max_lag);
+    assert_eq!(max_lag.as_secs() as usize, 2 * LATE);
     let half = ship_bytes / 2;
     let cases: [&[usize]; 11] = [
         &[KIB],
@@ -54,7 +57,7 @@ async fn shipped_bytes_keep_up_with_blocks_of_every_size() {
         let largest = sizes.iter().max().copied().unwrap_or(0);
         let (mut produced, mut next) = (0, blocks.iter().cycle());
         let mut shipped_in = Vec::new();
-        for second in 0..3 {
+        for second in 0..LATE + 3 {
             let before = produced - node.backlog_bytes();
             for step in 0..STEPS_PER_SEC {
                 let due = RATE * second + RATE / STEPS_PER_SEC * (step + 1);
@@ -64,15 +67,15 @@ async fn shipped_bytes_keep_up_with_blocks_of_every_size() {
                     node.shard.append_opaque(block);
                 }
                 sleep(Duration::from_secs(1) / STEPS_PER_SEC as u32).await;
-                // Less than an object, what comes between two looks, and the block that did not fit.
-                let bound = ship_bytes + largest + RATE / 8;
+                // What may wait, and one object.
+                let bound = RATE * LATE + ship_bytes + 2 * largest;
                 let waits = node.backlog_bytes();
                 assert!(waits <= bound, "{waits} bytes wait in second {second} with blocks of {sizes:?}");
             }
             shipped_in.push(produced - node.backlog_bytes() - before);
         }
-        let slack = ship_bytes + 2 * largest + RATE / 8;
-        assert!(shipped_in.iter().all(|bytes| *bytes + slack >= RATE), "{sizes:?}: {shipped_in:?} bytes per second");
+        let (slack, kept_up) = (ship_bytes + 2 * largest, &shipped_in[LATE + 1..]);
+        assert!(kept_up.iter().all(|bytes| *bytes + slack >= RATE), "{sizes:?}: {shipped_in:?} bytes per second");
         // Of two neighbours the second's first block did not fit into the first.
         let (puts, most) = (node.archive.status().puts as usize, produced * 2 / ship_bytes + 10);
         assert!(puts <= most, "{sizes:?}: {puts} PUTs for {produced} bytes");
@@ -114,6 +117,32 @@ async fn a_round_does_not_wait_for_company_of_the_last_blocks() {
         assert!(begun.elapsed() < Duration::from_secs(2), "the round took {:?}", begun.elapsed());
     }
     node.check_readable(partition(1), 0).await;
+}
+
+/// What waits may wait, but not for room that producers need.
+#[tokio::test(start_paused = true)]
+async fn a_log_that_fills_is_shipped_before_its_time() {
+    let mut home = Home::new();
+    let store = Faulty::new();
+    let settings = ArchiveSettings {
+        segment_bytes: 16 << 10,
+        ship_bytes: MIB,
+        max_lag: Duration::from_secs(600),
+        ..settings(home.dir.path().into())
+    };
+    let node = Node::start_quick(&mut home, &store, &Faulty::new(), settings).await.unwrap();
+    node.shipped().await;
+    node.shard.wal_bytes_max.store(256 << 10, Ordering::Relaxed);
+    let fill = async |kib: u64| {
+        while node.shard.durable().wal_bytes < kib << 10 {
+            node.shard.append(&[(partition(1), 10)]);
+        }
+        sleep(Duration::from_secs(3)).await;
+        node.shard.positions().0 - node.shard.positions().1
+    };
+    assert!(fill(60).await > 10, "below a quarter the oldest block's age counts");
+    assert_eq!(fill(68).await, 0, "above it a round hurries");
+    node.kill().await;
 }
 
 /// A log that fills is split again at once, for as long as there is enough for a round.

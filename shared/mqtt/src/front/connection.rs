@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use shared::door::Seat;
+use shared::door::{LEAVE_PAUSE, Seat};
 use shared::limited;
 use shared::log::BoxFuture;
 use shared::login::LoginDelay;
@@ -221,6 +221,7 @@ pub(super) async fn run(
                 }
                 () = seat.evicted() => {
                     debug!(%peer, "TLS handshake broken off in favour of another client");
+                    tokio::time::sleep(LEAVE_PAUSE).await;
                     None
                 }
                 () = tokio::time::sleep_until(connect_until.into()) => {
@@ -251,7 +252,10 @@ pub(super) async fn run(
         let close = tokio::select! {
             biased;
             close = served => close,
-            () = seat.evicted() => Close::ours(Reason::SERVER_BUSY, ""),
+            () = seat.evicted() => {
+                tokio::time::sleep(LEAVE_PAUSE).await;
+                Close::ours(Reason::SERVER_BUSY, "")
+            }
         };
         connection.finish(close).await;
     }
