@@ -15,6 +15,9 @@ use crate::retention::SESSION_BYTES_MAX;
 const ROW_BYTES: usize = 64;
 /// What new rows may take in one commit.
 const PENDING_BYTES_MAX: usize = 4 << 20;
+/// The part of all sessions' bytes that is kept for those that take at most [`SMALL_BYTES`]: one in so many.
+const RESERVE_PART: u64 = 4;
+const SMALL_BYTES: usize = 4 << 10;
 /// The first part number of a commit's tickets that stands for a session.
 const FIRST_PART: u32 = 2;
 
@@ -123,15 +126,21 @@ impl SessionBooks {
 
     /// Whether a session may grow by so much.
     pub(super) fn has_room(&self, client_id: &str, growth: usize) -> bool {
-        let own = self.sessions.get(client_id).map_or(0, |used| used.bytes);
-        let fits = own + growth <= SESSION_BYTES_MAX && self.bytes + growth as u64 <= self.bytes_max;
-        growth == 0 || (fits && self.pending_growth + growth <= PENDING_BYTES_MAX)
+        let fits_commit = self.pending_growth + growth <= PENDING_BYTES_MAX;
+        growth == 0 || (self.fits(client_id, growth) && fits_commit)
+    }
+
+    /// Whether there is room for so much more of a session. The last quarter is for those that take little, so that those that
+    /// take much lock nobody out.
+    fn fits(&self, client_id: &str, growth: usize) -> bool {
+        let own = self.sessions.get(client_id).map_or(0, |used| used.bytes) + growth;
+        let reserve = if own <= SMALL_BYTES { 0 } else { self.bytes_max / RESERVE_PART };
+        own <= SESSION_BYTES_MAX && self.bytes + growth as u64 + reserve <= self.bytes_max
     }
 
     /// Whether a session may open one more packet id. What waits of those is bounded with their PUBLISHes.
     pub(super) fn has_room_for_packet(&self, client_id: &str) -> bool {
-        let (own, growth) = (self.sessions.get(client_id).map_or(0, |used| used.bytes), packet_cost(client_id));
-        own + growth <= SESSION_BYTES_MAX && self.bytes + growth as u64 <= self.bytes_max
+        self.fits(client_id, packet_cost(client_id))
     }
 
     /// Writes a session's row. Returns the part of the commit that stands for it.

@@ -686,7 +686,8 @@ impl State {
                 stream.dropped_records += trim.first.saturating_sub(unsent_from).max(0) as u64;
                 // What is oldest now came right after what went.
                 stream.oldest_unsent_ms = stream.oldest_unsent_ms.map(|oldest| oldest.max(trim.youngest));
-                tracing::warn!(stream = %stream.record.name, gap = ?stream.record.gap, "records were dropped before they were sent, as on_full = \"drop-oldest\" says");
+                shared::limited!(warn, stream = %stream.record.name, gap = ?stream.record.gap, "records were dropped before \
+                    they were sent, as on_full = \"drop-oldest\" says");
             }
             self.pending.urgent |= trim.more;
         }

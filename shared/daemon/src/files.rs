@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+use shared::limited;
 
 /// What others may do with a file or directory, group and all.
 const OTHERS: u32 = 0o077;
@@ -39,8 +40,15 @@ pub fn private_dir(path: &Path) -> io::Result<Vec<PathBuf>> {
 fn tighten(path: &Path, tightened: &mut Vec<PathBuf>) -> io::Result<()> {
     let mode = fs::metadata(path)?.permissions().mode();
     if mode & OTHERS != 0 {
-        fs::set_permissions(path, Permissions::from_mode(mode & 0o7777 & !OTHERS))?;
-        tightened.push(path.to_owned());
+        match fs::set_permissions(path, Permissions::from_mode(mode & 0o7777 & !OTHERS)) {
+            Ok(()) => tightened.push(path.to_owned()),
+            // It is somebody else's, or the file system keeps no modes: that is no reason not to start.
+            Err(error) if matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported) => {
+                limited!(warn, path = %path.display(), mode = format!("{:04o}", mode & 0o7777), %error,
+                    "others can get at this, and its mode cannot be changed: chown it to the user of this process, or chmod go= it");
+            }
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }

@@ -271,7 +271,10 @@ impl Front {
             now_ms: now.wall_ms,
             properties: PublishProperties::default(),
         };
-        self.deliver_one(&publish, now);
+        let mut retained = retain.then(|| self.retained.lock());
+        let Some(message) = Self::retain(&publish, retained.as_deref_mut(), now) else { return };
+        drop(retained);
+        self.deliver_message(&publish, message, now, None);
     }
 
     pub(crate) fn now(&self) -> Now {

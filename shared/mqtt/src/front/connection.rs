@@ -41,6 +41,11 @@ use crate::store::{StoreFailed, Ticket};
 const READ_BYTES: usize = 128 << 10;
 /// Bytes of one read when the memory budget has no room: a little of what was read may have to be kept.
 const READ_BYTES_MIN: usize = 4 << 10;
+/// A packet that so many bytes have come of, for so long, ends its connection when memory is short.
+const UNFINISHED_BYTES: usize = 512;
+const UNFINISHED_PATIENCE: Duration = Duration::from_secs(10);
+/// How often such a connection looks whether memory is short.
+const UNFINISHED_LOOK: Duration = Duration::from_secs(1);
 /// When a search for retained messages goes on that the memory budget had no room for.
 const PULL_PAUSE: Duration = Duration::from_millis(100);
 /// Reads in a row before other tasks get their turn.
@@ -173,6 +178,8 @@ pub(super) struct Connection {
     pub congested_until: Instant,
     timer: Pin<Box<Sleep>>,
     last_bytes: Instant,
+    /// When the first bytes of the packet came that is unfinished.
+    packet_since: Instant,
     stalled: bool,
     /// The client does not read our answers: it is not read from until it does.
     choked: bool,
@@ -309,6 +316,7 @@ impl Connection {
             congested_until: now,
             timer,
             last_bytes: now,
+            packet_since: now,
             stalled: false,
             choked: false,
             offer_again: now,
@@ -669,6 +677,13 @@ impl Connection {
                 }
                 _ => {}
             }
+            if self.need > 0 && self.partial.len() >= UNFINISHED_BYTES {
+                let at = self.packet_since + UNFINISHED_PATIENCE;
+                if now >= at && self.front.is_short_of_memory() {
+                    return Err(self.no_room_for_packet());
+                }
+                next = next.min(at.max(now + UNFINISHED_LOOK));
+            }
             if !self.held.is_empty() {
                 let at = self.held_since + self.front.settings.hold_timeout;
                 if now >= at {
@@ -716,6 +731,9 @@ impl Connection {
                 return self.poll_read_large(cx);
             };
             front.copy_from_slice(&self.partial);
+            if room == 0 && kept >= READ_BYTES_MIN && self.need > kept {
+                return Err(self.no_room_for_packet());
+            }
             let end = READ_BYTES.min(kept + room.max(READ_BYTES_MIN));
             let Some(space) = scratch.get_mut(kept..end) else { return Ok(false) };
             let n = match self.io.poll_read(cx, space) {
@@ -729,6 +747,9 @@ impl Connection {
             self.partial.clear();
             let bytes = scratch.get(..kept + n).unwrap_or_default();
             let consumed = self.process(bytes, now)?;
+            if consumed > 0 || kept == 0 {
+                self.packet_since = now.instant;
+            }
             let rest = bytes.get(consumed..).unwrap_or_default();
             if self.partial.capacity() > 4096 && rest.len() < 1024 {
                 self.partial = Vec::new();
@@ -739,6 +760,13 @@ impl Connection {
         })
     }
 
+    fn no_room_for_packet(&mut self) -> Close {
+        add(&self.front.counters.memory_refused_total, 1);
+        // A CONNECT is answered although it is not all there.
+        self.version = self.version.or_else(|| connect_version(&self.partial));
+        Close::ours(Reason::QUOTA_EXCEEDED, "no memory is left for so large a packet")
+    }
+
     /// A packet larger than the thread's buffer is gathered in a buffer of its own, which grows as its bytes come.
     fn poll_read_large(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
         let have = self.partial.len();
@@ -746,10 +774,7 @@ impl Connection {
         let room = self.incoming_room() + self.counted_bytes.saturating_sub(have);
         let more = self.need.saturating_sub(have).clamp(1, have.max(READ_BYTES));
         if more > room {
-            add(&self.front.counters.memory_refused_total, 1);
-            // A CONNECT is answered although it is not all there.
-            self.version = self.version.or_else(|| connect_version(&self.partial));
-            return Err(Close::ours(Reason::QUOTA_EXCEEDED, "no memory is left for so large a packet"));
+            return Err(self.no_room_for_packet());
         }
         self.partial.reserve_exact(more);
         self.partial.resize(have + more, 0);
@@ -772,6 +797,7 @@ impl Connection {
         if self.partial.len() >= self.need {
             let bytes = std::mem::take(&mut self.partial);
             let consumed = self.process(&bytes, now);
+            self.packet_since = now.instant;
             self.keep_rest(bytes, consumed)?;
         }
         Ok(true)
@@ -869,7 +895,11 @@ impl Connection {
             }
         }
         if let Some(delay) = self.login_delay.take().filter(|_| !self.front.closing()) {
-            tokio::time::sleep(delay.wait).await;
+            tokio::select! {
+                () = tokio::time::sleep(delay.wait) => {}
+                // Its place is wanted: no delay may hold up those who wait for it.
+                () = self.seat.evicted() => {}
+            }
         }
         let mut rest = Some(std::mem::take(&mut self.reply));
         let connected = matches!(self.stage, Stage::Live);

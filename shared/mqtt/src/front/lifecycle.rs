@@ -9,13 +9,14 @@ use parking_lot::MutexGuard;
 use shared::limited;
 use tracing::{debug, warn};
 
-use super::fanout::{Live, Run, Touched};
+use super::fanout::{Live, PendingRun, Run, Touched};
 use super::session::{Handle, Session, SessionState, Will};
 use super::stats::add;
 use super::{Front, Now};
 use crate::codec::{QoS, Reason, SubscribeOptions, decode_properties_and_payload};
 use crate::memory::MemoryUse;
 use crate::message::Message;
+use crate::retained::Retained;
 use crate::session::connect::{Claim, Terms};
 use crate::session::inbound::ReceivedIds;
 use crate::store::{Admission, Publish, Refusal, SessionLeft, SessionRef, StoreFailed, Ticket};
@@ -42,6 +43,7 @@ impl Front {
             let order = stored.left.map_or(0, |left| left.order);
             self.times_left.fetch_max(order, Ordering::Relaxed);
             state.received = ReceivedIds::restored(&stored.inbound_packet_ids);
+            state.count_bytes(self);
             for subscription in &stored.subscriptions {
                 let Ok(filter) = TopicFilter::parse(&subscription.filter) else {
                     warn!(client = %stored.client_id, "a stored subscription is not a topic filter: left out");
@@ -252,12 +254,7 @@ impl Front {
             }
         }
         state.known = true;
-        let due = state.will_due_ms.take().into_iter().chain(state.expires_ms.take());
-        let mut timers = self.timers.lock();
-        due.for_each(|at| {
-            timers.remove(&(at, session.client_id.clone()));
-        });
-        drop(timers);
+        self.unschedule(session, &mut state);
         state.expiry_secs = terms.session_expiry_secs;
         state.user = terms.user.clone().or(state.user.take());
         self.set_kept(&mut state, terms.session_expiry_secs > 0);
@@ -301,6 +298,7 @@ impl Front {
         let rest = state.disconnect(self);
         // What found no room on the disk was not acknowledged: the client sends it again.
         state.received.forget(|ticket| self.store.durable(ticket).is_err());
+        state.count_bytes(self);
         let mut will = None;
         if !publish_will {
             state.will = None;
@@ -341,9 +339,19 @@ impl Front {
         }
     }
 
+    /// Forgets when the session ends and its will goes out.
+    fn unschedule(&self, session: &Session, state: &mut SessionState) {
+        let due = state.will_due_ms.take().into_iter().chain(state.expires_ms.take());
+        let mut timers = self.timers.lock();
+        for at in due {
+            timers.remove(&(at, session.client_id.clone()));
+        }
+    }
+
     /// Ends a session that nobody is connected to.
     fn end(&self, session: &Arc<Session>, mut state: MutexGuard<'_, SessionState>) {
         state.ended = true;
+        self.unschedule(session, &mut state);
         self.unsubscribe_all(session, &mut state);
         state.forget(self);
         self.set_kept(&mut state, false);
@@ -425,12 +433,12 @@ impl Front {
     }
 
     /// False: there is no room.
-    fn offer_will(&self, client_id: &str, will: &Will) -> bool {
+    fn offer_will(&self, client_id: &str, will: &Arc<Will>) -> bool {
         let now = self.now();
         let Ok((properties, payload)) = decode_properties_and_payload(&will.properties_and_payload) else {
             return true;
         };
-        let publish = Publish {
+        let mut publish = Publish {
             topic: &will.topic,
             payload,
             qos: will.qos,
@@ -439,6 +447,16 @@ impl Front {
             now_ms: now.wall_ms,
             properties,
         };
+        // Held over both, so that what is retained here and in the store is in the same order.
+        let mut retained = will.retain.then(|| self.retained.lock());
+        let (messages_max, bytes_max) = (self.settings.retained_messages_max, self.settings.retained_bytes_max);
+        let bytes = will.topic.len() + will.properties_and_payload.len();
+        let fits = |retained: &Retained| retained.has_room(&will.topic, bytes, messages_max, bytes_max);
+        if !payload.is_empty() && retained.as_deref().is_some_and(|retained| !fits(retained)) {
+            add(&self.counters.refused_total, 1);
+            limited!(warn, %client_id, topic = will.topic, "a will is not retained: as much is as the settings allow");
+            (publish.retain, retained) = (false, None);
+        }
         let mut admissions = Vec::with_capacity(1);
         self.store.publish(&SessionRef { client_id, kept: false }, std::slice::from_ref(&publish), &mut admissions);
         match admissions.first() {
@@ -446,24 +464,38 @@ impl Front {
             Some(Admission::Refused(refusal)) => {
                 add(&self.counters.refused_total, 1);
                 limited!(warn, client = %client_id, ?refusal, "a will was refused");
+                return true;
             }
-            Some(_) => self.deliver_one(&publish, now),
+            Some(_) => {}
         }
+        let Some(message) = Self::retain(&publish, retained.as_deref_mut(), now) else { return true };
+        drop(retained);
+        self.deliver_message(&publish, message, now, Some(will));
         true
     }
 
-    /// Delivers a message that is not in a read buffer, and retains it if it says so.
-    pub(super) fn deliver_one(&self, publish: &Publish<'_>, now: Now) {
-        let Ok(message) = Message::from_publish(publish, now.ms) else { return };
-        let message = Arc::new(message);
-        if publish.retain {
-            let mut retained = self.retained.lock();
+    /// Retains a message that is not in a read buffer, if it says so. `None`: it cannot be read.
+    pub(super) fn retain(publish: &Publish<'_>, retained: Option<&mut Retained>, now: Now) -> Option<Arc<Message>> {
+        let message = Arc::new(Message::from_publish(publish, now.ms).ok()?);
+        if let Some(retained) = retained.filter(|_| publish.retain) {
             if publish.payload.is_empty() {
                 retained.remove(publish.topic);
             } else {
                 retained.set(publish.topic, message.clone());
             }
         }
+        Some(message)
+    }
+
+    /// Delivers a message that is not in a read buffer. So many subscribers that they are more than one poll's work get it from
+    /// a task, which holds the will it came from until the last of them has it, so that its bytes count.
+    pub(super) fn deliver_message(
+        &self,
+        publish: &Publish<'_>,
+        message: Arc<Message>,
+        now: Now,
+        will: Option<&Arc<Will>>,
+    ) {
         let live = Live {
             content: message.content(),
             expiry_secs: publish.properties.expiry_secs,
@@ -471,10 +503,28 @@ impl Front {
             retain: publish.retain,
             message: std::cell::OnceCell::from(message.clone()),
         };
+        let lives = std::slice::from_ref(&live);
         let (targets, ..) = self.targets(publish.topic);
-        let mut touched = Touched::default();
-        self.deliver(None, &targets, &Run::new(std::slice::from_ref(&live), None), now, &mut touched);
+        let (mut touched, mut work) = (Touched::default(), 0);
+        let delivered = self.deliver_some(None, &targets, &Run::new(lives, None), now, &mut touched, &mut work);
         self.flush(&mut touched);
+        if delivered >= targets.len() {
+            return;
+        }
+        let mut rest = PendingRun::new(lives, Some(targets), delivered, now.ms);
+        let (Some(front), will) = (self.weak.upgrade(), will.cloned()) else { return };
+        tokio::spawn(async move {
+            while let Some(targets) = rest.targets() {
+                tokio::task::yield_now().await;
+                let (mut touched, mut work) = (Touched::default(), 0);
+                let done = rest.go_on(&front, None, targets, front.now(), &mut touched, &mut work);
+                front.flush(&mut touched);
+                if done {
+                    break;
+                }
+            }
+            drop(will);
+        });
     }
 
     /// Starts, once, the task that ends sessions and publishes delayed wills.
@@ -505,11 +555,16 @@ impl Front {
         });
     }
 
+    /// Whether a client that holds nothing would find no room for its largest packet.
+    pub(super) fn is_short_of_memory(&self) -> bool {
+        self.memory.room(MemoryUse::Incoming, 0) < self.settings.packet_bytes_max
+    }
+
     /// While memory is short: ends connections that read nothing and hold what others want, though nobody publishes to
     /// them any more.
     async fn end_stuck_readers(&self) {
         let mut after: Arc<str> = "".into();
-        while self.memory.room(MemoryUse::Incoming, 0) < self.settings.packet_bytes_max {
+        while self.is_short_of_memory() {
             let page = self.sessions_after(&after, SESSIONS_AT_ONCE);
             let Some(last) = page.last() else { return };
             after = last.client_id.clone();
@@ -538,13 +593,15 @@ impl Front {
             let over = state.expires_ms.is_some_and(|at| at <= now.ms);
             let mut will = None;
             if over || state.will_due_ms.is_some_and(|at| at <= now.ms) {
-                state.will_due_ms = None;
                 will = state.will.take();
             }
             if over {
                 limited!(info, client = %client_id, "session expired");
                 self.end(&session, state);
             } else {
+                if will.is_some() {
+                    state.will_due_ms = None;
+                }
                 drop(state);
             }
             if let Some(will) = will {

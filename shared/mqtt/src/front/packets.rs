@@ -17,7 +17,7 @@ use crate::codec::{
 use crate::memory::MemoryUse;
 use crate::message::{Content, Message, encode_properties};
 use crate::session::connect::{is_reserved, negotiate};
-use crate::session::inbound::Answer;
+use crate::session::inbound::{Answer, PACKET_ID_BYTES};
 use crate::store::{Admission, Publish, Refusal, SessionRef, StoredSubscription, Ticket};
 use crate::topic::TopicFilter;
 use crate::tree::Subscription;
@@ -326,6 +326,7 @@ impl Connection {
         while !rest.is_empty() {
             let retains = rest.iter().any(|incoming| incoming.publish.retain);
             let fit = if retains { self.fit_retained(rest) } else { rest.len() };
+            let fit = fit.min(self.fit_packet_ids(rest));
             let (now_rest, later) = rest.split_at(fit);
             let taken = self.offer_fitting(now_rest, retains, now)?;
             if taken < now_rest.len() {
@@ -337,6 +338,18 @@ impl Connection {
             rest = later;
         }
         Ok(())
+    }
+
+    /// How many PUBLISHes come before one whose packet id there is no memory to remember until its PUBREL.
+    fn fit_packet_ids(&self, batch: &[Incoming<'_>]) -> usize {
+        let exactly_once = |incoming: &Incoming<'_>| incoming.publish.qos == QoS::ExactlyOnce;
+        if !batch.iter().any(exactly_once) {
+            return batch.len();
+        }
+        let room = self.session.as_ref().map_or(0, |session| session.state.lock().queue_room(&self.front));
+        let ids = room / PACKET_ID_BYTES;
+        let too_many = batch.iter().enumerate().filter(|(_, incoming)| exactly_once(incoming)).nth(ids);
+        too_many.map_or(batch.len(), |(at, _)| at)
     }
 
     /// How many PUBLISHes come before one whose message there is no room to retain.
@@ -408,6 +421,7 @@ impl Connection {
                     state.received.insert(id, ticket);
                 }
             }
+            state.count_bytes(&front);
         }
         let mut result = Ok(admissions.len());
         for (incoming, admission) in batch.iter().zip(&admissions) {
@@ -514,6 +528,7 @@ impl Connection {
         let (ticket, reason) = match state.received.release(id) {
             None => (Ticket::default(), Reason::PACKET_IDENTIFIER_NOT_FOUND),
             Some(counted) => {
+                state.count_bytes(&self.front);
                 self.unacked = self.unacked.saturating_sub(usize::from(counted));
                 let ticket =
                     if state.stored { self.front.store.release(&session.client_id, id) } else { Ticket::default() };
@@ -577,8 +592,9 @@ impl Connection {
                 RetainHandling::SendIfNew => !known,
                 RetainHandling::DoNotSend => false,
             };
-            if send {
-                retained.push(text.into());
+            if send && let Some((filter, _)) = state.subscriptions.get_key_value(text) {
+                // The session's own copy: a SUBACK may wait, and another thousand behind it.
+                retained.push(filter.clone());
             }
         }
         // Read after the subscriptions are in the tree: what is retained from here on comes live.

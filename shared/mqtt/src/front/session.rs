@@ -518,8 +518,13 @@ impl SessionState {
             queue_bytes_max: front.settings.queue_bytes_max,
             out_bytes_max: front.settings.outbound_bytes_max,
             room: self.outgoing_room(front),
-            queue_room: front.memory.room(MemoryUse::Queues, self.memory_bytes()),
+            queue_room: self.queue_room(front),
         }
+    }
+
+    /// Bytes more of messages and packet ids that may be remembered.
+    pub fn queue_room(&self, front: &Front) -> usize {
+        front.memory.room(MemoryUse::Queues, self.memory_bytes())
     }
 
     /// Bytes more that may wait for the socket.
@@ -535,7 +540,8 @@ impl SessionState {
 
     /// Keeps the front's budget in step. Called after whatever may have changed `outbound` or `out`.
     pub fn count_bytes(&mut self, front: &Front) {
-        front.memory.recount(MemoryUse::Queues, &mut self.counted.queues, self.outbound.bytes());
+        let queues = self.outbound.bytes() + self.outbound.slots_bytes() + self.received.bytes();
+        front.memory.recount(MemoryUse::Queues, &mut self.counted.queues, queues);
         let outgoing = self.out.capacity();
         front.memory.recount(MemoryUse::Outgoing, &mut self.counted.outgoing, outgoing);
     }

@@ -63,6 +63,9 @@ pub(crate) struct ReceivedIds {
     open: BTreeMap<u16, Received>,
 }
 
+/// What an open packet id is taken to occupy: its entry, in a tree that is not full.
+pub(crate) const PACKET_ID_BYTES: usize = 48;
+
 #[derive(Debug, Clone, Copy)]
 struct Received {
     ticket: Ticket,
@@ -74,6 +77,11 @@ impl ReceivedIds {
     /// Packet ids that were stored before a restart.
     pub fn restored(ids: &[u16]) -> Self {
         Self { open: ids.iter().map(|&id| (id, Received { ticket: Ticket::default(), counted: false })).collect() }
+    }
+
+    /// Bytes it occupies.
+    pub fn bytes(&self) -> usize {
+        self.open.len() * PACKET_ID_BYTES
     }
 
     pub fn insert(&mut self, id: u16, ticket: Ticket) {

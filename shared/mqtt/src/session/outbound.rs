@@ -75,8 +75,8 @@ struct Queued {
     subscription_ids: Box<[u32]>,
 }
 
-/// Ids between the first slot and the next: one that is never acknowledged stops the sending here, long before an id
-/// could be used twice.
+/// Most ids between the first slot and the next, which may be two windows: one that is never acknowledged stops the sending
+/// there, long before an id could be used twice.
 const SPAN_MAX: usize = 16_384;
 
 impl Outbound {
@@ -128,6 +128,11 @@ impl Outbound {
         self.bytes
     }
 
+    /// Bytes of what is remembered of messages on their way, besides the messages.
+    pub fn slots_bytes(&self) -> usize {
+        self.slots.capacity() * size_of::<Slot>()
+    }
+
     /// Whether [`Self::fill`] may have something to write.
     pub fn has_more(&self) -> bool {
         !self.queue.is_empty() || self.resend_at < self.slots.len()
@@ -139,7 +144,8 @@ impl Outbound {
 
     /// Whether the window lets another PUBLISH begin its way.
     pub fn may_send(&self) -> bool {
-        self.sent < self.window && self.slots.len() < SPAN_MAX && self.resend_at >= self.slots.len()
+        let span = (self.window * 2).min(SPAN_MAX);
+        self.sent < self.window && self.slots.len() < span && self.resend_at >= self.slots.len()
     }
 
     fn next_id(&self) -> u16 {

@@ -435,3 +435,104 @@ async fn a_connect_that_comes_slowly_is_not_waited_for() {
     let stats = server.stats(|stats| stats.connections == 0).await;
     assert_eq!(stats.protocol_errors_total, 0, "it was cut for its time, not for what it sent: {stats:?}");
 }
+
+/// Packets that fit a read buffer are many clients' way to hold much.
+#[tokio::test]
+async fn unfinished_small_packets_are_bounded_together() {
+    let server = Server::with(Settings { memory_bytes_max: 4 * MIB, ..Settings::default() }, &nothing_stored()).await;
+    let mut bytes = Vec::new();
+    Packet::Publish(publish("t", &vec![0; 120_000], AtMostOnce, 0)).encode(V5, &mut bytes).unwrap();
+    bytes.pop();
+    let mut clients = Vec::new();
+    for i in 0..80 {
+        let mut client = server.connect(V5, &format!("hog{i}")).await;
+        // One that is refused may find its connection closed while it sends.
+        let _ = client.stream.write_all(&bytes).await;
+        clients.push(client);
+    }
+    let stats = server.stats(|stats| stats.connections <= 60).await;
+    assert!(used(&stats) <= 4 * MIB as u64, "{stats:?}");
+    innocent(&server).await;
+    drop(clients);
+    server.stats(|stats| used(stats) == 0).await;
+}
+
+#[tokio::test]
+async fn a_session_that_ended_is_in_no_timer() {
+    let server = Server::start(&nothing_stored()).await;
+    for i in 0..20 {
+        let will = Will {
+            topic: "w",
+            payload: b"x",
+            qos: AtMostOnce,
+            retain: false,
+            delay_secs: u32::MAX,
+            properties: PublishProperties::default(),
+        };
+        let id = format!("c{i}");
+        let (client, _) = server.connect_with(Connect { will: Some(will), ..kept(V5, &id) }).await;
+        drop(client);
+        server.stats(|stats| stats.connections == 0).await;
+        assert!(!server.front.timers.lock().is_empty());
+        assert_eq!(server.front.remove_session(&id).await, Ok(true));
+    }
+    assert_eq!(server.front.timers.lock().len(), 0);
+}
+
+#[tokio::test]
+async fn wills_are_retained_within_the_bounds_of_retained_messages() {
+    let store = nothing_stored();
+    let server = Server::with(Settings { retained_messages_max: 3, ..Settings::default() }, &store).await;
+    let mut reader = server.connect(V5, "reader").await;
+    reader.subscribe("w/#", AtMostOnce).await;
+    for i in 0..6 {
+        let topic = format!("w/{i}");
+        let properties = PublishProperties::default();
+        let will = Will { topic: &topic, payload: b"x", qos: AtMostOnce, retain: true, delay_secs: 0, properties };
+        let id = format!("c{i}");
+        let (client, _) = server.connect_with(Connect { will: Some(will), ..connect(V5, &id) }).await;
+        drop(client);
+        assert_eq!(reader.got().await.topic, topic, "it goes out all the same");
+    }
+    assert_eq!(server.front.stats().retained_messages, 3);
+    assert_eq!(store.load_retained().unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_will_reaches_more_subscribers_than_one_poll_serves() {
+    let server = Server::start(&nothing_stored()).await;
+    let mut readers = Vec::new();
+    for i in 0..60 {
+        let mut reader = server.connect(V5, &format!("r{i}")).await;
+        reader.subscribe("w", AtMostOnce).await;
+        readers.push(reader);
+    }
+    let (payload, properties) = (vec![7; 500_000], PublishProperties::default());
+    let will = Will { topic: "w", payload: &payload, qos: AtMostOnce, retain: false, delay_secs: 0, properties };
+    let (client, _) = server.connect_with(Connect { will: Some(will), ..connect(V5, "c") }).await;
+    drop(client);
+    for reader in &mut readers {
+        assert_eq!(reader.got().await.payload, payload);
+    }
+    server.stats(|stats| stats.memory_bytes[0] == 0).await;
+}
+
+/// A 3.1.1 client is bound by no receive maximum.
+#[tokio::test]
+async fn packet_ids_that_are_never_released_are_bounded_together() {
+    let server = Server::with(Settings { memory_bytes_max: MIB, ..Settings::default() }, &nothing_stored()).await;
+    let mut bytes = Vec::new();
+    for id in 1..=20_000 {
+        Packet::Publish(publish("t", b"x", ExactlyOnce, id)).encode(V4, &mut bytes).unwrap();
+    }
+    let mut hogs = Vec::new();
+    for i in 0..10 {
+        let mut hog = server.connect(V4, &format!("hog{i}")).await;
+        // The client is disconnected when it has opened too many.
+        let _ = hog.stream.write_all(&bytes).await;
+        hogs.push(hog);
+    }
+    server.stats(|stats| stats.connections == 0).await;
+    innocent(&server).await;
+    assert_eq!(used(&server.front.stats()), 0);
+}
