@@ -381,6 +381,10 @@ impl Shared {
     fn fill(&self, bytes: u64) -> Result<(), WalError> {
         let number = {
             let mut ring = self.ring.lock();
+        // Its zeros would be written up to where the disk is full, for each append that is refused, and removed again.
+        if let Some(free) = self.disk.free_bytes().filter(|free| *free < bytes) {
+            return Err(WalError::Full(format!("a WAL file of {bytes} bytes is needed, and the disk has {free} left")));
+        }
             let held = ring.held_bytes();
             if held + bytes > self.settings.bytes_max {
                 let bound = self.settings.bytes_max;
