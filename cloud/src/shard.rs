@@ -237,7 +237,7 @@ pub struct ShardStatus {
     /// How much the log's disk has left; `None` where there is none.
     pub disk_free_bytes: Option<u64>,
     /// What is taken of the room for records, of whatever ends first: the log's bound, its disk, its index. 1 when the next
-    /// MiB would be refused.
+    /// MiB would be refused for want of room.
     pub full_ratio: f64,
     /// Why the next MiB of records would be refused; `None` while it would be taken.
     pub no_room: Option<String>,
@@ -409,7 +409,9 @@ impl Shard {
         let (wal, disk_free_bytes) = (self.core.wal.usage(), self.core.wal.disk_free_bytes());
         let holds_back = self.holds_back();
         let no_room = self.produce_room(ROOM_BYTES).err();
-        let full_ratio = if no_room.is_some() { 1.0 } else { self.core.taken_ratio(&wal, disk_free_bytes) };
+        // A shard that takes nothing for another reason may have all its room.
+        let is_full = matches!(no_room, Some(Refused::Wal(_) | Refused::Disk(_) | Refused::Index(_)));
+        let full_ratio = if is_full { 1.0 } else { self.core.taken_ratio(&wal, disk_free_bytes) };
         let inner = self.core.inner.lock();
         let backlog = inner.unshipped.backlog();
         ShardStatus {
