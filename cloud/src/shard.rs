@@ -177,6 +177,9 @@ struct Core {
     epoch: u32,
     /// Bytes of the WAL that only changes may use.
     wal_reserve: u64,
+    /// Bytes of those that only the node's own changes may use. A start needs room before anything can be shipped, and
+    /// clients' commits must not have taken all of it.
+    own_reserve: u64,
     /// Offsets from here on may not be used yet.
     offsets_max: AtomicI64,
     /// What acknowledgements depend on besides durability.
@@ -525,6 +528,13 @@ impl Shard {
         inner.state.highest_watermark().max(in_flight.unwrap_or(0))
     }
 
+    /// [`StateLog::commit`] of changes that the node makes by itself, and not for a client: they may use the room that is kept
+    /// for them.
+    pub fn commit_own(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
+        let admitted = self.core.admit_changes(changes, true);
+        Box::pin(self.core.clone().acknowledged(admitted))
+    }
+
     /// Moves log starts to where topics' `retention.ms` and `retention.bytes` put them, and forgets producers that went away.
     /// Stores the time that was counted, where nothing else has for long. Returns how many partitions moved. Call it now and
     /// then.
@@ -534,7 +544,7 @@ impl Shard {
         changes.extend(self.core.expired_producers());
         changes.extend(self.core.time_counted());
         if !changes.is_empty() {
-            self.commit(changes).await?;
+            self.commit_own(changes).await?;
         }
         Ok(count)
     }
@@ -626,7 +636,7 @@ impl Log for Shard {
 
 impl StateLog for Shard {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
-        let admitted = self.core.admit_changes(changes);
+        let admitted = self.core.admit_changes(changes, false);
         Box::pin(self.core.clone().acknowledged(admitted))
     }
 
