@@ -197,8 +197,8 @@ impl Archive {
         }
         let (index, snapshot) = (loaded.index(), loaded.snapshot());
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        self.hold(Some(Held { root, index, claimed: true, shipped: view.next }), epoch);
+        let held = self.claimed_with(root, index, view.next).await;
+        self.hold(Some(held), epoch);
         Ok(Ok(Recovered { snapshot, tail: Tail::Local, epoch }))
     }
 
@@ -345,8 +345,8 @@ impl Archive {
         if self.settings.owns_wal {
             self.wals.lock().extend(blocks.iter().map(|block| block.seq));
         }
-        self.write_mirror(&root, &HashMap::new()).await?;
-        self.hold(Some(Held { root, index, claimed: true, shipped: next }), epoch);
+        let held = self.claimed_with(root, index, next).await;
+        self.hold(Some(held), epoch);
         Ok(Ok((snapshot, blocks, epoch)))
     }
 
@@ -369,7 +369,7 @@ impl Archive {
             return Err(ArchiveError::Hole { first, needed: root.trim });
         }
         let (index, snapshot) = (self.load_index(&root).await?, self.load_snapshot(&root).await?);
-        self.hold(Some(Held { root, index, claimed: false, shipped: 0 }), epoch);
+        self.hold(Some(Held { root, index, claimed: false, shipped: 0, mirror_behind: false }), epoch);
         Ok(Recovered { snapshot, tail: Tail::Local, epoch })
     }
 
@@ -405,22 +405,30 @@ impl Archive {
         continues?;
         if ours {
             let index = self.load_index(&view.root).await?;
-            self.write_mirror(&view.root, &HashMap::new()).await?;
-            return Ok(Some(Held { root: view.root, index, claimed: true, shipped: view.next }));
+            return Ok(Some(self.claimed_with(view.root, index, view.next).await));
         }
         let epoch = epoch.max(view.root.epoch + 1);
         let index = self.load_index(&view.root).await?;
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(None) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        Ok(Some(Held { root, index, claimed: true, shipped: view.next }))
+        Ok(Some(self.claimed_with(root, index, view.next).await))
     }
 
     /// The first claim of a shard that the bucket does not know: its WAL begins with block `first`.
     async fn claim_first(&self, first: u64, epoch: u32) -> Result<Option<Held>, ArchiveError> {
         let root = self.first_root(first);
         let Some(root) = self.claim_from(&root, epoch, first).await? else { return Ok(None) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        Ok(Some(Held { root, index: Index::default(), claimed: true, shipped: first }))
+        Ok(Some(self.claimed_with(root, Index::default(), first).await))
+    }
+
+    /// What is held once the bucket has acknowledged a claim. A local disk that is full does not undo the claim, and shipping
+    /// is what may empty that disk: so only trimming waits for the local copy of the manifest, which the splitter writes.
+    async fn claimed_with(&self, root: Root, index: Index, shipped: u64) -> Held {
+        let mirrored = self.write_mirror(&root, &HashMap::new()).await;
+        if let Err(error) = &mirrored {
+            warn!(%error, "the manifest could not be copied to the local disk: the WAL is shipped, and not trimmed until it is");
+            self.failed(error);
+        }
+        Held { root, index, claimed: true, shipped, mirror_behind: mirrored.is_err() }
     }
 
     /// What a shard that the bucket does not know is claimed after. It is not in the bucket.
