@@ -1,5 +1,6 @@
-//! Claims on a full data disk.
+//! Claims on a full data disk, and claims against an owner that is busy.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::sleep;
@@ -61,4 +62,57 @@ async fn a_full_data_disk_keeps_nobody_from_shipping_and_trimming_waits_for_the_
     node.shard.append(&[(partition(1), 3)]);
     node.shipped().await;
     node.check_readable(partition(1), 0).await;
+}
+
+/// A start in the bucket `store`, as node `node_id` of the data directory `own`.
+fn presence(store: &Faulty, node_id: i32, own: u8, take_over: bool) -> Arc<Presence> {
+    let store = Store::new(Arc::new(store.clone()), "some/prefix".into(), RequestSettings::default());
+    let settings = PresenceSettings {
+        node_id,
+        identity: OwnerIdentity { data_id: [own; 16], boot_id: [1; 16], device: 1, inode: own.into() },
+        kafka: Vec::new(),
+        link_url: None,
+        host: format!("host-{own}"),
+        data_dir: format!("/data-{own}"),
+        take_over,
+    };
+    Presence::with_store(store, settings)
+}
+
+/// The owner learns of a claim at its next beat; until then it may ship faster than anybody can claim.
+#[tokio::test(start_paused = true)]
+async fn a_take_over_outlasts_an_owner_that_ships_without_a_pause() {
+    const STEP: Duration = Duration::from_millis(5);
+    let store = Faulty::new();
+    let (first, second) = (presence(&store, 1, 1, false), presence(&store, 2, 2, true));
+    let mut home = Home::new();
+    let owned = ArchiveSettings { presence: Some(first.clone()), segment_bytes: 1 << 40, ..quick(&home) };
+    let owner = Node::start_quick(&mut home, &store, &Faulty::new(), owned).await.unwrap();
+    owner.shipped().await;
+    (store.plan.lock().latency, store.plan.lock().write_latency) = (STEP, STEP);
+    let shard = owner.shard.clone();
+    let producer = tokio::spawn(async move {
+        loop {
+            shard.append(&[(partition(1), 1)]);
+            sleep(Duration::from_millis(1)).await;
+        }
+    });
+    let beating = tokio::spawn(first.run());
+    // Its next beat is as far away as can be.
+    sleep(BEAT + Duration::from_millis(100)).await;
+
+    let mut other = Home::new();
+    let taking = ArchiveSettings { presence: Some(second), ..quick(&other) };
+    let new = Node::start_quick(&mut other, &store, &Faulty::new(), taking).await;
+    assert!(owner.shard.fenced_by().is_some(), "the owner has stopped");
+    let new = new.unwrap();
+    new.shipped().await;
+    assert_eq!(new.shard.fenced_by(), None);
+    assert_eq!(
+        new.shard.positions().0,
+        owner.shard.positions().1 + 2,
+        "what was shipped, a fence and its own first block"
+    );
+    producer.abort();
+    beating.abort();
 }
