@@ -183,7 +183,7 @@ pub trait Source: Send + Sync + 'static {
 pub struct Durable {
     /// The sequence number the next durable block will have.
     pub next_seq: u64,
-    /// Bytes of durable blocks that [`Source::published`] has not released.
+    /// Bytes that durable blocks which [`Source::published`] has not released take of the budget.
     pub wal_bytes: u64,
     /// Their budget: beyond it producers are refused.
     pub wal_bytes_max: u64,

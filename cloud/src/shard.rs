@@ -177,6 +177,9 @@ struct Core {
     epoch: u32,
     /// Bytes of the WAL that only changes may use.
     wal_reserve: u64,
+    /// Bytes of those that only the node's own changes may use. A start needs room before anything can be shipped, and
+    /// clients' commits must not have taken all of it.
+    own_reserve: u64,
     /// Offsets from here on may not be used yet.
     offsets_max: AtomicI64,
     /// What acknowledgements depend on besides durability.
@@ -237,7 +240,7 @@ pub struct ShardStatus {
     /// How much the log's disk has left; `None` where there is none.
     pub disk_free_bytes: Option<u64>,
     /// What is taken of the room for records, of whatever ends first: the log's bound, its disk, its index. 1 when the next
-    /// MiB would be refused.
+    /// MiB would be refused for want of room.
     pub full_ratio: f64,
     /// Why the next MiB of records would be refused; `None` while it would be taken.
     pub no_room: Option<String>,
@@ -409,7 +412,9 @@ impl Shard {
         let (wal, disk_free_bytes) = (self.core.wal.usage(), self.core.wal.disk_free_bytes());
         let holds_back = self.holds_back();
         let no_room = self.produce_room(ROOM_BYTES).err();
-        let full_ratio = if no_room.is_some() { 1.0 } else { self.core.taken_ratio(&wal, disk_free_bytes) };
+        // A shard that takes nothing for another reason may have all its room.
+        let is_full = matches!(no_room, Some(Refused::Wal(_) | Refused::Disk(_) | Refused::Index(_)));
+        let full_ratio = if is_full { 1.0 } else { self.core.taken_ratio(&wal, disk_free_bytes) };
         let inner = self.core.inner.lock();
         let backlog = inner.unshipped.backlog();
         ShardStatus {
@@ -523,6 +528,13 @@ impl Shard {
         inner.state.highest_watermark().max(in_flight.unwrap_or(0))
     }
 
+    /// [`StateLog::commit`] of changes that the node makes by itself, and not for a client: they may use the room that is kept
+    /// for them.
+    pub fn commit_own(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
+        let admitted = self.core.admit_changes(changes, true);
+        Box::pin(self.core.clone().acknowledged(admitted))
+    }
+
     /// Moves log starts to where topics' `retention.ms` and `retention.bytes` put them, and forgets producers that went away.
     /// Stores the time that was counted, where nothing else has for long. Returns how many partitions moved. Call it now and
     /// then.
@@ -532,7 +544,7 @@ impl Shard {
         changes.extend(self.core.expired_producers());
         changes.extend(self.core.time_counted());
         if !changes.is_empty() {
-            self.commit(changes).await?;
+            self.commit_own(changes).await?;
         }
         Ok(count)
     }
@@ -624,7 +636,7 @@ impl Log for Shard {
 
 impl StateLog for Shard {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
-        let admitted = self.core.admit_changes(changes);
+        let admitted = self.core.admit_changes(changes, false);
         Box::pin(self.core.clone().acknowledged(admitted))
     }
 

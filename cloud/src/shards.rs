@@ -93,7 +93,7 @@ pub async fn reserve_offsets(catalogue: &Shard, number: u32) -> Result<(Change, 
     let (epoch, from) = known.map_or((1, 0), |entry| (entry.epoch.saturating_add(1), entry.ceiling));
     let from = if planted(Bug::LifeForgotten) { 0 } else { from };
     let ceiling = from.saturating_add(OFFSETS_RESERVED);
-    catalogue.commit(vec![Change::OffsetsReserved { shard: number, epoch, ceiling }]).await?;
+    catalogue.commit_own(vec![Change::OffsetsReserved { shard: number, epoch, ceiling }]).await?;
     Ok((Change::EpochStarted { epoch, skip: from }, ceiling))
 }
 
@@ -171,7 +171,7 @@ impl Shards {
                     warn!(topic = %topic.name, shard = member.number, "a topic that the catalogue had lost is back");
                 }
             }
-            self.catalogue().commit(missing).await?;
+            self.catalogue().commit_own(missing).await?;
         }
         // What one shard brought to the catalogue may concern another.
         for member in self.others() {
@@ -180,12 +180,12 @@ impl Shards {
             if member.engine != Engine::Memory && !missing.is_empty() {
                 info!(shard = member.number, changes = missing.len(), "catalogue and shard are brought together");
             }
-            member.shard.commit(missing).await?;
+            member.shard.commit_own(missing).await?;
         }
         let gone = read_state(&**self.catalogue(), |state| {
             state.leaving().map(|(id, _)| Change::TopicGone { id }).collect::<Vec<_>>()
         });
-        self.catalogue().commit(gone).await?;
+        self.catalogue().commit_own(gone).await?;
         self.place_slots().await?;
         self.forget_offsets().await
     }
@@ -199,7 +199,7 @@ impl Shards {
         if !moved.is_empty() {
             info!(slots = moved.len(), "coordinator slots are placed");
         }
-        self.catalogue().commit(moved).await
+        self.catalogue().commit_own(moved).await
     }
 
     /// Removes what groups committed on topics that no shard knows any more.
@@ -213,7 +213,7 @@ impl Shards {
                 let committed = state.groups().flat_map(|(_, group)| group.offsets.keys());
                 committed.map(|partition| partition.topic).filter(|id| !known.contains(id)).collect()
             });
-            member.shard.commit(gone.into_iter().map(|id| Change::TopicDeleted { id }).collect()).await?;
+            member.shard.commit_own(gone.into_iter().map(|id| Change::TopicDeleted { id }).collect()).await?;
         }
         Ok(())
     }
@@ -233,7 +233,7 @@ impl Shards {
             }
             let ceiling = ceiling.saturating_add(OFFSETS_RESERVED);
             let epoch = read_state(&**shard, State::leader_epoch);
-            self.catalogue().commit(vec![Change::OffsetsReserved { shard: number, epoch, ceiling }]).await?;
+            self.catalogue().commit_own(vec![Change::OffsetsReserved { shard: number, epoch, ceiling }]).await?;
             self.ceilings.write().insert(number, ceiling);
             shard.allow_offsets_below(ceiling);
         }

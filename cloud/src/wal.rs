@@ -140,6 +140,8 @@ pub struct Part {
 pub struct Usage {
     /// Bytes of blocks that were not trimmed.
     pub bytes: u64,
+    /// The same with what an engine keeps beside each block and rounds it up to: what they take of the bound.
+    pub taken_bytes: u64,
     /// Bytes taken on the disk or in memory, ready to be written again included.
     pub held_bytes: u64,
     /// The bound on them.

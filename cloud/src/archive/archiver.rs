@@ -246,6 +246,8 @@ pub(super) struct Held {
     pub claimed: bool,
     /// Where the shipped WAL ends.
     pub shipped: u64,
+    /// The local copy of the manifest is older than `root`: the WAL must not be trimmed to that.
+    pub mirror_behind: bool,
 }
 
 /// The archive of one shard.

@@ -14,6 +14,7 @@ use tracing::{info, warn};
 
 use super::archiver::Held;
 use super::load::{Loaded, READS_MAX};
+use super::presence::BEAT;
 use super::store::{backoff, random};
 use super::{Archive, ArchiveError, LocalBlocks, Recovered, Snapshot, StoreError, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockHeader};
@@ -22,6 +23,9 @@ use crate::planted::{Bug, planted};
 
 /// How often a start tries again when another owner was quicker.
 const CLAIM_ATTEMPTS: usize = 16;
+
+/// How long a start waits at first before it tries again.
+const CLAIM_PAUSE: Duration = Duration::from_millis(20);
 
 /// What a taken shard begins from: snapshot, the blocks after it, and the epoch.
 type Taken = (Option<Snapshot>, Vec<StoredBlock>, u32);
@@ -72,6 +76,8 @@ enum Lost {
     Rival,
     /// Whoever has the shard appended, shipped or published meanwhile.
     Outpaced,
+    /// The same, and after this node's claim: that owner learns of the claim at its next beat, and then stops.
+    OutpacedAfterClaim,
 }
 
 impl Lost {
@@ -79,7 +85,7 @@ impl Lost {
     fn after(self, attempts: usize) -> ArchiveError {
         match self {
             Self::Rival => ArchiveError::Contended,
-            Self::Outpaced => ArchiveError::Outpaced { attempts },
+            Self::Outpaced | Self::OutpacedAfterClaim => ArchiveError::Outpaced { attempts },
         }
     }
 }
@@ -105,23 +111,36 @@ impl Archive {
     /// start is from the local WAL and the local copy of the manifest, and [`Archive::run`] claims later.
     pub async fn recover(&self, local: &dyn LocalBlocks) -> Result<Recovered, ArchiveError> {
         let mirror = self.mirror_root().await;
-        let (mut loaded, mut lost) = (Loaded::default(), Lost::Rival);
-        for _ in 0..CLAIM_ATTEMPTS {
-            match self.recover_once(local, mirror.as_ref().ok().and_then(Option::as_ref), &mut loaded).await {
+        let (mut loaded, mut rivals, mut attempt) = (Loaded::default(), 0, 0u32);
+        loop {
+            let lost = match self.recover_once(local, mirror.as_ref().ok().and_then(Option::as_ref), &mut loaded).await
+            {
                 Ok(Ok(recovered)) => return Ok(recovered),
-                Ok(Err(why)) => {
-                    self.claim_lost();
-                    lost = why;
-                    info!(shard = self.settings.shard, ?lost, "another owner was quicker in the bucket, looking again");
-                }
+                Ok(Err(lost)) => lost,
                 Err(ArchiveError::Store(error @ StoreError::Failed { .. })) if self.mirror.is_some() => {
                     warn!(%error, "the archive cannot be reached: starting from local files, nothing is shipped yet");
                     return self.recover_locally(local, mirror?, &error).await;
                 }
                 Err(error) => return Err(error),
+            };
+            self.claim_lost();
+            info!(
+                shard = self.settings.shard,
+                ?lost,
+                attempt,
+                "another owner was quicker in the bucket, looking again"
+            );
+            rivals += usize::from(lost == Lost::Rival);
+            if rivals >= CLAIM_ATTEMPTS {
+                return Err(lost.after(rivals));
             }
+            attempt = attempt.saturating_add(1);
+            let pause = match lost {
+                Lost::OutpacedAfterClaim => BEAT + BEAT / 3,
+                Lost::Rival | Lost::Outpaced => backoff(CLAIM_PAUSE, attempt),
+            };
+            tokio::time::sleep(pause).await;
         }
-        Err(lost.after(CLAIM_ATTEMPTS))
     }
 
     async fn recover_once(
@@ -197,8 +216,8 @@ impl Archive {
         }
         let (index, snapshot) = (loaded.index(), loaded.snapshot());
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        self.hold(Some(Held { root, index, claimed: true, shipped: view.next }), epoch);
+        let held = self.claimed_with(root, index, view.next).await;
+        self.hold(Some(held), epoch);
         Ok(Ok(Recovered { snapshot, tail: Tail::Local, epoch }))
     }
 
@@ -294,7 +313,7 @@ impl Archive {
                 return Err(lost.after(rivals));
             }
             attempt = attempt.saturating_add(1);
-            tokio::time::sleep(backoff(Duration::from_millis(20), attempt)).await;
+            tokio::time::sleep(backoff(CLAIM_PAUSE, attempt)).await;
         }
     }
 
@@ -323,18 +342,20 @@ impl Archive {
     async fn take(&self, view: &View, loaded: &mut Loaded, epoch: u32) -> Result<Result<Taken, Lost>, ArchiveError> {
         let newest = newest_in(&view.last)?.unwrap_or(0);
         let epoch = epoch.max(newest + 1);
-        let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
+        // The heartbeat waits for the fence: the old owner ships as long as that is not there.
+        let Some(root) = self.claim_quietly(&view.root, epoch, view.next).await? else { return Ok(Err(Lost::Rival)) };
         let fence = (self.ships && !planted(Bug::NoFence)).then(|| fence_block(self.settings.shard, epoch, view.next));
         if let Some(fence) = &fence {
             match self.store.create(&self.keys.wal(view.next), std::slice::from_ref(fence)).await {
                 // The old owner appended or shipped once more before it noticed; its blocks count.
-                Err(StoreError::Taken(_)) => return Ok(Err(Lost::Outpaced)),
+                Err(StoreError::Taken(_)) => return Ok(Err(Lost::OutpacedAfterClaim)),
                 created => created?,
             }
         }
         if fence.is_some() && !self.is_newest(root.seq).await? {
             return Ok(Err(Lost::Rival));
         }
+        self.announce_claim().await;
         let (index, snapshot, mut blocks) = (loaded.index(), loaded.snapshot(), loaded.take_blocks());
         let mut next = view.next;
         if let Some(bytes) = fence {
@@ -345,8 +366,8 @@ impl Archive {
         if self.settings.owns_wal {
             self.wals.lock().extend(blocks.iter().map(|block| block.seq));
         }
-        self.write_mirror(&root, &HashMap::new()).await?;
-        self.hold(Some(Held { root, index, claimed: true, shipped: next }), epoch);
+        let held = self.claimed_with(root, index, next).await;
+        self.hold(Some(held), epoch);
         Ok(Ok((snapshot, blocks, epoch)))
     }
 
@@ -369,7 +390,7 @@ impl Archive {
             return Err(ArchiveError::Hole { first, needed: root.trim });
         }
         let (index, snapshot) = (self.load_index(&root).await?, self.load_snapshot(&root).await?);
-        self.hold(Some(Held { root, index, claimed: false, shipped: 0 }), epoch);
+        self.hold(Some(Held { root, index, claimed: false, shipped: 0, mirror_behind: false }), epoch);
         Ok(Recovered { snapshot, tail: Tail::Local, epoch })
     }
 
@@ -405,22 +426,30 @@ impl Archive {
         continues?;
         if ours {
             let index = self.load_index(&view.root).await?;
-            self.write_mirror(&view.root, &HashMap::new()).await?;
-            return Ok(Some(Held { root: view.root, index, claimed: true, shipped: view.next }));
+            return Ok(Some(self.claimed_with(view.root, index, view.next).await));
         }
         let epoch = epoch.max(view.root.epoch + 1);
         let index = self.load_index(&view.root).await?;
         let Some(root) = self.claim_from(&view.root, epoch, view.next).await? else { return Ok(None) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        Ok(Some(Held { root, index, claimed: true, shipped: view.next }))
+        Ok(Some(self.claimed_with(root, index, view.next).await))
     }
 
     /// The first claim of a shard that the bucket does not know: its WAL begins with block `first`.
     async fn claim_first(&self, first: u64, epoch: u32) -> Result<Option<Held>, ArchiveError> {
         let root = self.first_root(first);
         let Some(root) = self.claim_from(&root, epoch, first).await? else { return Ok(None) };
-        self.write_mirror(&root, &HashMap::new()).await?;
-        Ok(Some(Held { root, index: Index::default(), claimed: true, shipped: first }))
+        Ok(Some(self.claimed_with(root, Index::default(), first).await))
+    }
+
+    /// What is held once the bucket has acknowledged a claim. A local disk that is full does not undo the claim, and shipping
+    /// is what may empty that disk: so only trimming waits for the local copy of the manifest, which the splitter writes.
+    async fn claimed_with(&self, root: Root, index: Index, shipped: u64) -> Held {
+        let mirrored = self.write_mirror(&root, &HashMap::new()).await;
+        if let Err(error) = &mirrored {
+            warn!(%error, "the manifest could not be copied to the local disk: the WAL is shipped, and not trimmed until it is");
+            self.failed(error);
+        }
+        Held { root, index, claimed: true, shipped, mirror_behind: mirrored.is_err() }
     }
 
     /// What a shard that the bucket does not know is claimed after. It is not in the bucket.
@@ -447,8 +476,24 @@ impl Archive {
         }
     }
 
-    /// Makes the root that claims the shard after `old`, once nobody else is known to own it. `None` when another owner was quicker.
+    /// Says in the heartbeat that the shard is this node's.
+    async fn announce_claim(&self) {
+        if let Some(presence) = &self.settings.presence {
+            presence.after_claim(self.settings.shard).await;
+        }
+    }
+
+    /// Claims the shard after `old` and says so, once nobody else is known to own it. `None` when another owner was quicker.
     async fn claim_from(&self, old: &Root, epoch: u32, wal_next: u64) -> Result<Option<Root>, ArchiveError> {
+        let claimed = self.claim_quietly(old, epoch, wal_next).await?;
+        if claimed.is_some() {
+            self.announce_claim().await;
+        }
+        Ok(claimed)
+    }
+
+    /// Makes the root that claims the shard.
+    async fn claim_quietly(&self, old: &Root, epoch: u32, wal_next: u64) -> Result<Option<Root>, ArchiveError> {
         if let Some(presence) = &self.settings.presence {
             presence.before_claim(self.settings.shard, epoch).await?;
         }
@@ -466,13 +511,9 @@ impl Archive {
         }
         // The name was free because its root had been cleared away: then there are newer ones, and this claim is void.
         let is_newest = self.is_newest(root.seq).await?;
-        match &self.settings.presence {
-            _ if !is_newest => self.claim_lost(),
-            Some(presence) => {
-                self.confirmation.confirm(begun);
-                presence.after_claim(self.settings.shard).await;
-            }
-            None => self.confirmation.confirm(begun),
+        match is_newest {
+            true => self.confirmation.confirm(begun),
+            false => self.claim_lost(),
         }
         Ok(is_newest.then_some(root))
     }

@@ -18,11 +18,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join;
 use object_store::path::Path;
 use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::watch as tokio_watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tracing::{error, info, warn};
 
 use super::store::random_bytes;
@@ -39,8 +40,10 @@ pub const BEAT: Duration = Duration::from_secs(3);
 pub const WATCH: Duration = Duration::from_secs(9);
 /// How often a watch looks.
 const LOOK: Duration = Duration::from_secs(1);
-/// Longest time for one request of a beat: with it a beat is over well before a watch is.
+/// Longest time for one request of a beat. The two of a beat go out together, so that a heartbeat on a slow bucket still
+/// moves during a watch.
 const PATIENCE: Duration = Duration::from_secs(5);
+const _: () = assert!(BEAT.as_secs() + PATIENCE.as_secs() < WATCH.as_secs(), "a live owner is seen to live");
 /// Longest time that a node which stops spends on saying so.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Heartbeats that a start looks at; there are as many as nodes ever had numbers.
@@ -211,8 +214,11 @@ impl Presence {
 
     /// Beats until it is dropped.
     pub async fn run(self: Arc<Self>) {
+        // However long a beat takes, the next one is no later for it than it must be.
+        let mut beats = interval_at(Instant::now() + BEAT, BEAT);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
-            tokio::time::sleep(BEAT).await;
+            beats.tick().await;
             // The look first: it must not wait for a PUT that hangs.
             self.beats.send_modify(|beats| *beats += 1);
             if !self.shards.lock().is_empty() {
@@ -232,11 +238,16 @@ impl Presence {
         if *has_gone {
             return;
         }
-        if self.is_outdone().await {
-            // It stands for whoever has the shards now.
-            return;
-        }
-        match self.write(NodePhase::Serving).await {
+        // What stands there is for whoever has the shards now: once that is another, the look comes first.
+        let written = if self.is_known_outdone() {
+            if self.is_outdone().await {
+                return;
+            }
+            self.write(NodePhase::Serving).await
+        } else {
+            join(self.is_outdone(), self.write(NodePhase::Serving)).await.1
+        };
+        match written {
             Ok(()) => {
                 *self.beaten.lock() = Some(Instant::now());
                 if self.last_error.lock().take().is_some() {
@@ -285,6 +296,16 @@ impl Presence {
             error!(%stranger, "another process writes this node's heartbeat: two nodes run with one node_id and one archive; looking whether the shards are still this one's");
             self.beats.send_modify(|beats| *beats += 1);
         }
+        self.is_outdone_by(&stranger)
+    }
+
+    /// The same, by what was seen last.
+    fn is_known_outdone(&self) -> bool {
+        let stranger = self.stranger.lock().clone();
+        stranger.is_some_and(|stranger| self.is_outdone_by(&stranger))
+    }
+
+    fn is_outdone_by(&self, stranger: &Heartbeat) -> bool {
         self.shards.lock().values().any(|own| stranger.epoch_of(own.number).is_some_and(|other| other > own.epoch))
     }
 

@@ -122,7 +122,7 @@ fn local(error: impl std::fmt::Display) -> ArchiveError {
 impl<'a> Splitter<'a> {
     pub(super) fn new(archive: &'a Archive, source: &'a dyn Source, held: Held) -> Self {
         let now = Instant::now();
-        let claim_seq = held.root.seq;
+        let (claim_seq, mirror_behind) = (held.root.seq, held.mirror_behind);
         let mut splitter = Self {
             archive,
             source,
@@ -142,7 +142,7 @@ impl<'a> Splitter<'a> {
             upkeep_due: Some(now),
             upkept: now,
             pending: None,
-            mirror_behind: false,
+            mirror_behind,
             claim_seq,
         };
         splitter.show();
@@ -151,7 +151,9 @@ impl<'a> Splitter<'a> {
 
     /// Splits until another owner is met.
     pub(super) async fn run(&mut self) -> ArchiveError {
-        self.source.published(self.root.trim);
+        if !self.mirror_behind {
+            self.source.published(self.root.trim);
+        }
         let mut failures = 0u32;
         let mut asked = false;
         loop {

@@ -1,5 +1,6 @@
 //! The archive's promises, on a shard double and a store that fails on order.
 
+mod claims;
 mod departure;
 pub(crate) mod faulty;
 pub(crate) mod node;

@@ -58,10 +58,9 @@ impl Core {
         while let Some(encoded) = self.next_block().await {
             let begun = Instant::now();
             let bytes = encoded.block.bytes();
-            // Records leave room for what is small and needed to go on.
-            let room = match encoded.batches {
-                1.. => self.wal.make_room(bytes.len() as u64, self.wal_reserve).await,
+            let room = match encoded.leaves {
                 0 => Ok(()),
+                leave => self.wal.make_room(bytes.len() as u64, leave).await,
             };
             let appended = match room {
                 Ok(()) => self.wal.append(encoded.block.header().seq, bytes).await,
@@ -178,6 +177,7 @@ impl Core {
             batches: open.builder.batches(),
             batch_bytes: open.builder.batch_bytes(),
             changes,
+            is_own: open.is_own,
             committed: open.committed.clone(),
             producers: std::mem::take(&mut open.producers),
             stage,
@@ -193,7 +193,13 @@ impl Core {
         }
         let dropped = self.drop_oldest(&mut open);
         let batches = open.builder.batches() as u64;
-        Encoded { block: open.builder.finish(header), batches, dropped }
+        // Records leave room for what is small and needed to go on, and clients' commits leave room for a start.
+        let leaves = match (batches, open.is_own || self.settings.drops_oldest) {
+            (1.., _) => self.wal_reserve,
+            (0, false) => self.own_reserve,
+            (0, true) => 0,
+        };
+        Encoded { block: open.builder.finish(header), batches, leaves, dropped }
     }
 
     /// The block is durable. If another is ready or about to be, that goes first: there is somebody else to show this one.
@@ -221,7 +227,7 @@ impl Core {
     /// is durable.
     fn publish(&self) -> bool {
         let mut inner = self.inner.lock();
-        let Some((sealed, Encoded { block, batches, dropped }, took)) = inner.take_written() else { return false };
+        let Some((sealed, Encoded { block, batches, dropped, .. }, took)) = inner.take_written() else { return false };
         let (seq, bytes) = (block.header().seq, block.bytes().len() as u64);
         inner.land(&block, &sealed, seq);
         if let Err(error) = inner.absorb(block, &self.settings) {

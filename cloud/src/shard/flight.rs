@@ -91,6 +91,8 @@ pub struct OpenBlock {
     pub outcome: Arc<Outcome>,
     /// Changes that callers wait for.
     pub changes: Vec<Change>,
+    /// They are the node's own, and no client's.
+    pub is_own: bool,
     /// Of those.
     pub committed: Arc<Outcome>,
     /// Positions taken over from another shard, before this block.
@@ -107,6 +109,7 @@ pub struct Sealed {
     pub batches: usize,
     pub batch_bytes: usize,
     pub changes: Arc<Vec<Change>>,
+    pub is_own: bool,
     pub committed: Arc<Outcome>,
     pub producers: Vec<(Partition, i64)>,
     pub stage: Stage,
@@ -128,6 +131,8 @@ pub enum Stage {
 pub struct Encoded {
     pub block: Block,
     pub batches: u64,
+    /// Bytes of the WAL that it must leave.
+    pub leaves: u64,
     /// Blocks below are not needed once this one is durable.
     pub dropped: Option<u64>,
 }
@@ -362,17 +367,17 @@ impl Inner {
         self.overlay = Overlay { deleting, ..Overlay::default() };
         self.in_flight_bytes = 0;
         let mut again = VecDeque::new();
-        let mut keep = |changes: Vec<Change>, committed, outcome: Arc<Outcome>| {
+        let mut keep = |changes: Vec<Change>, is_own, committed, outcome: Arc<Outcome>| {
             outcome.complete(Err(error.clone()));
             if !changes.is_empty() {
-                again.push_back(OpenBlock { changes, committed, ..OpenBlock::default() });
+                again.push_back(OpenBlock { changes, is_own, committed, ..OpenBlock::default() });
             }
         };
         for block in self.sealed.drain(..) {
-            keep(Arc::unwrap_or_clone(block.changes), block.committed, block.outcome);
+            keep(Arc::unwrap_or_clone(block.changes), block.is_own, block.committed, block.outcome);
         }
         for block in self.open.drain(..) {
-            keep(block.changes, block.committed, block.outcome);
+            keep(block.changes, block.is_own, block.committed, block.outcome);
         }
         self.in_flight_changes = again.iter().map(|block| block.changes.len()).sum();
         self.open = again;
@@ -596,8 +601,8 @@ impl Core {
         log.max(index).clamp(0.0, 1.0)
     }
 
-    /// Takes changes' place in the order.
-    pub fn admit_changes(&self, changes: Vec<Change>) -> Admitted<()> {
+    /// Takes changes' place in the order. Those that are the node's own may use the last of the log.
+    pub fn admit_changes(&self, changes: Vec<Change>, is_own: bool) -> Admitted<()> {
         let mut inner = self.inner.lock();
         if let Some(error) = inner.refuses().or_else(|| self.check_lease(false).err()) {
             return Admitted::now(Err(error));
@@ -612,7 +617,12 @@ impl Core {
             return Admitted::now(Err(AppendError::Full(text)));
         }
         inner.in_flight_changes += changes.len();
+        // Each in blocks of its own: a client's must not come along into the room that is kept.
+        if inner.open.back().is_some_and(|block| !block.changes.is_empty() && block.is_own != is_own) {
+            inner.open.push_back(OpenBlock::default());
+        }
         let block = inner.open_block(0, &self.settings);
+        block.is_own = is_own;
         let after = Some(block.committed.clone());
         let deleted: Vec<TopicId> = changes
             .iter()
@@ -636,6 +646,6 @@ impl Core {
         if before <= bounds.log_start {
             return Ok(Admitted::now(Ok(())));
         }
-        Ok(self.admit_changes(vec![Change::LogStartMoved { partition, offset: before }]))
+        Ok(self.admit_changes(vec![Change::LogStartMoved { partition, offset: before }], false))
     }
 }

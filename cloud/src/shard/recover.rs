@@ -27,6 +27,8 @@ pub const OFFSETS_SKIPPED: i64 = 1 << 32;
 
 /// Most bytes of the WAL that only changes may use; a small WAL keeps a sixteenth.
 const WAL_RESERVE_MAX: u64 = 8 << 20;
+/// The part of the reserve that is the node's own.
+const OWN_RESERVE: u64 = 8;
 
 pub fn recover(
     settings: ShardSettings,
@@ -49,6 +51,7 @@ pub fn recover(
     }
     let Recovery { mut inner, epoch, .. } = recovery;
     let usage = wal.usage();
+    let wal_reserve = (usage.bytes_max / 16).min(WAL_RESERVE_MAX);
     inner.wal_free_bytes = usage.free_bytes;
     info!(
         shard = settings.shard,
@@ -68,7 +71,8 @@ pub fn recover(
         epoch,
         offsets_max: AtomicI64::new(i64::MAX),
         lease: OnceLock::new(),
-        wal_reserve: (usage.bytes_max / 16).min(WAL_RESERVE_MAX),
+        wal_reserve,
+        own_reserve: wal_reserve / OWN_RESERVE,
         inner: Mutex::new(inner),
         work: Notify::new(),
         ahead: Notify::new(),

@@ -83,7 +83,8 @@ impl Source for Shard {
             / self.core.settings.index_entries_max.max(1) as u128;
         Durable {
             next_seq: inner.next_seq,
-            wal_bytes: usage.bytes.max(u64::try_from(index).unwrap_or(u64::MAX)),
+            // Small blocks take more than their bytes, and fill the log all the same.
+            wal_bytes: usage.taken_bytes.max(u64::try_from(index).unwrap_or(u64::MAX)),
             wal_bytes_max: usage.bytes_max,
         }
     }

@@ -111,6 +111,8 @@ struct Ring {
     blocks: VecDeque<Location>,
     /// Bytes of blocks.
     bytes: u64,
+    /// Bytes that their frames take.
+    taken: u64,
     /// Number of the first block in `blocks`, or of the next one; `None` before the first ever.
     first: Option<u64>,
     generation: u64,
@@ -379,6 +381,10 @@ impl Shared {
 
     /// Makes a free file of `bytes` zeros. It gets its name when it is whole.
     fn fill(&self, bytes: u64) -> Result<(), WalError> {
+        // Its zeros would be written up to where the disk is full, for each append that is refused, and removed again.
+        if let Some(free) = self.disk.free_bytes().filter(|free| *free < bytes) {
+            return Err(WalError::Full(format!("a WAL file of {bytes} bytes is needed, and the disk has {free} left")));
+        }
         let number = {
             let mut ring = self.ring.lock();
             let held = ring.held_bytes();
@@ -484,6 +490,7 @@ impl FileWal {
         let mut ring = self.shared.ring.lock();
         ring.first.get_or_insert(seq);
         ring.bytes += u64::from(bytes);
+        ring.taken += taken;
         ring.blocks.push_back(Location { generation, position, bytes });
         if let Some(live) = ring.live.back_mut() {
             live.used = position + taken;
@@ -542,7 +549,10 @@ impl BlockLog for FileWal {
         {
             let mut ring = self.shared.ring.lock();
             let count = ring.first.map_or(0, |first| trim.saturating_sub(first) as usize).min(ring.blocks.len());
-            ring.bytes -= ring.blocks.drain(..count).map(|block| u64::from(block.bytes)).sum::<u64>();
+            for block in ring.blocks.drain(..count).collect::<Vec<_>>() {
+                ring.bytes -= u64::from(block.bytes);
+                ring.taken -= Frame::taken(u64::from(block.bytes));
+            }
             ring.first = Some(trim);
             while ring.live.len() > 1 && ring.live.front().is_some_and(|live| live.next <= trim) {
                 let Some(live) = ring.live.pop_front() else { break };
@@ -575,7 +585,7 @@ impl BlockLog for FileWal {
         }
         self.shared.disk.sync_dir().map_err(|error| WalError::Io(format!("reset: {error}")))?;
         ring.blocks.clear();
-        (ring.first, ring.bytes) = (Some(next), 0);
+        (ring.first, ring.bytes, ring.taken) = (Some(next), 0, 0);
         drop(ring);
         self.shared.set_slot(|slot| slot.has_blocks = false)
     }
@@ -588,7 +598,7 @@ impl BlockLog for FileWal {
         let ring = self.shared.ring.lock();
         let (held_bytes, bytes_max) = (ring.held_bytes(), self.shared.settings.bytes_max);
         let free_bytes = ring.free_bytes() + bytes_max.saturating_sub(held_bytes);
-        Usage { bytes: ring.bytes, held_bytes, bytes_max, free_bytes }
+        Usage { bytes: ring.bytes, taken_bytes: ring.taken, held_bytes, bytes_max, free_bytes }
     }
 
     fn room(&self, bytes: u64, leave: u64) -> Result<(), NoRoom> {

@@ -130,7 +130,13 @@ impl BlockLog for MemoryWal {
 
     fn usage(&self) -> Usage {
         let bytes = self.inner.lock().bytes;
-        Usage { bytes, held_bytes: bytes, bytes_max: self.bytes_max, free_bytes: self.bytes_max.saturating_sub(bytes) }
+        Usage {
+            bytes,
+            taken_bytes: bytes,
+            held_bytes: bytes,
+            bytes_max: self.bytes_max,
+            free_bytes: self.bytes_max.saturating_sub(bytes),
+        }
     }
 
     fn close(&self) {}

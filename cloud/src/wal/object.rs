@@ -247,7 +247,7 @@ impl BlockLog for ObjectWal {
 
     fn usage(&self) -> Usage {
         let (bytes, bytes_max) = (self.held.lock().bytes, self.settings.bytes_max);
-        Usage { bytes, held_bytes: bytes, bytes_max, free_bytes: bytes_max.saturating_sub(bytes) }
+        Usage { bytes, taken_bytes: bytes, held_bytes: bytes, bytes_max, free_bytes: bytes_max.saturating_sub(bytes) }
     }
 
     fn hurry(&self) {

@@ -236,3 +236,36 @@ async fn a_node_that_started_without_the_bucket_asks_before_it_claims() {
     assert_eq!(new.shard.fenced_by(), None);
     beating.abort();
 }
+
+/// Both of a beat's requests take nearly as long as they may.
+#[tokio::test(start_paused = true)]
+async fn a_live_owner_with_a_slow_bucket_beats_more_often_than_a_watch_lasts() {
+    let bucket = Faulty::new();
+    let slow = bucket.other();
+    let first = Presence::with_store(
+        Store::new(Arc::new(slow.clone()), "some/prefix".into(), RequestSettings::default()),
+        start(&bucket.inner, 1, 1, false).settings.clone(),
+    );
+    first.before_claim(0, 1).await.unwrap();
+    first.after_claim(0).await;
+    let late = PATIENCE - Duration::from_millis(100);
+    (slow.plan.lock().latency, slow.plan.lock().write_latency) = (late, late);
+    let beating = tokio::spawn(first.clone().run());
+    let (mut known, mut moved, mut longest) = (content(&bucket.inner).await, Instant::now(), Duration::ZERO);
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(120) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let now = content(&bucket.inner).await;
+        if now != known {
+            (known, moved) = (now, Instant::now());
+        }
+        longest = longest.max(moved.elapsed());
+    }
+    assert!(longest < WATCH, "{longest:?} between two beats");
+    // Whatever comes in between, it is never taken for dead.
+    for _ in 0..10 {
+        assert!(matches!(start(&bucket.inner, 2, 2, false).admit().await, Err(ArchiveError::Owned { .. })));
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    beating.abort();
+}

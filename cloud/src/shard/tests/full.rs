@@ -2,6 +2,7 @@
 
 use super::flight::{HeldWal, held};
 use super::*;
+use crate::shards::{Member, Shards, reserve_offsets};
 use crate::state::CommittedOffset;
 use crate::wal::powercut::{CutDisk, Trouble};
 
@@ -103,6 +104,42 @@ fn records_leave_room_for_commits() {
     shard.published(shard.durable().next_seq);
     assert_eq!(shard.produce_room(ROOM_BYTES), Ok(()));
     append(&shard, sized(10_000)).unwrap();
+}
+
+/// Nothing is shipped before a start is over: one that needs room which clients have used up would never be.
+#[test]
+fn clients_commits_leave_room_for_a_start() {
+    let disk = CutDisk::default();
+    let files =
+        FileWalSettings { file_bytes: 64 << 10, hasty_file_bytes: 16 << 10, bytes_max: 1 << 20, background: false };
+    let file = || -> Box<dyn BlockLog> { Box::new(FileWal::open(Box::new(disk.clone()), files.clone(), 3).unwrap()) };
+    let memory = MemoryWal::new(1 << 20);
+    let wals: [&dyn Fn() -> Box<dyn BlockLog>; 2] = [&file, &|| Box::new(memory.clone())];
+    for wal in wals {
+        let start = || Shard::open(ShardSettings::default(), wal(), Recovered::default(), None, clock()).unwrap();
+        let shard = start();
+        block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+        while append(&shard, sized(10_000)).is_ok() {}
+        let mut commits = 0;
+        while block_on(shard.commit(offset(commits))).is_ok() {
+            commits += 1;
+        }
+        assert!(commits > 50, "{commits}");
+        // A start again and again while the bucket is away, each with what a start writes.
+        let mut shard = shard;
+        for _ in 0..3 {
+            shard.close();
+            drop(shard);
+            shard = start();
+            block_on(reserve_offsets(&shard, 5)).unwrap();
+            let catalogue = Member { number: 0, engine: crate::state::Engine::File, shard: shard.clone() };
+            block_on(Shards::new(vec![catalogue], BTreeMap::new()).reconcile()).unwrap();
+            assert!(block_on(shard.commit(offset(0))).is_err(), "clients wait");
+        }
+        shard.published(shard.durable().next_seq);
+        block_on(shard.commit(offset(commits))).unwrap();
+        assert_eq!(committed(&shard), Some(commits));
+    }
 }
 
 #[tokio::test(start_paused = true)]

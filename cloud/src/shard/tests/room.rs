@@ -3,8 +3,10 @@
 use std::io;
 use std::sync::atomic::AtomicU64;
 
+use super::flight::HeldWal;
 use super::*;
 use crate::wal::disk::{Disk, DiskFile};
+use crate::wal::powercut::CutDisk;
 
 /// A disk that others fill.
 struct SharedDisk {
@@ -97,6 +99,42 @@ fn a_full_log_counts_what_it_refuses_and_has_room_when_it_is_trimmed() {
     shard.published(shard.durable().next_seq);
     assert_eq!(shard.produce_room(ROOM_BYTES), Ok(()));
     assert!(shard.status().full_ratio < 0.5);
+}
+
+/// A small block takes a whole frame: the archiver must see the log fill.
+#[test]
+fn a_log_of_small_blocks_that_refuses_says_that_it_is_full() {
+    let settings =
+        FileWalSettings { file_bytes: 16 << 10, hasty_file_bytes: 16 << 10, bytes_max: 256 << 10, background: false };
+    let shard = open(FileWal::open(Box::new(CutDisk::default()), settings, 1).unwrap());
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    while append(&shard, batch(1, 1)).is_ok() {}
+    let durable = shard.durable();
+    let (taken, bound) = (durable.wal_bytes, durable.wal_bytes_max);
+    assert!(taken > bound / 4 * 3 && taken <= bound, "{taken} of {bound} bytes");
+    shard.published(durable.next_seq);
+    assert!(shard.durable().wal_bytes < 1 << 10, "{} bytes are left of it", shard.durable().wal_bytes);
+}
+
+#[test]
+fn a_log_that_takes_nothing_for_another_reason_is_not_full() {
+    let wal = HeldWal::new();
+    let settings = ShardSettings { in_flight_bytes_max: 4_000, ..ShardSettings::default() };
+    let shard = Shard::open(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
+    wal.order(Ok(()));
+    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    let send = shard.append(from_producer(partition(1), sized(3_000)));
+    let look = || (shard.produce_room(ROOM_BYTES).unwrap_err(), shard.status());
+    let flying = look();
+    wal.order(Ok(()));
+    block_on(send).unwrap();
+    shard.begin_close();
+    let closing = look();
+    assert!(matches!((&flying.0, &closing.0), (Refused::InFlight(_), Refused::Stopped(_))), "{flying:?} {closing:?}");
+    for (refused, status) in [flying, closing] {
+        assert_eq!(status.no_room, Some(refused.to_string()));
+        assert!(status.full_ratio < 0.1, "{refused}: {}", status.full_ratio);
+    }
 }
 
 #[tokio::test(start_paused = true)]

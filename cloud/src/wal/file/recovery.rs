@@ -109,6 +109,7 @@ impl Ring {
             free: Vec::new(),
             blocks: VecDeque::new(),
             bytes: 0,
+            taken: 0,
             first: None,
             generation: 0,
             number,
@@ -220,6 +221,7 @@ fn tidy(
         ring.first = Some(first.max(slot.trim));
     }
     ring.bytes = ring.blocks.iter().map(|block| u64::from(block.bytes)).sum();
+    ring.taken = ring.blocks.iter().map(|block| Frame::taken(u64::from(block.bytes))).sum();
     let mut spares: Vec<Spare> = rest.into_iter().map(|file| file.spare).collect();
     while ring.live.len() > 1 && ring.live.front().is_some_and(|live| live.next <= slot.trim) {
         spares.extend(ring.live.pop_front().map(|live| live.spare));

@@ -228,6 +228,8 @@ struct Failing {
 struct Switch {
     sync: AtomicBool,
     full: AtomicBool,
+    /// What the disk says that it has left.
+    free: Mutex<Option<u64>>,
     written: AtomicUsize,
     announced: Mutex<Vec<(u64, u64)>>,
 }
@@ -258,6 +260,9 @@ impl Disk for Failing {
     }
     fn sync_dir(&self) -> io::Result<()> {
         self.directory.sync_dir()
+    }
+    fn free_bytes(&self) -> Option<u64> {
+        *self.switch.free.lock()
     }
 }
 
@@ -337,4 +342,20 @@ fn a_full_disk_refuses_and_goes_on_when_there_is_room() {
     append(&wal, 7..12, 1000);
     drop(wal);
     assert_eq!(open(&directory).unwrap().bounds(), Some((0, 12)));
+}
+
+#[test]
+fn on_a_disk_without_room_for_a_file_none_is_begun() {
+    let directory = TempDir::new().unwrap();
+    let (wal, switch) = failing(&directory);
+    append(&wal, 0..3, 1000);
+    *switch.free.lock() = Some(small().file_bytes - 1);
+    append(&wal, 3..5, 1000);
+    let before = switch.written.load(Ordering::SeqCst);
+    for _ in 0..4 {
+        assert!(matches!(wal.append(5, &block(5, 1, 1000)), Err(WalError::Full(_))));
+    }
+    assert_eq!(switch.written.load(Ordering::SeqCst), before, "no zeros are written for what is refused");
+    *switch.free.lock() = Some(small().file_bytes);
+    append(&wal, 5..10, 1000);
 }
