@@ -507,7 +507,7 @@ async fn a_will_reaches_more_subscribers_than_one_poll_serves() {
         reader.subscribe("w", AtMostOnce).await;
         readers.push(reader);
     }
-    let (payload, properties) = (vec![7; 500_000], PublishProperties::default());
+    let (payload, properties) = (vec![7; 100_000], PublishProperties::default());
     let will = Will { topic: "w", payload: &payload, qos: AtMostOnce, retain: false, delay_secs: 0, properties };
     let (client, _) = server.connect_with(Connect { will: Some(will), ..connect(V5, "c") }).await;
     drop(client);
@@ -534,5 +534,5 @@ async fn packet_ids_that_are_never_released_are_bounded_together() {
     }
     server.stats(|stats| stats.connections == 0).await;
     innocent(&server).await;
-    assert_eq!(used(&server.front.stats()), 0);
+    server.stats(|stats| used(stats) == 0).await;
 }
