@@ -25,7 +25,10 @@ use shared::batch::Batch;
 use shared::name::{Offset, Partition};
 use tokio::time::Instant;
 
-use crate::archive::{Archive, ArchiveSettings, DataDirLock, Departure, LocalBlocks as _, Store, cluster_id_in};
+use crate::archive::{
+    Archive, ArchiveSettings, DataDirLock, Departure, LocalBlocks as _, Presence, PresenceSettings, Store,
+    cluster_id_in,
+};
 use crate::block::Block;
 use crate::config::CloudConfig;
 use crate::shard::{LocalWal, fold};
@@ -107,7 +110,7 @@ pub async fn run(
         "data_dir = \"{}\" is not there: name the deposed node's with --config or --data-dir",
         data_dir.display()
     );
-    let _lock = DataDirLock::acquire(&data_dir)?;
+    let lock = DataDirLock::acquire(&data_dir)?;
     let cluster_id =
         cluster_id_in(&data_dir)?.context("this data directory belongs to no system: nothing was ever stored here")?;
     let url = config.archive_url().map_err(|text| anyhow!(text))?;
@@ -116,10 +119,12 @@ pub async fn run(
     let mut stopped = Vec::new();
     for (number, directory) in wal_directories(&data_dir)? {
         let wal = open_wal(config, &directory)?;
-        let store = Store::open_existing(&url, &options, config.archive.requests())?;
+        let open = || Store::open_existing(&url, &options, config.archive.requests());
         let mirror = Store::directory(&data_dir.join("manifest"), config.archive.requests())?;
-        let settings = ArchiveSettings { data_dir: data_dir.clone(), shard: number, ..ArchiveSettings::default() };
-        let archive = Archive::looking(settings, store, Some(mirror), cluster_id.clone());
+        let presence = Some(Presence::with_store(open()?, looking_as(config, &lock, &data_dir)));
+        let settings =
+            ArchiveSettings { data_dir: data_dir.clone(), shard: number, presence, ..ArchiveSettings::default() };
+        let archive = Archive::looking(settings, open()?, Some(mirror), cluster_id.clone());
         let departure = archive.departure(&LocalWal(&wal)).await.with_context(|| format!("shard {number}"))?;
         match departure {
             Some(departure) => stopped.push(StoppedShard { number, wal, departure }),
@@ -147,12 +152,16 @@ pub async fn run(
     };
     salvage.greet().await?;
     for shard in &stopped {
-        let Departure { first, next, epoch, .. } = shard.departure;
+        let Departure { first, certain, next, epoch, .. } = shard.departure;
         match next.saturating_sub(first) {
-            0 => writeln!(out, "shard {}: taken over with epoch {epoch}; all of it is in the archive", shard.number)?,
+            0 => writeln!(
+                out,
+                "shard {}: another node has it, epoch {epoch}; all of it is in the archive",
+                shard.number
+            )?,
             blocks => writeln!(
                 out,
-                "shard {}: taken over with epoch {epoch}; {blocks} blocks, {first} to {}, are here alone",
+                "shard {}: another node has it, epoch {epoch}; {blocks} blocks, {first} to {}, are here alone",
                 shard.number,
                 next - 1
             )?,
@@ -165,11 +174,33 @@ pub async fn run(
 /// The file shards of a data directory.
 fn wal_directories(data_dir: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
     let mut found = Vec::new();
+        if certain > first {
+            writeln!(
+                out,
+                "shard {}: whether the new owner has blocks {first} to {} cannot be told, as they are in segments by now if it \
+                 has; they are sent, and what no idempotent client wrote of them may be there twice",
+                shard.number,
+                certain - 1
+            )?;
+        }
     let first = data_dir.join("wal");
     if first.is_dir() {
         found.push((0, first));
     }
     let shards = data_dir.join("shards");
+/// As whom it looks whether another owner lives. It never beats.
+fn looking_as(config: &CloudConfig, lock: &DataDirLock, data_dir: &Path) -> PresenceSettings {
+    PresenceSettings {
+        node_id: config.node_id,
+        identity: lock.identity(),
+        kafka: Vec::new(),
+        link_url: None,
+        host: String::new(),
+        data_dir: data_dir.display().to_string(),
+        take_over: false,
+    }
+}
+
     if shards.is_dir() {
         for entry in std::fs::read_dir(&shards).with_context(|| shards.display().to_string())? {
             let entry = entry?;
