@@ -74,6 +74,14 @@ struct StoppedShard {
     departure: Departure,
 }
 
+/// A block of a stopped shard's log.
+#[derive(Clone, Copy)]
+struct BlockPlace {
+    shard: u32,
+    seq: u64,
+    crc: u32,
+}
+
 /// What became of a partition's batches.
 #[derive(Debug, Default)]
 struct SalvageRow {
@@ -166,14 +174,6 @@ pub async fn run(
                 next - 1
             )?,
         }
-        salvage.shard(shard).await.with_context(|| format!("shard {}", shard.number))?;
-    }
-    salvage.report(out)
-}
-
-/// The file shards of a data directory.
-fn wal_directories(data_dir: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
-    let mut found = Vec::new();
         if certain > first {
             writeln!(
                 out,
@@ -183,11 +183,11 @@ fn wal_directories(data_dir: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
                 certain - 1
             )?;
         }
-    let first = data_dir.join("wal");
-    if first.is_dir() {
-        found.push((0, first));
+        salvage.shard(shard).await.with_context(|| format!("shard {}", shard.number))?;
     }
-    let shards = data_dir.join("shards");
+    salvage.report(out)
+}
+
 /// As whom it looks whether another owner lives. It never beats.
 fn looking_as(config: &CloudConfig, lock: &DataDirLock, data_dir: &Path) -> PresenceSettings {
     PresenceSettings {
@@ -201,6 +201,14 @@ fn looking_as(config: &CloudConfig, lock: &DataDirLock, data_dir: &Path) -> Pres
     }
 }
 
+/// The file shards of a data directory.
+fn wal_directories(data_dir: &Path) -> anyhow::Result<Vec<(u32, PathBuf)>> {
+    let mut found = Vec::new();
+    let first = data_dir.join("wal");
+    if first.is_dir() {
+        found.push((0, first));
+    }
+    let shards = data_dir.join("shards");
     if shards.is_dir() {
         for entry in std::fs::read_dir(&shards).with_context(|| shards.display().to_string())? {
             let entry = entry?;
@@ -265,10 +273,15 @@ impl Salvage {
             None => (State::default(), 0),
         };
         let local = LocalWal(&shard.wal);
+        if let Some(journal) = &mut self.journal {
+            journal.keep_places_in(shard.number, |seq| local.read(seq).ok().map(|block| crc32c::crc32c(&block)));
+        }
         // Where the new owner goes on, by partition.
         let mut ends: Option<BTreeMap<Partition, Offset>> = None;
         for seq in from..*next {
-            let block = Block::parse(local.read(seq)?).map_err(|error| anyhow!("block {seq}: {error}"))?;
+            let bytes = local.read(seq)?;
+            let at = BlockPlace { shard: shard.number, seq, crc: crc32c::crc32c(&bytes) };
+            let block = Block::parse(bytes).map_err(|error| anyhow!("block {seq}: {error}"))?;
             if seq >= *first {
                 if ends.is_none() {
                     ends =
@@ -276,7 +289,7 @@ impl Salvage {
                 }
                 let found = batches(&state, &block)?;
                 self.hear(&mut state, &block)?;
-                self.block(&state, seq, found, ends.as_ref().unwrap_or(&BTreeMap::new())).await?;
+                self.block(&state, at, found, ends.as_ref().unwrap_or(&BTreeMap::new())).await?;
                 self.tell(shard.number, seq, *next);
             } else {
                 fold(&mut state, &block).map_err(|error| anyhow!("block {seq}: {error}"))?;
@@ -305,7 +318,7 @@ impl Salvage {
     async fn block(
         &mut self,
         state: &State,
-        seq: u64,
+        place: BlockPlace,
         found: BTreeMap<Partition, Vec<(Batch, BatchOrigin)>>,
         ends: &BTreeMap<Partition, Offset>,
     ) -> anyhow::Result<()> {
@@ -332,7 +345,7 @@ impl Salvage {
                     row.left += 1;
                     continue;
                 }
-                if let Err(why) = self.batch(&topic, partition, (seq, at), &batch, end).await? {
+                if let Err(why) = self.batch(&topic, partition, (place, at), &batch, end).await? {
                     let row = self.rows.entry((topic.clone(), partition.index)).or_default();
                     row.left += 1;
                     row.why = Some(why);
@@ -347,13 +360,13 @@ impl Salvage {
         &mut self,
         topic: &str,
         partition: Partition,
-        place: (u64, u32),
+        (place, at): (BlockPlace, u32),
         batch: &Batch,
         end: Offset,
     ) -> anyhow::Result<Result<(), String>> {
         let (key, index) = (partition.to_string(), partition.index as i32);
         let sent = self.journal.as_ref().map(|journal| journal.sent(&key)).unwrap_or_default();
-        let is_noted = place <= (sent.block, sent.batches);
+        let is_noted = (place.seq, at) <= (sent.block, sent.batches);
         let is_there = match BatchContent::of(batch).filter(|_| !is_noted) {
             Some(content) => match self.scanned(topic, partition, end).await? {
                 Ok(scanned) => scanned.contains(&content),
@@ -382,7 +395,8 @@ impl Salvage {
             next.sequence = sequence_after(sent.sequence, batch);
         }
         if !is_noted && let Some(journal) = &mut self.journal {
-            journal.note(&key, SentUpTo { block: place.0, batches: place.1, ..next })?;
+            let BlockPlace { shard, seq, crc } = place;
+            journal.note(&key, SentUpTo { shard, block_crc: crc, block: seq, batches: at, ..next })?;
         }
         Ok(Ok(()))
     }
