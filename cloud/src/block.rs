@@ -70,9 +70,12 @@ pub fn claim_mark(epoch: u32, nonce: u64) -> Bytes {
     mark.freeze()
 }
 
-fn is_claim_mark(bytes: &[u8]) -> bool {
-    let Some((body, crc)) = bytes.split_last_chunk::<CRC_BYTES>() else { return false };
-    bytes.len() == MARK_BYTES && bytes.starts_with(&MARK_MAGIC) && crc32c::crc32c(body) == u32::from_be_bytes(*crc)
+/// The epoch that a claim mark tells; `None` if `bytes` are not a mark and nothing else.
+pub fn claim_mark_epoch(bytes: &[u8]) -> Option<u32> {
+    let (body, crc) = bytes.split_last_chunk::<CRC_BYTES>()?;
+    let is_mark = bytes.len() == MARK_BYTES && crc32c::crc32c(body) == u32::from_be_bytes(*crc);
+    let epoch = body.strip_prefix(&MARK_MAGIC)?.first_chunk()?;
+    is_mark.then(|| u32::from_be_bytes(*epoch))
 }
 
 /// The greatest number that anything stored may have. All are counted up from; none comes near it but by damage, and what
@@ -196,7 +199,7 @@ impl Block {
     /// Takes the first block off `bytes`, checked. `None` when `bytes` is empty, or a [claim mark](claim_mark) alone:
     /// concatenated blocks end there.
     pub fn split_first(bytes: &mut Bytes) -> Result<Option<Self>, BlockError> {
-        if is_claim_mark(bytes) {
+        if claim_mark_epoch(bytes).is_some() {
             bytes.clear();
         }
         if bytes.is_empty() {
@@ -565,6 +568,7 @@ mod tests {
     fn a_claim_mark_ends_concatenated_blocks_and_nothing_else() {
         let (block, mark) = (example(), claim_mark(7, 0x0102_0304_0506_0708));
         assert_eq!(hex(&mark), "5452424d000000070102030405060708629d0d43");
+        assert_eq!((claim_mark_epoch(&mark), claim_mark_epoch(block.bytes())), (Some(7), None));
         let mut object = Bytes::from([&block.bytes()[..], &mark].concat());
         assert_eq!(Block::split_first(&mut object).unwrap().unwrap().bytes(), block.bytes());
         assert!(Block::split_first(&mut object).unwrap().is_none());

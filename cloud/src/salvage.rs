@@ -25,7 +25,10 @@ use shared::batch::Batch;
 use shared::name::{Offset, Partition};
 use tokio::time::Instant;
 
-use crate::archive::{Archive, ArchiveSettings, DataDirLock, Departure, LocalBlocks as _, Store, cluster_id_in};
+use crate::archive::{
+    Archive, ArchiveSettings, DataDirLock, Departure, LocalBlocks as _, Presence, PresenceSettings, Store,
+    cluster_id_in,
+};
 use crate::block::Block;
 use crate::config::CloudConfig;
 use crate::shard::{LocalWal, fold};
@@ -71,6 +74,14 @@ struct StoppedShard {
     departure: Departure,
 }
 
+/// A block of a stopped shard's log.
+#[derive(Clone, Copy)]
+struct BlockPlace {
+    shard: u32,
+    seq: u64,
+    crc: u32,
+}
+
 /// What became of a partition's batches.
 #[derive(Debug, Default)]
 struct SalvageRow {
@@ -107,7 +118,7 @@ pub async fn run(
         "data_dir = \"{}\" is not there: name the deposed node's with --config or --data-dir",
         data_dir.display()
     );
-    let _lock = DataDirLock::acquire(&data_dir)?;
+    let lock = DataDirLock::acquire(&data_dir)?;
     let cluster_id =
         cluster_id_in(&data_dir)?.context("this data directory belongs to no system: nothing was ever stored here")?;
     let url = config.archive_url().map_err(|text| anyhow!(text))?;
@@ -116,10 +127,12 @@ pub async fn run(
     let mut stopped = Vec::new();
     for (number, directory) in wal_directories(&data_dir)? {
         let wal = open_wal(config, &directory)?;
-        let store = Store::open_existing(&url, &options, config.archive.requests())?;
+        let open = || Store::open_existing(&url, &options, config.archive.requests());
         let mirror = Store::directory(&data_dir.join("manifest"), config.archive.requests())?;
-        let settings = ArchiveSettings { data_dir: data_dir.clone(), shard: number, ..ArchiveSettings::default() };
-        let archive = Archive::looking(settings, store, Some(mirror), cluster_id.clone());
+        let presence = Some(Presence::with_store(open()?, looking_as(config, &lock, &data_dir)));
+        let settings =
+            ArchiveSettings { data_dir: data_dir.clone(), shard: number, presence, ..ArchiveSettings::default() };
+        let archive = Archive::looking(settings, open()?, Some(mirror), cluster_id.clone());
         let departure = archive.departure(&LocalWal(&wal)).await.with_context(|| format!("shard {number}"))?;
         match departure {
             Some(departure) => stopped.push(StoppedShard { number, wal, departure }),
@@ -147,19 +160,45 @@ pub async fn run(
     };
     salvage.greet().await?;
     for shard in &stopped {
-        let Departure { first, next, epoch, .. } = shard.departure;
+        let Departure { first, certain, next, epoch, .. } = shard.departure;
         match next.saturating_sub(first) {
-            0 => writeln!(out, "shard {}: taken over with epoch {epoch}; all of it is in the archive", shard.number)?,
+            0 => writeln!(
+                out,
+                "shard {}: another node has it, epoch {epoch}; all of it is in the archive",
+                shard.number
+            )?,
             blocks => writeln!(
                 out,
-                "shard {}: taken over with epoch {epoch}; {blocks} blocks, {first} to {}, are here alone",
+                "shard {}: another node has it, epoch {epoch}; {blocks} blocks, {first} to {}, are here alone",
                 shard.number,
                 next - 1
             )?,
         }
+        if certain > first {
+            writeln!(
+                out,
+                "shard {}: whether the new owner has blocks {first} to {} cannot be told, as they are in segments by now if it \
+                 has; they are sent, and what no idempotent client wrote of them may be there twice",
+                shard.number,
+                certain - 1
+            )?;
+        }
         salvage.shard(shard).await.with_context(|| format!("shard {}", shard.number))?;
     }
     salvage.report(out)
+}
+
+/// As whom it looks whether another owner lives. It never beats.
+fn looking_as(config: &CloudConfig, lock: &DataDirLock, data_dir: &Path) -> PresenceSettings {
+    PresenceSettings {
+        node_id: config.node_id,
+        identity: lock.identity(),
+        kafka: Vec::new(),
+        link_url: None,
+        host: String::new(),
+        data_dir: data_dir.display().to_string(),
+        take_over: false,
+    }
 }
 
 /// The file shards of a data directory.
@@ -234,10 +273,15 @@ impl Salvage {
             None => (State::default(), 0),
         };
         let local = LocalWal(&shard.wal);
+        if let Some(journal) = &mut self.journal {
+            journal.keep_places_in(shard.number, |seq| local.read(seq).ok().map(|block| crc32c::crc32c(&block)));
+        }
         // Where the new owner goes on, by partition.
         let mut ends: Option<BTreeMap<Partition, Offset>> = None;
         for seq in from..*next {
-            let block = Block::parse(local.read(seq)?).map_err(|error| anyhow!("block {seq}: {error}"))?;
+            let bytes = local.read(seq)?;
+            let at = BlockPlace { shard: shard.number, seq, crc: crc32c::crc32c(&bytes) };
+            let block = Block::parse(bytes).map_err(|error| anyhow!("block {seq}: {error}"))?;
             if seq >= *first {
                 if ends.is_none() {
                     ends =
@@ -245,7 +289,7 @@ impl Salvage {
                 }
                 let found = batches(&state, &block)?;
                 self.hear(&mut state, &block)?;
-                self.block(&state, seq, found, ends.as_ref().unwrap_or(&BTreeMap::new())).await?;
+                self.block(&state, at, found, ends.as_ref().unwrap_or(&BTreeMap::new())).await?;
                 self.tell(shard.number, seq, *next);
             } else {
                 fold(&mut state, &block).map_err(|error| anyhow!("block {seq}: {error}"))?;
@@ -274,7 +318,7 @@ impl Salvage {
     async fn block(
         &mut self,
         state: &State,
-        seq: u64,
+        place: BlockPlace,
         found: BTreeMap<Partition, Vec<(Batch, BatchOrigin)>>,
         ends: &BTreeMap<Partition, Offset>,
     ) -> anyhow::Result<()> {
@@ -301,7 +345,7 @@ impl Salvage {
                     row.left += 1;
                     continue;
                 }
-                if let Err(why) = self.batch(&topic, partition, (seq, at), &batch, end).await? {
+                if let Err(why) = self.batch(&topic, partition, (place, at), &batch, end).await? {
                     let row = self.rows.entry((topic.clone(), partition.index)).or_default();
                     row.left += 1;
                     row.why = Some(why);
@@ -316,13 +360,13 @@ impl Salvage {
         &mut self,
         topic: &str,
         partition: Partition,
-        place: (u64, u32),
+        (place, at): (BlockPlace, u32),
         batch: &Batch,
         end: Offset,
     ) -> anyhow::Result<Result<(), String>> {
         let (key, index) = (partition.to_string(), partition.index as i32);
         let sent = self.journal.as_ref().map(|journal| journal.sent(&key)).unwrap_or_default();
-        let is_noted = place <= (sent.block, sent.batches);
+        let is_noted = (place.seq, at) <= (sent.block, sent.batches);
         let is_there = match BatchContent::of(batch).filter(|_| !is_noted) {
             Some(content) => match self.scanned(topic, partition, end).await? {
                 Ok(scanned) => scanned.contains(&content),
@@ -351,7 +395,8 @@ impl Salvage {
             next.sequence = sequence_after(sent.sequence, batch);
         }
         if !is_noted && let Some(journal) = &mut self.journal {
-            journal.note(&key, SentUpTo { block: place.0, batches: place.1, ..next })?;
+            let BlockPlace { shard, seq, crc } = place;
+            journal.note(&key, SentUpTo { shard, block_crc: crc, block: seq, batches: at, ..next })?;
         }
         Ok(Ok(()))
     }

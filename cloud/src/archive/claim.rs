@@ -239,9 +239,10 @@ impl Archive {
                 Some(true) => {}
                 Some(false) => return Err(self.diverged(seq)),
                 None => {
-                    let ours = self.mirror_root().await?.map_or(Vec::new(), |root| root.fences);
-                    if let Some(departed) = self.departed(&view.root, &ours, local).await? {
-                        return Err(self.diverged(departed));
+                    let known = self.mirror_root().await?;
+                    let parting = self.parting(view, loaded.blocks(), known.as_ref(), local).await?;
+                    if parting.certain <= seq {
+                        return Err(self.diverged(parting.certain));
                     }
                     warn!(seq, "the local WAL is too old to be compared with the archive; it is set aside");
                 }
@@ -252,31 +253,6 @@ impl Archive {
             info!(epoch, blocks = blocks.len(), "restored from the archive");
             Recovered { snapshot, tail: Tail::Bucket(blocks), epoch }
         }))
-    }
-
-    /// The first local block that is not in the history of a claim other than `ours`. Blocks may be in segments by now, but
-    /// what a claim names is kept for ever. Epochs do not tell claims apart: a start without the bucket raises its own.
-    async fn departed(
-        &self,
-        root: &Root,
-        ours: &[Fence],
-        local: &dyn LocalBlocks,
-    ) -> Result<Option<u64>, ArchiveError> {
-        let (first, next) = local.bounds().unwrap_or_default();
-        let later = root.fences.iter().filter(|fence| !ours.contains(fence) && fence.wal_seq < next);
-        for fence in later {
-            let blocks = match self.wal_object(fence.wal_seq).await {
-                // A claim that came to nothing left no object.
-                Err(ArchiveError::Store(StoreError::Missing(_))) => continue,
-                blocks => blocks?,
-            };
-            for block in blocks.into_iter().filter(|block| (first..next).contains(&block.seq)) {
-                if local.read(block.seq)? != block.bytes {
-                    return Ok(Some(block.seq));
-                }
-            }
-        }
-        Ok(None)
     }
 
     /// Takes the shard over whose WAL is in the store, from whoever had it: from here on an append of theirs fails. A

@@ -11,7 +11,7 @@ use tracing::info;
 
 use super::claim::View;
 use super::{Archive, ArchiveError, Snapshot, StoreError, StoredBlock};
-use crate::block::Block;
+use crate::block::{Block, claim_mark_epoch};
 use crate::manifest::{self, Index, IndexPage, OBJECT_BYTES_MAX, PagePointer, Root};
 
 /// GETs under way at once: enough to hide the store's latency, few enough to hold what they bring in memory.
@@ -137,21 +137,34 @@ impl Archive {
         }
     }
 
+    /// The blocks of a view's WAL; `None` if an owner that has published since has cleared some of them away.
+    pub(super) async fn chain(&self, view: &View) -> Result<Option<Vec<StoredBlock>>, ArchiveError> {
+        let mut loaded = Loaded::default();
+        let read = self.load_chain(view, &mut loaded).await;
+        Ok(self.unless_cleared(&view.root, read).await?.then(|| loaded.take_blocks()))
+    }
+
     /// The blocks of one shipped WAL object, checked.
     pub(super) async fn wal_object(&self, first: u64) -> Result<Vec<StoredBlock>, ArchiveError> {
+        Ok(self.marked_wal_object(first).await?.0)
+    }
+
+    /// The same, and the epoch of the claim that it was the first object after.
+    pub(super) async fn marked_wal_object(&self, first: u64) -> Result<(Vec<StoredBlock>, Option<u32>), ArchiveError> {
         let key = self.keys.wal(first);
         let damaged = |reason: String| ArchiveError::Damaged { key: key.to_string(), reason };
         let mut bytes = self.store.get(&key, OBJECT_BYTES_MAX).await?;
         let mut blocks = Vec::new();
-        let mut next = first;
+        let (mut next, mut mark) = (first, None);
         while let Some(block) = Block::split_first(&mut bytes).map_err(|error| damaged(error.to_string()))? {
             if block.header().seq != next || block.header().shard != self.settings.shard {
                 return Err(damaged(format!("block {} where {next} was expected", block.header().seq)));
             }
             blocks.push(StoredBlock { seq: next, bytes: block.bytes().clone() });
             next += 1;
+            mark = claim_mark_epoch(&bytes);
         }
-        if blocks.is_empty() { Err(damaged("it holds no block".into())) } else { Ok(blocks) }
+        if blocks.is_empty() { Err(damaged("it holds no block".into())) } else { Ok((blocks, mark)) }
     }
 
     /// The segment index a root names.

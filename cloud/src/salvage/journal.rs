@@ -3,6 +3,9 @@
 //!
 //! Between an acknowledgement and its line here a stop leaves one batch per partition that is sent again: with the same
 //! producer id and sequence, by which the broker knows it.
+//!
+//! A data directory can be deposed again with another log, whose blocks have the numbers of those that were sent. So a place
+//! is a block's number with its checksum: blocks bear a random number, and one that is the same has all before it in common.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -12,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 const FILE: &str = "salvage.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What the file says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +31,10 @@ struct JournalFile {
 /// How far a partition is sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SentUpTo {
+    /// Whose log the block is in.
+    pub shard: u32,
+    /// CRC-32C over the block's stored bytes: whether it is this log that was sent.
+    pub block_crc: u32,
     /// The block of the last batch that was dealt with.
     pub block: u64,
     /// Batches of that block that were.
@@ -97,6 +104,16 @@ impl SalvageJournal {
         self.written.partitions.get(partition).copied().unwrap_or_default()
     }
 
+    /// Forgets places in other logs of a shard than the one that is here: one that was set aside since, and whose numbers this
+    /// one uses again. `crc_of` tells the CRC of a block that is here. The producer goes on with its sequence numbers.
+    pub fn keep_places_in(&mut self, shard: u32, crc_of: impl Fn(u64) -> Option<u32>) {
+        for sent in self.written.partitions.values_mut().filter(|sent| sent.shard == shard) {
+            if crc_of(sent.block) != Some(sent.block_crc) {
+                *sent = SentUpTo { sequence: sent.sequence, ..SentUpTo::default() };
+            }
+        }
+    }
+
     /// Notes how far a partition is, durably.
     pub fn note(&mut self, partition: &str, sent: SentUpTo) -> Result<(), JournalError> {
         self.written.partitions.insert(partition.to_owned(), sent);
@@ -131,12 +148,32 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(SalvageJournal::read(dir.path(), "c-1").unwrap().is_none());
         let mut journal = SalvageJournal::begin(dir.path(), "c-1", (1000, 0)).unwrap();
-        let sent = SentUpTo { block: 7, batches: 2, sequence: 30 };
+        let sent = SentUpTo { shard: 0, block_crc: 9, block: 7, batches: 2, sequence: 30 };
         journal.note("t/0", sent).unwrap();
         let again = SalvageJournal::read(dir.path(), "c-1").unwrap().unwrap();
         assert_eq!((again.producer(), again.sent("t/0"), again.sent("t/1")), ((1000, 0), sent, SentUpTo::default()));
         assert!(SalvageJournal::read(dir.path(), "c-2").unwrap().is_none());
         std::fs::write(dir.path().join(FILE), b"{").unwrap();
         assert!(matches!(SalvageJournal::read(dir.path(), "c-1"), Err(JournalError::Damaged(_))));
+    }
+
+    #[test]
+    fn places_in_a_log_that_was_set_aside_do_not_count_for_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = SalvageJournal::begin(dir.path(), "c-1", (1000, 0)).unwrap();
+        let sent = SentUpTo { shard: 0, block_crc: 9, block: 150, batches: 2, sequence: 30 };
+        journal.note("t/0", sent).unwrap();
+        let other = SentUpTo { shard: 3, ..sent };
+        journal.note("t/1", other).unwrap();
+        // The same log, however much longer.
+        journal.keep_places_in(0, |seq| (seq < 200).then_some(9));
+        assert_eq!(journal.sent("t/0"), sent);
+        // Another one that is shorter, or that has another block there.
+        for block in [None, Some(8)] {
+            let mut journal = SalvageJournal::read(dir.path(), "c-1").unwrap().unwrap();
+            journal.keep_places_in(0, |_| block);
+            assert_eq!(journal.sent("t/0"), SentUpTo { sequence: 30, ..SentUpTo::default() });
+            assert_eq!((journal.sent("t/1"), journal.producer()), (other, (1000, 0)));
+        }
     }
 }
