@@ -255,12 +255,12 @@ fn a_memory_shard_that_uses_offsets_again_is_found() {
 
 #[test]
 fn a_stream_that_moves_before_it_is_safe_is_found() {
-    is_found(Bug::MovedUnsafe, 217..227);
+    is_found(Bug::MovedUnsafe, 58..68);
 }
 
 #[test]
 fn an_older_disk_that_goes_on_is_found() {
-    is_found(Bug::OlderDiskGoesOn, 788..798);
+    is_found(Bug::OlderDiskGoesOn, 96..106);
 }
 
 #[test]
