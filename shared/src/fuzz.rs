@@ -220,11 +220,11 @@ fn entry(
     let stream = stream_name(draws.byte());
     let position = session.stream_key(&stream).and_then(|key| positions.get(&key).copied());
     let stands = position.map_or(0, |at| at.next);
-    let first = draws.offset(stands + 8);
+    let first = draws.offset(stands.saturating_add(8));
     let (count, payload) = (draws.below(5).max(1), draws.byte());
     let chain = Chain(draws.byte().into());
     let after =
-        if draws.below(4) == 0 { draws.optional(|d| Position { next: d.offset(stands + 8), chain }) } else { position };
+        if draws.below(4) == 0 { draws.optional(|d| Position { next: d.offset(stands.saturating_add(8)), chain }) } else { position };
     let mut body = records(first, count, payload).into_bytes().to_vec();
     if draws.below(4) == 0
         && let Some(byte) = body.get_mut(usize::from(draws.byte()))
@@ -232,7 +232,7 @@ fn entry(
         *byte ^= 1 << draws.below(8);
     }
     let next = if draws.below(8) == 0 { draws.offset(first) } else { first.saturating_add(count.into()) };
-    let gap = draws.optional(|d| (d.offset(stands + 8), first));
+    let gap = draws.optional(|d| (d.offset(stands.saturating_add(8)), first));
     let rejected = draws.below(4) == 0;
     let bytes = body.len() as u32;
     (AppendEntry { stream, after, first, end: Position { next, chain }, gap, rejected, bytes }, body.into())
