@@ -223,8 +223,11 @@ fn entry(
     let first = draws.offset(stands.saturating_add(8));
     let (count, payload) = (draws.below(5).max(1), draws.byte());
     let chain = Chain(draws.byte().into());
-    let after =
-        if draws.below(4) == 0 { draws.optional(|d| Position { next: d.offset(stands.saturating_add(8)), chain }) } else { position };
+    let after = if draws.below(4) == 0 {
+        draws.optional(|d| Position { next: d.offset(stands.saturating_add(8)), chain })
+    } else {
+        position
+    };
     let mut body = records(first, count, payload).into_bytes().to_vec();
     if draws.below(4) == 0
         && let Some(byte) = body.get_mut(usize::from(draws.byte()))

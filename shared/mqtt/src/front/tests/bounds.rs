@@ -500,19 +500,22 @@ async fn wills_are_retained_within_the_bounds_of_retained_messages() {
 
 #[tokio::test]
 async fn a_will_reaches_more_subscribers_than_one_poll_serves() {
-    let server = Server::start(&nothing_stored()).await;
+    let server =
+        Server::with(Settings { memory_bytes_max: 1024 * MIB, ..Settings::default() }, &nothing_stored()).await;
     let mut readers = Vec::new();
-    for i in 0..60 {
+    for i in 0..200 {
         let mut reader = server.connect(V5, &format!("r{i}")).await;
         reader.subscribe("w", AtMostOnce).await;
         readers.push(reader);
     }
-    let (payload, properties) = (vec![7; 100_000], PublishProperties::default());
-    let will = Will { topic: "w", payload: &payload, qos: AtMostOnce, retain: false, delay_secs: 0, properties };
+    // One poll serves some 160 subscribers with as much.
+    let text = "x".repeat(60_000);
+    let properties = PublishProperties { user: vec![("k", text.as_str()); 14], ..PublishProperties::default() };
+    let will = Will { topic: "w", payload: b"last words", qos: AtMostOnce, retain: false, delay_secs: 0, properties };
     let (client, _) = server.connect_with(Connect { will: Some(will), ..connect(V5, "c") }).await;
     drop(client);
     for reader in &mut readers {
-        assert_eq!(reader.got().await.payload, payload);
+        assert_eq!(reader.got().await.payload, b"last words");
     }
     server.stats(|stats| stats.memory_bytes[0] == 0).await;
 }
