@@ -17,6 +17,13 @@ pub(crate) struct Content<'a> {
     pub payload: &'a [u8],
 }
 
+impl Content<'_> {
+    /// Bytes of it all.
+    pub fn bytes(&self) -> usize {
+        self.topic.len() + self.properties.len() + self.payload.len()
+    }
+}
+
 /// How one PUBLISH to one subscriber differs from the others of its message.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Envelope<'a> {

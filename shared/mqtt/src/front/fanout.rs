@@ -65,7 +65,7 @@ impl<'a> Run<'a> {
             lives,
             qos_max: lives.iter().map(|live| live.qos).max().unwrap_or_default(),
             any_retain: lives.iter().any(|live| live.retain),
-            bytes: lives.iter().map(|live| live.content.topic.len() + live.content.payload.len()).sum(),
+            bytes: lives.iter().map(|live| live.content.bytes()).sum(),
             raw,
             at_most_once: [OnceCell::new(), OnceCell::new()],
         }
