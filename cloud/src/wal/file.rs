@@ -549,7 +549,8 @@ impl BlockLog for FileWal {
         {
             let mut ring = self.shared.ring.lock();
             let count = ring.first.map_or(0, |first| trim.saturating_sub(first) as usize).min(ring.blocks.len());
-            for block in ring.blocks.drain(..count).collect::<Vec<_>>() {
+            for _ in 0..count {
+                let Some(block) = ring.blocks.pop_front() else { break };
                 ring.bytes -= u64::from(block.bytes);
                 ring.taken -= Frame::taken(u64::from(block.bytes));
             }

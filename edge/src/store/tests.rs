@@ -244,13 +244,15 @@ fn sessions_have_a_bound_in_bytes_and_nobody_elses_puback_waits_for_it() {
     assert!(status.session_bytes <= max && max < status.disk_budget_bytes / 8, "{status:?}");
     assert_eq!(status.trouble, None);
     // Those who want little find room all the same.
-    for client in 0..20 {
-        let client = format!("small{client}");
+    let modest: Vec<String> = (0..40).map(|n| format!("small{n}{}", "x".repeat(1000))).collect();
+    for client in &modest {
         let session = StoredSession { client_id: client.clone(), expiry_secs: 60, ..StoredSession::default() };
         block_on(store.wait(store.save_session(&session).unwrap())).unwrap();
         let one = StoredSubscription { filter: "a/+/b".into(), options: 0, identifier: None };
-        block_on(store.wait(store.save_subscription(&client, &one).unwrap())).unwrap();
-        store.delete_session(&client);
+        block_on(store.wait(store.save_subscription(client, &one).unwrap())).unwrap();
+    }
+    for client in &modest {
+        store.delete_session(client);
     }
     let status = store.status();
     // Who is known can leave, and come back; and what is deleted makes room.

@@ -74,6 +74,15 @@ mod tests {
         fs::metadata(path).unwrap().permissions().mode() & 0o7777
     }
 
+    /// Nobody may change modes in /proc, not even root.
+    #[test]
+    fn a_mode_that_cannot_be_changed_is_no_reason_not_to_start() {
+        let mut tightened = Vec::new();
+        assert!(mode(Path::new("/proc/self")) & OTHERS != 0);
+        tighten(Path::new("/proc/self"), &mut tightened).unwrap();
+        assert!(tightened.is_empty());
+    }
+
     #[test]
     fn a_directory_is_made_private_and_an_open_one_is_tightened() {
         let home = std::env::temp_dir().join(format!("tributary-files-{}", std::process::id()));

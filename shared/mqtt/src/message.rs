@@ -17,13 +17,6 @@ pub(crate) struct Content<'a> {
     pub payload: &'a [u8],
 }
 
-impl Content<'_> {
-    /// Bytes of it all.
-    pub fn bytes(&self) -> usize {
-        self.topic.len() + self.properties.len() + self.payload.len()
-    }
-}
-
 /// How one PUBLISH to one subscriber differs from the others of its message.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Envelope<'a> {
@@ -39,6 +32,11 @@ pub(crate) struct Envelope<'a> {
 }
 
 impl Content<'_> {
+    /// Bytes of it all.
+    pub fn bytes(&self) -> usize {
+        self.topic.len() + self.properties.len() + self.payload.len()
+    }
+
     fn properties_bytes(&self, envelope: &Envelope<'_>) -> usize {
         let ids: usize = envelope.subscription_ids.iter().map(|&id| 1 + varint_bytes(id as usize)).sum();
         self.properties.len() + ids
@@ -58,7 +56,7 @@ impl Content<'_> {
 
     /// Bytes of a [`Message`] with this content.
     pub fn cost(&self) -> usize {
-        self.topic.len() + self.properties.len() + self.payload.len() + std::mem::size_of::<Message>()
+        self.bytes() + std::mem::size_of::<Message>()
     }
 
     /// The whole packet's length.

@@ -29,6 +29,18 @@ async fn start(home: &mut Home, store: &Faulty, mirror: &Faulty) -> Node {
     Node::start_quick(home, store, mirror, settings).await.unwrap()
 }
 
+/// Starts a node over, which claims once more and goes on; what was not named for ever is swept then, if it is to be.
+async fn claim_again(home: &mut Home, store: &Faulty, mirror: &Faulty, is_swept: bool) -> Node {
+    let node = start(home, store, mirror).await;
+    produce(&node, 2);
+    node.shipped().await;
+    for _ in 0..if is_swept { 3 } else { 0 } {
+        produce(&node, 2);
+        node.split().await;
+    }
+    node
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_a_deposed_node_alone_has_begins_at_the_fence_and_stays_known() {
     let (store, mirror, mut home) = (Faulty::new(), Faulty::new(), Home::new());
@@ -198,15 +210,7 @@ async fn a_copy_departs_where_it_was_made_however_late_its_original_claims_again
         produce(&node, 3);
         node.shipped().await;
         node.kill().await;
-        let node = start(&mut home, &store, &mirror).await;
-        produce(&node, 2);
-        node.shipped().await;
-        for _ in 0..3 {
-            if is_swept {
-                produce(&node, 2);
-                node.split().await;
-            }
-        }
+        let node = claim_again(&mut home, &store, &mirror, is_swept).await;
         let found = look(&copy, &store, &copied_mirror, &system).await.unwrap().unwrap();
         assert_eq!((found.first, found.next), (shipped, shipped + 13), "{is_swept}");
         node.stop().await;
@@ -247,15 +251,7 @@ async fn a_copy_that_took_over_and_was_overtaken_departs_where_it_was_made() {
         assert!(taker.shard.fenced_by().is_some());
         taker.kill().await;
         node.kill().await;
-        let node = start(&mut home, &store, &mirror).await;
-        produce(&node, 2);
-        node.shipped().await;
-        for _ in 0..3 {
-            if is_swept {
-                produce(&node, 2);
-                node.split().await;
-            }
-        }
+        let _node = claim_again(&mut home, &store, &mirror, is_swept).await;
         let found = look(&copy, &store, &copied_mirror, &system).await.unwrap().unwrap();
         assert_eq!((found.first, found.next), (made, made + 6), "{is_swept}");
     }
