@@ -82,7 +82,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     files::keep_private();
     tls::install_provider();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = daemon::runtime()?;
     match Cli::parse().command {
         Command::Run { settings, take_over } => {
             daemon::init_logging();

@@ -116,7 +116,7 @@ enum SessionsCommand {
 fn main() -> anyhow::Result<()> {
     files::keep_private();
     tls::install_provider();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let runtime = daemon::runtime()?;
     match Cli::parse().command {
         Command::Run(args) => {
             daemon::init_logging();

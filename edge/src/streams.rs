@@ -314,16 +314,12 @@ impl Rule {
 
     /// Upper bound of the bytes the record of `publish` takes in a batch.
     pub fn record_bytes_max(&self, edge: &EdgeId, client_id: &str, publish: &Publish<'_>) -> usize {
-        let properties = &publish.properties;
-        let user: usize = properties.user.iter().map(|(name, value)| name.len() + value.len() + 32).sum();
         publish.payload.len()
             + 2 * publish.topic.len()
             + 2 * client_id.len()
             + edge.as_str().len()
-            + properties.content_type.map_or(0, str::len)
-            + properties.response_topic.map_or(0, str::len)
-            + properties.correlation_data.map_or(0, <[u8]>::len)
-            + user
+            + publish.properties.bytes()
+            + 27 * publish.properties.user.len()
             + 320 // names of headers, varints, numbers
     }
 

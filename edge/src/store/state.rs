@@ -65,6 +65,8 @@ pub(super) struct Pending {
     /// Bytes of records and of all else.
     pub(super) bytes: usize,
     pub(super) messages: u64,
+    /// What of the bytes goes into small rows, and what those rows cost beside their bytes.
+    row_bytes: usize,
     retained: BTreeMap<String, Option<StoredRetained>>,
     /// Something else wants a commit now.
     pub(super) urgent: bool,
@@ -125,6 +127,11 @@ pub(super) enum Verdict {
 const BATCH_BYTES_TARGET: usize = 59_000;
 /// What may wait for one commit, at least.
 const PENDING_BYTES_MAX: usize = 4 << 20;
+/// What retained messages and packet ids may take of one commit. A thousand small rows take longer than megabytes of
+/// records, and everybody waits for the commit.
+const PENDING_ROW_BYTES_MAX: usize = 512 << 10;
+/// What the time for one row is worth in bytes.
+const ROW_BYTES: usize = 256;
 /// What a PUBLISH takes beside its record: its share of headers, a packet id.
 const OVERHEAD_BYTES: usize = 64;
 /// How long nothing that grows is admitted after the disk was full, at first and at most.
@@ -429,6 +436,11 @@ impl State {
         self.pending.bytes == 0 || self.pending.bytes + bytes <= self.pending_bytes_max
     }
 
+    fn has_room_for_rows(&self, row_bytes: usize) -> bool {
+        let waiting = self.pending.row_bytes;
+        row_bytes == 0 || waiting == 0 || waiting + row_bytes <= PENDING_ROW_BYTES_MAX
+    }
+
     fn has_room_on_disk(&self, bytes: usize) -> bool {
         self.live() + bytes as u64 * 2 <= self.budget.ceiling() && !self.is_disk_full(true)
     }
@@ -508,10 +520,14 @@ impl State {
             }
             bytes = OVERHEAD_BYTES;
         }
-        if publish.retain && !publish.payload.is_empty() {
-            bytes += 2 * (publish.topic.len() + publish.payload.len());
+        let mut row_bytes = if packet.is_some() { ROW_BYTES } else { 0 };
+        let mut retained = 0;
+        if publish.retain {
+            retained = 2 * (publish.topic.len() + publish.payload.len() + publish.properties.bytes());
+            row_bytes += retained + ROW_BYTES;
         }
-        if !self.has_room_to_wait(bytes) {
+        bytes += retained;
+        if !self.has_room_to_wait(bytes) || !self.has_room_for_rows(row_bytes) {
             self.held_bytes = self.held_bytes.max(bytes);
             return Held;
         }
@@ -541,16 +557,16 @@ impl State {
             debug_assert_eq!(found.rule, Some(index));
             let bound = rule.record_bytes_max(&core.edge, session.client_id, publish) + OVERHEAD_BYTES;
             let taken = found.push(rule, core, session, publish, bound);
-            bytes = if memory.is_some() { OVERHEAD_BYTES } else { taken + OVERHEAD_BYTES };
+            bytes = retained + if memory.is_some() { OVERHEAD_BYTES } else { taken + OVERHEAD_BYTES };
         }
         if publish.retain {
             self.retain(publish, (core.clock)().at);
-            bytes += 2 * (publish.topic.len() + publish.payload.len());
         }
         if let Some(packet_id) = packet {
             self.sessions.add_packet(session.client_id, packet_id);
         }
         self.pending.bytes += bytes;
+        self.pending.row_bytes += row_bytes;
         self.pending.messages += 1;
         Admitted(Admission::Stored(self.part(RECORDS_PART)))
     }

@@ -396,6 +396,27 @@ fn a_commit_waits_for_the_interval_unless_enough_has_come() {
 }
 
 #[test]
+fn retained_messages_and_packet_ids_make_no_long_commit_for_others() {
+    /// How many of these one commit takes; others' records go into it all the same.
+    fn taken(publish_nth: impl Fn(u16) -> Publish<'static>) -> usize {
+        let dir = tempfile::tempdir().unwrap();
+        let slow = StoreSettings { commit_interval: Duration::from_secs(3600), ..settings(dir.path()) };
+        let store = EdgeStore::open(slow, vec![stream("a", "a/#")]).unwrap();
+        put(&store, "a", b"the first begins a commit");
+        let taken = (1..=5_000).take_while(|n| !offer(&store, &[publish_nth(*n)]).is_empty()).count();
+        assert!(matches!(offer(&store, &[publish("a", b"a record")])[..], [Admission::Stored(_)]));
+        taken
+    }
+    let retained = |n: u16, properties| Publish { retain: true, properties, ..publish(format!("r/{n}").leak(), b"r") };
+    let ids = taken(|n| Publish { qos: 2, packet_id: Some(n), ..publish("none", b"") });
+    let small = taken(|n| retained(n, PublishProperties::default()));
+    assert!((500..2_500).contains(&ids) && (500..2_500).contains(&small), "{ids} {small}");
+    let large = vec![("name", "v".repeat(50_000).leak() as &str); 2];
+    let large = taken(|n| retained(n, PublishProperties { user: large.clone(), ..PublishProperties::default() }));
+    assert!((1..4).contains(&large), "{large} of 100 kB of properties");
+}
+
+#[test]
 fn a_directory_that_cannot_be_used_says_what_to_do() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");

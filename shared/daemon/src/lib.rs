@@ -19,6 +19,15 @@ use tokio::net::{TcpListener, TcpSocket};
 /// Longest time a stop may take before the process ends anyway.
 pub const STOP_SECS_MAX: u64 = 10;
 
+/// How many tasks a worker runs before it looks for sockets and timers that became ready. With the usual 61 a client waited
+/// 80 ms while others had work for every worker, a millisecond at a time.
+const EVENT_INTERVAL: u32 = 4;
+
+/// What everything runs on.
+pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().event_interval(EVENT_INTERVAL).enable_all().build()
+}
+
 /// Logs to standard error; `RUST_LOG` chooses levels, `info` by default.
 pub fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()

@@ -128,6 +128,9 @@ pub enum CodecError {
         /// What is taken.
         max: usize,
     },
+    /// User properties without end.
+    #[error("more than {} properties in one packet", properties::PROPERTIES_MAX)]
+    TooManyProperties,
     /// CONNECT for a version that is neither 3.1.1 nor 5.
     #[error("protocol level {0}: MQTT 3.1.1 (4) and MQTT 5 (5) are served")]
     UnsupportedVersion(u8),
@@ -149,6 +152,7 @@ impl CodecError {
             Self::Malformed(_) => Reason::MALFORMED_PACKET,
             Self::Protocol(_) => Reason::PROTOCOL_ERROR,
             Self::TooLarge { .. } => Reason::PACKET_TOO_LARGE,
+            Self::TooManyProperties => Reason::QUOTA_EXCEEDED,
             Self::UnsupportedVersion(_) => Reason::UNSUPPORTED_PROTOCOL_VERSION,
             Self::TopicName => Reason::TOPIC_NAME_INVALID,
             Self::TopicFilter => Reason::TOPIC_FILTER_INVALID,

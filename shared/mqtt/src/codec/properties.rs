@@ -94,6 +94,9 @@ pub(super) enum Value<'a> {
     Pair(&'a str, &'a str),
 }
 
+/// Properties that one packet may have. A megabyte holds 200,000 user properties, which take as long as 10,000 messages.
+pub const PROPERTIES_MAX: usize = 4096;
+
 /// Reads the property length and hands each property that is allowed to `take`. A property twice is a protocol error
 /// unless it may repeat: user properties, and subscription identifiers in a PUBLISH.
 pub(super) fn read<'a>(
@@ -110,8 +113,12 @@ pub(super) fn read<'a>(
     if allowed == allowed::PUBLISH {
         repeatable |= 1 << SUBSCRIPTION_ID;
     }
-    let mut seen = 0u64;
+    let (mut seen, mut count) = (0u64, 0);
     while !r.is_empty() {
+        count += 1;
+        if count > PROPERTIES_MAX {
+            return Err(CodecError::TooManyProperties);
+        }
         // Identifiers are variable byte integers; all that exist fit one byte.
         let id = r.varint()?;
         if id > 63 || allowed & (1 << id) == 0 {
@@ -274,6 +281,17 @@ impl<'a> PublishProperties<'a> {
             (USER, Value::Pair(name, value)) => self.user.push((name, value)),
             _ => {}
         }
+    }
+
+    /// Bytes on the wire, without their length.
+    pub fn bytes(&self) -> usize {
+        let text = |length: Option<usize>| length.map_or(0, |length| length + 3);
+        self.payload_is_utf8.map_or(0, |_| 2)
+            + self.expiry_secs.map_or(0, |_| 5)
+            + text(self.content_type.map(str::len))
+            + text(self.response_topic.map(str::len))
+            + text(self.correlation_data.map(<[u8]>::len))
+            + self.user.iter().map(|(name, value)| name.len() + value.len() + 5).sum::<usize>()
     }
 
     /// Whether there is none.

@@ -416,3 +416,24 @@ fn any_bytes(bytes: &[u8]) {
         }
     }
 }
+
+#[test]
+fn user_properties_have_an_end() {
+    let user = |count: usize| {
+        let publish = Publish {
+            dup: false,
+            qos: QoS::AtMostOnce,
+            retain: false,
+            topic: "t",
+            packet_id: None,
+            topic_alias: None,
+            subscription_ids: Vec::new(),
+            properties: PublishProperties { user: vec![("", ""); count], ..PublishProperties::default() },
+            payload: b"",
+        };
+        one(&encoded(&Packet::Publish(publish), V5), V5).map(|_| ())
+    };
+    assert_eq!(user(properties::PROPERTIES_MAX), Ok(()));
+    let error = user(properties::PROPERTIES_MAX + 1).unwrap_err();
+    assert_eq!((error.reason(), &error), (Reason::QUOTA_EXCEEDED, &CodecError::TooManyProperties));
+}

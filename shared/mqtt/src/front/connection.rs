@@ -38,7 +38,7 @@ use crate::session::inbound::{Answer, Answers, put_ack};
 use crate::store::{StoreFailed, Ticket};
 
 /// Bytes of one read. Each thread has one such buffer.
-const READ_BYTES: usize = 128 << 10;
+const READ_BYTES: usize = 64 << 10;
 /// Bytes of one read when the memory budget has no room: a little of what was read may have to be kept.
 const READ_BYTES_MIN: usize = 4 << 10;
 /// A packet that so many bytes have come of, for so long, ends its connection when memory is short.
@@ -48,8 +48,8 @@ const UNFINISHED_PATIENCE: Duration = Duration::from_secs(10);
 const UNFINISHED_LOOK: Duration = Duration::from_secs(1);
 /// When a search for retained messages goes on that the memory budget had no room for.
 const PULL_PAUSE: Duration = Duration::from_millis(100);
-/// Reads in a row before other tasks get their turn.
-const READS_PER_POLL: usize = 4;
+/// Reads in a row before other tasks get their turn: what was there, and the look that finds no more.
+const READS_PER_POLL: usize = 2;
 /// Held PUBLISHes are offered again after so long even if the store does not say that there is room.
 const OFFER_AGAIN: Duration = Duration::from_secs(1);
 /// The least time until the next offer when one changed nothing.
@@ -167,7 +167,7 @@ pub(super) struct Connection {
     /// What is being delivered in several polls, in order, and the bytes it occupies. Nothing is read meanwhile.
     pub pending: VecDeque<PendingRun>,
     pub pending_bytes: usize,
-    /// What this poll did for others, see [`WORK_PER_POLL`].
+    /// What this poll did, see [`WORK_PER_POLL`].
     pub work: usize,
     /// When a search for retained messages goes on.
     pull_again: Option<Instant>,
@@ -374,8 +374,10 @@ impl Connection {
                 return Ok(());
             }
         }
-        // Still something to do: let others have their turn first.
+        // Still something to do: let others have their turn first, other threads on this core too. The one that commits wakes
+        // for a moment at a time, and would wait a whole slice of the scheduler for it.
         cx.waker().wake_by_ref();
+        std::thread::yield_now();
         Ok(())
     }
 
@@ -756,8 +758,16 @@ impl Connection {
             }
             self.partial.extend_from_slice(rest);
             self.look_ahead()?;
+            if kept + n == end {
+                self.end_turn();
+            }
             Ok(true)
         })
+    }
+
+    /// There is more than one buffer of it: hundreds may have so much, and others wait for all of them.
+    fn end_turn(&mut self) {
+        self.work = self.work.max(WORK_PER_POLL);
     }
 
     fn no_room_for_packet(&mut self) -> Close {
@@ -770,14 +780,17 @@ impl Connection {
     /// A packet larger than the thread's buffer is gathered in a buffer of its own, which grows as its bytes come.
     fn poll_read_large(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
         let have = self.partial.len();
-        // What the buffer has is counted already.
-        let room = self.incoming_room() + self.counted_bytes.saturating_sub(have);
         let more = self.need.saturating_sub(have).clamp(1, have.max(READ_BYTES));
-        if more > room {
-            return Err(self.no_room_for_packet());
+        let space = more.min(READ_BYTES);
+        if self.partial.capacity() - have < space {
+            // What the buffer has is counted already.
+            let room = self.incoming_room() + self.counted_bytes.saturating_sub(have);
+            if more > room {
+                return Err(self.no_room_for_packet());
+            }
+            self.partial.reserve_exact(more);
         }
-        self.partial.reserve_exact(more);
-        self.partial.resize(have + more, 0);
+        self.partial.resize(have + space, 0);
         let read = match self.partial.get_mut(have..) {
             Some(space) => self.io.poll_read(cx, space),
             None => Poll::Pending,
@@ -799,6 +812,9 @@ impl Connection {
             let consumed = self.process(&bytes, now);
             self.packet_since = now.instant;
             self.keep_rest(bytes, consumed)?;
+        }
+        if n == space {
+            self.end_turn();
         }
         Ok(true)
     }

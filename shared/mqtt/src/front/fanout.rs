@@ -73,8 +73,8 @@ impl<'a> Run<'a> {
 
     /// What it costs to hand it to one subscriber, in the unit of [`WORK_PER_POLL`].
     fn work_each(&self) -> usize {
-        let messages = if self.qos_max == QoS::AtMostOnce { self.lives.len() / 16 } else { self.lives.len() };
-        1 + messages + self.bytes / 8192
+        let messages = if self.qos_max == QoS::AtMostOnce { self.lives.len() / 16 } else { self.lives.len() * 4 };
+        1 + messages + self.bytes / 1024
     }
 
     /// The whole run as QoS 0 without RETAIN.
@@ -346,6 +346,6 @@ impl PendingRun {
 const WRITE_DIRECTLY_MAX: usize = 16;
 /// Bytes given to subscribers before they are written.
 const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
-/// How much one poll of a publisher does for others: messages handed to subscribers, steps of searches. It takes some
-/// milliseconds.
-pub(crate) const WORK_PER_POLL: usize = 16 << 10;
+/// How much one poll does of what a client sent: packets, messages handed to subscribers, steps of searches. The unit takes
+/// about 100 ns. Whoever has little to do waits for one such turn of each that has much.
+pub(crate) const WORK_PER_POLL: usize = 4 << 10;

@@ -80,8 +80,16 @@ impl Connection {
         now: Now,
     ) -> Result<(), Close> {
         let Some(version) = self.version else { return self.first_packet(frame, now) };
-        if frame.first >> 4 == 3 {
+        let (kind, bytes) = (frame.first >> 4, frame.bytes.len());
+        self.work += match kind {
+            3 => 1 + bytes / 1024,
+            // Each level is a node of the tree.
+            8 | 10 => 1 + bytes / 2,
+            _ => 1 + bytes / 16,
+        };
+        if kind == 3 {
             let publish = codec::Publish::decode(frame, version)?;
+            self.work += publish.properties.user.len();
             let incoming = Incoming { bytes: frame.bytes, buffer, start, publish, alias: None };
             return self.publish(incoming, batch, now);
         }

@@ -492,12 +492,16 @@ impl SessionState {
         true
     }
 
-    /// Removes all subscriptions and returns their filters.
-    pub fn take_subscriptions(&mut self, front: &Front) -> Vec<Arc<str>> {
+    /// Removes all subscriptions and returns their filters, which count until they are gone.
+    pub fn take_subscriptions(&mut self) -> Vec<Arc<str>> {
         self.backlog = VecDeque::new();
         self.cursor = RetainedCursor::default();
-        front.memory.recount(MemoryUse::Filters, &mut self.counted.filters, 0);
         std::mem::take(&mut self.subscriptions).into_keys().collect()
+    }
+
+    /// What [`Self::take_subscriptions`] gave is nowhere any more.
+    pub fn filters_gone(&mut self, front: &Front) {
+        front.memory.recount(MemoryUse::Filters, &mut self.counted.filters, 0);
     }
 
     /// Whether the budget lets this session have a filter of so many bytes.

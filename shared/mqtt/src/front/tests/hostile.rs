@@ -1,3 +1,5 @@
+use std::task::Poll;
+
 use super::*;
 use proptest::prelude::*;
 use shared::config::Secret;
@@ -172,6 +174,43 @@ async fn a_client_that_only_asks_and_never_reads_is_not_read_from() {
         assert!(n > 0);
         rest = rest.saturating_sub(n);
     }
+}
+
+#[test]
+fn a_turn_of_large_work_is_short() {
+    // The brokers' runtime looks for sockets as often.
+    let runtime = tokio::runtime::Builder::new_current_thread().event_interval(4).enable_all().build().unwrap();
+    runtime.block_on(a_client_between_large_subscribes());
+}
+
+async fn a_client_between_large_subscribes() {
+    let server = Server::start(&nothing_stored()).await;
+    let busy = server.connect(V4, "busy").await;
+    let mut other = server.connect(V4, "other").await;
+    let all = 5_000;
+    let filter = format!("a{}", "/l".repeat(100));
+    let mut one = Vec::new();
+    let subscribe = Subscribe {
+        packet_id: 1,
+        properties: Properties::default(),
+        filters: vec![(&filter, SubscribeOptions::default())],
+    };
+    Packet::Subscribe(subscribe).encode(V4, &mut one).unwrap();
+    let (mut answers, mut asks) = tokio::io::split(busy.stream);
+    let asking = tokio::spawn(async move { asks.write_all(&one.repeat(all)).await.map(|()| asks) });
+    let mut answer = [0; 5];
+    answers.read_exact(&mut answer).await.unwrap();
+    // A PINGREQ waits for some turns, each of which does 40 of these, and not all of a buffer, which holds 300.
+    other.ping().await;
+    let (mut done, mut more) = (1, vec![0; 5 * all]);
+    // What is there at this moment: waiting would let the broker go on.
+    let mut read = Box::pin(answers.read(&mut more));
+    if let Poll::Ready(Ok(n)) = std::future::poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx))).await {
+        done += n / 5;
+    }
+    drop(read);
+    assert!(done < 1_000, "{done} of {all} SUBSCRIBEs came before a PINGREQ");
+    drop(asking.await.unwrap().unwrap());
 }
 
 #[tokio::test]
