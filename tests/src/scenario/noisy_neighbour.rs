@@ -246,8 +246,8 @@ async fn judge(
     Ok(Figures { acked: 0, times_beside, resident_mib, descriptors, log_lines: 0 })
 }
 
-/// A hostile client on a thread of its own, which gets the processor time that nobody else wants: in a plant it has a
-/// machine of its own, and what it takes to be hostile slows nobody down.
+/// A hostile client on a thread of its own. In the full tier, where times are shown, the thread gets the processor time that
+/// nobody else wants: in a plant the client has a machine of its own, and what it takes to be hostile slows nobody down.
 struct Elsewhere {
     stop: oneshot::Sender<()>,
     thread: std::thread::JoinHandle<()>,
@@ -262,7 +262,9 @@ impl Elsewhere {
         let (report, reported) = oneshot::channel();
         let thread = std::thread::Builder::new().name("hostile".to_owned()).spawn(move || {
             let attacked = async {
-                when_idle()?;
+                if arena.full {
+                    when_idle()?;
+                }
                 attack(&arena).await
             };
             runtime.block_on(async {

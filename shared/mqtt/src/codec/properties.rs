@@ -94,7 +94,7 @@ pub(super) enum Value<'a> {
     Pair(&'a str, &'a str),
 }
 
-/// Properties that one packet may have. A megabyte holds 200,000 user properties, which take as long as 10,000 messages.
+/// Properties that one packet may have. A megabyte holds 200,000 user properties, and no packet is decoded in steps.
 pub const PROPERTIES_MAX: usize = 4096;
 
 /// Reads the property length and hands each property that is allowed to `take`. A property twice is a protocol error

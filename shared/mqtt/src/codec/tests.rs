@@ -390,6 +390,10 @@ proptest! {
                 prop_assert_eq!(ours.properties.content_type, p.content_type.as_deref());
                 prop_assert_eq!(ours.topic_alias, p.topic_alias);
                 prop_assert_eq!(ours.properties.user.len(), p.user_properties.len());
+                let mut block = Vec::new();
+                encode_properties_and_payload(&ours.properties, b"", &mut block).unwrap();
+                let length = ours.properties.bytes();
+                prop_assert_eq!(block.len(), length + if length < 128 { 1 } else { 2 });
             }
         }
     }

@@ -346,6 +346,6 @@ impl PendingRun {
 const WRITE_DIRECTLY_MAX: usize = 16;
 /// Bytes given to subscribers before they are written.
 const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
-/// How much one poll does of what a client sent: packets, messages handed to subscribers, steps of searches. The unit takes
-/// about 100 ns. Whoever has little to do waits for one such turn of each that has much.
+/// How much one poll does of what a client sent: packets, messages handed to subscribers, steps of searches. A unit is
+/// some 200 ns where it is dear: a SUBSCRIBE of 100 levels counts 107 and takes 22 microseconds. Whoever has little to do waits for one such turn of each that has much.
 pub(crate) const WORK_PER_POLL: usize = 4 << 10;

@@ -224,6 +224,32 @@ async fn filters_are_bounded_together() {
 }
 
 #[tokio::test]
+async fn many_filters_of_a_session_that_ends_leave_in_steps_and_count_to_the_last() {
+    let server = Server::start(&nothing_stored()).await;
+    let mut client = server.connect(V4, "many").await;
+    let filters: Vec<_> = (0..1_000).map(|n| format!("a/{n}/+")).collect();
+    let filters: Vec<_> = filters.iter().map(|filter| (filter.as_str(), qos(AtMostOnce))).collect();
+    assert!(client.subscribe_with(1, &filters, None).await.iter().all(|reason| *reason == Reason::SUCCESS));
+    let filter_bytes = |stats: &Stats| stats.memory_bytes[2];
+    let counted = filter_bytes(&server.front.stats());
+    drop(client);
+    let watch = async {
+        let mut steps = 0;
+        loop {
+            let stats = server.front.stats();
+            if (stats.subscriptions, filter_bytes(&stats)) == (0, 0) {
+                return steps;
+            }
+            assert_eq!(filter_bytes(&stats), counted, "{stats:?}");
+            steps += u32::from((1..1_000).contains(&stats.subscriptions));
+            tokio::task::yield_now().await;
+        }
+    };
+    let steps = tokio::time::timeout(PATIENCE, watch).await.unwrap();
+    assert!(steps > 20, "{steps}");
+}
+
+#[tokio::test]
 async fn subscribers_that_do_not_read_are_bounded_together() {
     let server = Server::with(Settings { memory_bytes_max: 8 * MIB, ..Settings::default() }, &nothing_stored()).await;
     let mut deaf = Vec::new();
