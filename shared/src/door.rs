@@ -6,8 +6,10 @@
 //! waits for [`Seat::evicted`] beside its work, and closes after [`LEAVE_PAUSE`].
 
 use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use event_listener::Event;
@@ -79,9 +81,19 @@ impl Door {
         self.seats.lock().status
     }
 
-    /// A seat for a new connection; `None`: all are taken by clients that are known. Waits for as long as
+    /// A seat for a new connection; `None`: all are taken by clients that are known. Waits until other tasks that are ready
+    /// had their turn: a hundred connections that come at once would all stand before them. Waits for as long as
     /// [`LEAVING_MAX`] evicted connections are still closing.
     pub async fn enter(self: &Arc<Self>) -> Option<Seat> {
+        let mut others_first = true;
+        poll_fn(|context| {
+            if !std::mem::take(&mut others_first) {
+                return Poll::Ready(());
+            }
+            context.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
         loop {
             let left = {
                 let mut seats = self.seats.lock();
@@ -157,6 +169,8 @@ impl Drop for Seat {
 
 #[cfg(test)]
 mod tests {
+    use std::task::{Context, Waker};
+
     use super::*;
     use crate::block_on::block_on;
 
@@ -196,11 +210,22 @@ mod tests {
         let flood: Vec<Seat> = (0..LEAVING_MAX).filter_map(|_| block_on(door.enter())).collect();
         assert_eq!(flood.len(), LEAVING_MAX);
         assert_eq!(door.status().connections, (door.max() + LEAVING_MAX) as u64);
-        let waiting = std::pin::pin!(door.enter());
-        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-        let mut waiting = waiting;
-        assert!(waiting.as_mut().poll(&mut context).is_pending());
+        let mut waiting = std::pin::pin!(door.enter());
+        let mut context = Context::from_waker(Waker::noop());
+        for _ in 0..3 {
+            assert!(waiting.as_mut().poll(&mut context).is_pending());
+        }
         seats.remove(0);
-        assert!(matches!(waiting.as_mut().poll(&mut context), std::task::Poll::Ready(Some(_))));
+        assert!(matches!(waiting.as_mut().poll(&mut context), Poll::Ready(Some(_))));
+    }
+
+    #[test]
+    fn others_have_their_turn_before_a_connection_enters() {
+        let door = Door::new(2);
+        let mut entering = std::pin::pin!(door.enter());
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(entering.as_mut().poll(&mut context).is_pending());
+        assert_eq!(door.status().connections, 0);
+        assert!(matches!(entering.as_mut().poll(&mut context), Poll::Ready(Some(_))));
     }
 }

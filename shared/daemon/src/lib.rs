@@ -22,10 +22,17 @@ pub const STOP_SECS_MAX: u64 = 10;
 /// How many tasks a worker runs before it looks for sockets and timers that became ready. With the usual 61 a client waited
 /// 80 ms while others had work for every worker, a millisecond at a time.
 const EVENT_INTERVAL: u32 = 4;
+/// How many tasks a worker runs before it takes one that another thread woke. What a commit lets go is woken by the thread that
+/// commits: with the usual interval it waited behind hundreds of new connections.
+const WOKEN_ELSEWHERE_INTERVAL: u32 = 2;
 
 /// What everything runs on.
 pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().event_interval(EVENT_INTERVAL).enable_all().build()
+    tokio::runtime::Builder::new_multi_thread()
+        .event_interval(EVENT_INTERVAL)
+        .global_queue_interval(WOKEN_ELSEWHERE_INTERVAL)
+        .enable_all()
+        .build()
 }
 
 /// Logs to standard error; `RUST_LOG` chooses levels, `info` by default.
@@ -79,7 +86,80 @@ pub fn bind(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::mpsc;
+
+    use tokio::io::AsyncReadExt as _;
+
     use super::*;
+
+    /// Tasks that always have something to do, and how often they were polled.
+    fn keep_busy(runtime: &tokio::runtime::Runtime) -> (Arc<AtomicU64>, Arc<AtomicBool>) {
+        let (polls, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        for _ in 0..100 * runtime.metrics().num_workers() {
+            let (polls, stop) = (polls.clone(), stop.clone());
+            runtime.spawn(std::future::poll_fn(move |cx| {
+                polls.fetch_add(1, Ordering::Relaxed);
+                cx.waker().wake_by_ref();
+                let stop = stop.load(Ordering::Relaxed);
+                if stop { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+            }));
+        }
+        (polls, stop)
+    }
+
+    /// Half of the times it took fewer polls of others than this for each worker; a thread that does not run counts too.
+    fn median(mut taken: Vec<u64>, runtime: &tokio::runtime::Runtime) -> u64 {
+        taken.sort();
+        taken[taken.len() / 2] / runtime.metrics().num_workers() as u64
+    }
+
+    #[test]
+    fn what_another_thread_wakes_comes_before_all_that_is_ready() {
+        let runtime = runtime().unwrap();
+        let (polls, stop) = keep_busy(&runtime);
+        let (wake, mut woken) = tokio::sync::mpsc::channel::<u64>(1);
+        let (report, reported) = mpsc::channel();
+        let seen = polls.clone();
+        runtime.spawn(async move {
+            while let Some(then) = woken.recv().await {
+                report.send(seen.load(Ordering::Relaxed) - then).unwrap();
+            }
+        });
+        let taken = (0..101).map(|_| {
+            wake.blocking_send(polls.load(Ordering::Relaxed)).unwrap();
+            reported.recv().unwrap()
+        });
+        let median = median(taken.collect(), &runtime);
+        stop.store(true, Ordering::Relaxed);
+        assert!(median < 30, "{median} of 100 others were polled before");
+    }
+
+    #[test]
+    fn a_socket_is_seen_before_all_that_is_ready_is_done() {
+        let runtime = runtime().unwrap();
+        let (polls, stop) = keep_busy(&runtime);
+        let (mut here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (report, reported) = mpsc::channel();
+        let seen = polls.clone();
+        there.set_nonblocking(true).unwrap();
+        runtime.spawn(async move {
+            let mut there = tokio::net::UnixStream::from_std(there).unwrap();
+            while there.read_u8().await.is_ok() {
+                report.send(seen.load(Ordering::Relaxed)).unwrap();
+            }
+        });
+        let taken = (0..101).map(|_| {
+            let then = polls.load(Ordering::Relaxed);
+            here.write_all(b"x").unwrap();
+            reported.recv().unwrap() - then
+        });
+        let median = median(taken.collect(), &runtime);
+        stop.store(true, Ordering::Relaxed);
+        assert!(median < 50, "{median} of 100 others were polled before");
+    }
 
     #[tokio::test]
     async fn a_fleet_that_comes_at_once_is_not_told_to_try_again() {

@@ -9,7 +9,7 @@
 //! process; so do wills. Shared subscriptions (0x9E) and enhanced authentication (0x8C) are refused. After a restart each kept
 //! session gets its whole expiry again.
 //!
-//! No poll does much for one client: what a packet asks of others goes in steps ([`fanout::WORK_PER_POLL`], the search for
+//! No poll does much for one client: what a packet asks of others goes in steps ([`turns`], the search for
 //! retained messages), and what it makes the front remember is counted in one budget ([`MemoryBudget`]).
 
 mod connection;
@@ -21,6 +21,7 @@ mod settings;
 mod stats;
 #[cfg(test)]
 mod tests;
+mod turns;
 
 pub use crate::memory::MEMORY_USES;
 pub use session::SessionInfo;
@@ -49,6 +50,7 @@ use crate::retained::Retained;
 use crate::store::{Publish, PublishProperties, Store, StoreFailed};
 use crate::tree::Tree;
 use session::{Handle, Pool, Session};
+use turns::Lanes;
 
 /// A running MQTT front.
 pub struct Front {
@@ -67,6 +69,7 @@ pub struct Front {
     /// Delayed wills and session ends, by time.
     pub(crate) timers: Mutex<BTreeSet<(i64, Arc<str>)>>,
     pub(crate) pool: Pool,
+    pub(crate) lanes: Lanes,
     pub(crate) counters: stats::Counters,
     pub(crate) throttle: Arc<LoginThrottle>,
     connections: Mutex<HashMap<u64, Arc<Handle>>>,
@@ -134,6 +137,7 @@ impl Front {
             retained: Mutex::default(),
             timers: Mutex::default(),
             pool: Pool::default(),
+            lanes: Lanes::default(),
             counters: stats::Counters::default(),
             throttle: Arc::default(),
             connections: Mutex::default(),

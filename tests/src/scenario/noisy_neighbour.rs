@@ -76,6 +76,7 @@ macro_rules! neighbours {
 }
 
 neighbours! {
+    client_of_another_server,
     huge_filters_in_one_kept_session,
     many_kept_sessions_of_large_filters,
     repeated_wildcards_over_retained_messages,
@@ -112,15 +113,21 @@ pub async fn one_hostile_client_of_each_kind_stops_nobody(context: &Context) -> 
     let mut failed = Vec::new();
     let mut count = 0;
     let mut highest = 0;
-    for neighbour in NEIGHBOURS {
-        if !wanted.is_empty() && !wanted.iter().any(|name| neighbour.name.contains(name)) {
+    // What the innocent have when the machine is busy with something else; the first kind shows it.
+    let mut quiet = 0;
+    for (n, neighbour) in NEIGHBOURS.iter().enumerate() {
+        let calibrates = context.full && n == 0;
+        if !calibrates && !wanted.is_empty() && !wanted.iter().any(|name| neighbour.name.contains(name)) {
             continue;
         }
         count += 1;
         let began = Instant::now();
-        match beside(context, neighbour).await {
+        match beside(context, neighbour, quiet).await {
             Ok(figures) => {
                 highest = highest.max(figures.resident_mib);
+                if calibrates {
+                    quiet = figures.p99;
+                }
                 println!("        {} ({:.1} s): {figures:?}", neighbour.name, began.elapsed().as_secs_f32());
             }
             Err(error) => {
@@ -141,6 +148,8 @@ struct Figures {
     /// How many of the device's messages were acknowledged when the hostile client went.
     times_beside: usize,
     resident_mib: u64,
+    /// Of the device's acknowledgements while the hostile client was there, in microseconds; 0 where it is not looked at.
+    p99: u32,
     #[expect(dead_code, reason = "shown")]
     descriptors: usize,
     #[expect(dead_code, reason = "shown")]
@@ -156,7 +165,8 @@ struct Arena {
     seed: u64,
 }
 
-async fn beside(context: &Context, neighbour: &Neighbour) -> Result<Figures> {
+/// `quiet_at_least`: microseconds that the 99th percentile of the innocent may be at, thrice, whatever it was before.
+async fn beside(context: &Context, neighbour: &Neighbour, quiet_at_least: u32) -> Result<Figures> {
     let mut lab = context.lab(&format!("noisy-{}", neighbour.name))?;
     if !context.full {
         lab.edge.mqtt_extra = format!("sessions_max = {SESSIONS}");
@@ -197,16 +207,19 @@ async fn beside(context: &Context, neighbour: &Neighbour) -> Result<Figures> {
         edge.log.display()
     );
     ensure!(!edge.log_text().contains("panicked"), "it panicked; see {}", edge.log.display());
+    let mut figures = figures;
     if context.full {
         let beside = acked.times.get(quiet.len()..figures.times_beside).unwrap_or_default().to_vec();
         let after = acked.times.get(figures.times_beside..).unwrap_or_default().to_vec();
         // Before and after, because the machine may be busier by then for reasons of its own.
         let longest = beside.iter().max().copied().unwrap_or(0);
-        let (quiet, beside) = (p99(&quiet).max(p99(&after)), p99(&beside));
+        let (quiet, beside) = (p99(&quiet).max(p99(&after)).max(quiet_at_least), p99(&beside));
+        figures.p99 = beside;
         println!("        {}: p99 of the innocent {beside} us, quiet {quiet} us, longest {longest} us", neighbour.name);
         // What the tests build is not optimised, and takes several times as long for a packet.
         let optimised = context.edge.program.is_some();
-        ensure!(!optimised || beside <= 3 * quiet, "p99 of the innocent: {beside} us, quiet {quiet} us");
+        let judged = optimised && quiet_at_least > 0;
+        ensure!(!judged || beside <= 3 * quiet, "p99 of the innocent: {beside} us, quiet {quiet} us");
     }
     edge.stop().await?;
     Ok(Figures { acked: acked.count, log_lines, ..figures })
@@ -243,7 +256,7 @@ async fn judge(
     innocent.is_served(beside).await.context("after the hostile client")?;
     let resident_mib = status_kib(arena.pid, "VmHWM")? / 1024;
     ensure!(resident_mib <= RESIDENT_MIB_MAX, "{resident_mib} MiB resident, at most {RESIDENT_MIB_MAX} are in order");
-    Ok(Figures { acked: 0, times_beside, resident_mib, descriptors, log_lines: 0 })
+    Ok(Figures { acked: 0, times_beside, resident_mib, p99: 0, descriptors, log_lines: 0 })
 }
 
 /// A hostile client on a thread of its own. In the full tier, where times are shown, the thread gets the processor time that
@@ -604,6 +617,21 @@ async fn crowd(arena: &Arena, count: usize, hello: impl Fn(usize) -> Hello) -> R
         open.extend(Hostile::connect(arena, &hello(n)).await?);
     }
     Ok(open)
+}
+
+/// Takes what the machine has, and nothing of the edge.
+async fn client_of_another_server(arena: &Arena) -> Result<Grip> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let mut client = std::net::TcpStream::connect(listener.local_addr()?)?;
+    let (mut server, _) = listener.accept()?;
+    let reads = std::thread::spawn(move || std::io::copy(&mut server, &mut std::io::sink()));
+    let until = Instant::now() + Duration::from_millis(if arena.full { 2_000 } else { 100 });
+    while Instant::now() < until {
+        std::io::Write::write_all(&mut client, &[b'x'; 60_000])?;
+    }
+    drop(client);
+    reads.join().map_err(|_| anyhow::anyhow!("the other server panicked"))??;
+    Ok(Grip::default())
 }
 
 async fn huge_filters_in_one_kept_session(arena: &Arena) -> Result<Grip> {

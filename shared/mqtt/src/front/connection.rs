@@ -27,9 +27,10 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::{debug, error};
 
-use super::fanout::{PendingRun, Target, WORK_PER_POLL};
+use super::fanout::{PendingRun, Target};
 use super::session::{Handle, Pulled, Session, Will};
 use super::stats::{add, sub};
+use super::turns::{Pace, Turn};
 use super::{Front, Now};
 use crate::codec::{CodecError, Disconnect, Packet, Properties, Reason, Split, Version, connect_version, split};
 use crate::memory::MemoryUse;
@@ -56,6 +57,9 @@ const OFFER_AGAIN: Duration = Duration::from_secs(1);
 const OFFER_PAUSE: Duration = Duration::from_millis(5);
 /// How long a last goodbye may take.
 const GOODBYE: Duration = Duration::from_millis(500);
+/// What is read of a connection that is being closed at a time, and how long until the next: 2 MB a second.
+const DRAIN_BYTES: usize = 8 << 10;
+const DRAIN_PAUSE: Duration = Duration::from_millis(4);
 
 thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -167,8 +171,10 @@ pub(super) struct Connection {
     /// What is being delivered in several polls, in order, and the bytes it occupies. Nothing is read meanwhile.
     pub pending: VecDeque<PendingRun>,
     pub pending_bytes: usize,
-    /// What this poll did, see [`WORK_PER_POLL`].
-    pub work: usize,
+    pace: Pace,
+    pub turn: Turn,
+    /// There are retained messages to search for that the client may get now.
+    pulls: bool,
     /// When a search for retained messages goes on.
     pull_again: Option<Instant>,
     /// Until when the CONNECT must be there.
@@ -209,7 +215,7 @@ pub(super) async fn run(
             Some(Io::Plain(read, Arc::new(write)))
         }
         Some(config) => {
-            let accept = TlsAcceptor::from(config).accept(stream);
+            let accept = front.lanes.paced(TlsAcceptor::from(config).accept(stream));
             let kicked = std::future::poll_fn(|cx| {
                 placeholder.register(cx.waker());
                 if placeholder.kicked().is_some() { Poll::Ready(()) } else { Poll::Pending }
@@ -258,8 +264,14 @@ pub(super) async fn run(
         });
         let close = tokio::select! {
             biased;
-            close = served => close,
-            () = seat.evicted() => {
+            close = served => Some(close),
+            () = seat.evicted() => None,
+        };
+        // Before it waits for anything else: a lane may have come to it that it will not use.
+        connection.pace.leave();
+        let close = match close {
+            Some(close) => close,
+            None => {
                 tokio::time::sleep(LEAVE_PAUSE).await;
                 Close::ours(Reason::SERVER_BUSY, "")
             }
@@ -280,6 +292,7 @@ impl Connection {
     ) -> Self {
         let now = Instant::now();
         let timer = Box::pin(tokio::time::sleep_until(connect_until.into()));
+        let pace = Pace::new(front.lanes.clone(), now);
         Self {
             front,
             seat,
@@ -309,7 +322,9 @@ impl Connection {
             counted_topics: 0,
             pending: VecDeque::new(),
             pending_bytes: 0,
-            work: 0,
+            pace,
+            turn: Turn::WHOLE,
+            pulls: false,
             pull_again: None,
             connect_until,
             congested: Vec::new(),
@@ -340,9 +355,34 @@ impl Connection {
     /// Does all that can be done now. Everything it waits for has our waker when it returns.
     fn advance(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
         self.handle.register(cx.waker());
-        self.work = 0;
-        for _ in 0..READS_PER_POLL {
-            if self.work >= WORK_PER_POLL {
+        let wants = self.wants_turn(cx);
+        let turn = self.pace.begin(wants, Instant::now(), cx);
+        // Answers leave and clocks run while it waits for its turn.
+        self.turn = turn.unwrap_or(Turn::NONE);
+        // One that waits is woken by its lane.
+        let more = self.take_turn(cx)? && turn.is_some();
+        if self.pace.end(&self.turn, more) {
+            cx.waker().wake_by_ref();
+        }
+        if more && self.turn.is_whole() {
+            // Other threads on this core may wait too. The one that commits wakes for a moment at a time, and would wait a whole
+            // slice of the scheduler for it.
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Whether there is something to do that takes a turn; asks to be woken when there is something to read.
+    fn wants_turn(&mut self, cx: &mut Context<'_>) -> bool {
+        self.pulls
+            || !self.pending.is_empty()
+            || self.may_read() && (self.backlog || self.io.poll_read_ready(cx).is_ready())
+    }
+
+    /// Whether there is more to do.
+    fn take_turn(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
+        for read in 0..READS_PER_POLL {
+            if read > 0 && self.turn.is_over() {
                 break;
             }
             let now = self.front.now();
@@ -354,15 +394,15 @@ impl Connection {
             self.deliver_pending(now);
             self.poll_write(cx, now)?;
             let may_read = !draining && self.may_read();
-            self.poll_timers(cx, now, may_read)?;
+            self.poll_timers(cx, now, may_read && !self.turn.is_over())?;
             if draining && self.answers.is_empty() {
                 continue;
             }
-            if !self.pending.is_empty() {
+            if self.turn.is_over() || !self.pending.is_empty() {
                 break;
             }
             if !may_read {
-                return Ok(());
+                return Ok(false);
             }
             if self.backlog {
                 let bytes = std::mem::take(&mut self.partial);
@@ -371,14 +411,10 @@ impl Connection {
                 self.keep_rest(bytes, consumed)?;
             } else if !self.poll_read(cx)? {
                 // Processing nothing changed nothing; all wakers are set.
-                return Ok(());
+                return Ok(false);
             }
         }
-        // Still something to do: let others have their turn first, other threads on this core too. The one that commits wakes
-        // for a moment at a time, and would wait a whole slice of the scheduler for it.
-        cx.waker().wake_by_ref();
-        std::thread::yield_now();
-        Ok(())
+        Ok(true)
     }
 
     /// Whether to go on until acknowledgements have left, without reading.
@@ -547,8 +583,10 @@ impl Connection {
                 self.reply.clear();
                 self.reply.shrink_to(1024);
             }
-            if !state.backlog.is_empty() {
-                pulled = state.pull_retained(&self.front, now);
+            if !state.backlog.is_empty() && !self.turn.is_over() {
+                let steps;
+                (pulled, steps) = state.pull_retained(&self.front, now);
+                self.turn.add(steps);
             }
         }
         self.write_out(cx)?;
@@ -557,7 +595,9 @@ impl Connection {
             self.pull_again = None;
             if pulled == Pulled::NoRoom {
                 self.pull_again = Some(now.instant + PULL_PAUSE);
-            } else if state.may_pull(&self.front) {
+            }
+            self.pulls = pulled != Pulled::NoRoom && state.may_pull(&self.front);
+            if self.pulls && !self.turn.is_over() {
                 cx.waker().wake_by_ref();
             }
             // Asked after the writing, so that whoever drains the rest knows whom to wake.
@@ -621,7 +661,6 @@ impl Connection {
                 // An MQTT 5 client that goes beyond the receive maximum is told so where its PUBLISH is counted; a 3.1.1
                 // client cannot know it, and is not read from until answers have left.
                 !self.choked
-                    && self.work < WORK_PER_POLL
                     && self.pending.is_empty()
                     && self.congested.is_empty()
                     && (self.held.is_empty() || self.held_bytes < self.held_bytes_max())
@@ -736,13 +775,14 @@ impl Connection {
             if room == 0 && kept >= READ_BYTES_MIN && self.need > kept {
                 return Err(self.no_room_for_packet());
             }
-            let end = READ_BYTES.min(kept + room.max(READ_BYTES_MIN));
+            let end = READ_BYTES.min(kept + room.min(self.turn.read_bytes()).max(READ_BYTES_MIN));
             let Some(space) = scratch.get_mut(kept..end) else { return Ok(false) };
             let n = match self.io.poll_read(cx, space) {
                 Poll::Pending => return Ok(false),
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Close::Lost),
                 Poll::Ready(Ok(n)) => n,
             };
+            self.turn.add_read(n);
             // The clock is read after the bytes: a record must not seem to have arrived before it was sent.
             let now = self.front.now();
             self.last_bytes = if matches!(self.stage, Stage::AwaitConnect) { self.last_bytes } else { now.instant };
@@ -759,15 +799,10 @@ impl Connection {
             self.partial.extend_from_slice(rest);
             self.look_ahead()?;
             if kept + n == end {
-                self.end_turn();
+                self.turn.use_up();
             }
             Ok(true)
         })
-    }
-
-    /// There is more than one buffer of it: hundreds may have so much, and others wait for all of them.
-    fn end_turn(&mut self) {
-        self.work = self.work.max(WORK_PER_POLL);
     }
 
     fn no_room_for_packet(&mut self) -> Close {
@@ -781,7 +816,7 @@ impl Connection {
     fn poll_read_large(&mut self, cx: &mut Context<'_>) -> Result<bool, Close> {
         let have = self.partial.len();
         let more = self.need.saturating_sub(have).clamp(1, have.max(READ_BYTES));
-        let space = more.min(READ_BYTES);
+        let space = more.min(READ_BYTES).min(self.turn.read_bytes().max(READ_BYTES_MIN));
         if self.partial.capacity() - have < space {
             // What the buffer has is counted already.
             let room = self.incoming_room() + self.counted_bytes.saturating_sub(have);
@@ -800,6 +835,7 @@ impl Connection {
             _ => 0,
         };
         self.partial.truncate(have + n);
+        self.turn.add_read(n);
         let now = self.front.now();
         match read {
             Poll::Pending => return Ok(false),
@@ -814,7 +850,7 @@ impl Connection {
             self.keep_rest(bytes, consumed)?;
         }
         if n == space {
-            self.end_turn();
+            self.turn.use_up();
         }
         Ok(true)
     }
@@ -867,8 +903,10 @@ impl Connection {
     async fn finish(mut self, close: Close) {
         while !self.pending.is_empty() {
             // It was taken: its subscribers get it, whatever became of the publisher.
-            self.work = 0;
+            let lane = self.front.lanes.enter().await;
+            self.turn = Turn::WHOLE;
             self.deliver_pending(self.front.now());
+            drop(lane);
             tokio::task::yield_now().await;
         }
         let now = self.front.now();
@@ -972,20 +1010,40 @@ async fn say_goodbye(io: Io, mut rest: &[u8], linger: bool) -> io::Result<()> {
                 }
             }
             socket2::SockRef::from((*socket).as_ref()).shutdown(std::net::Shutdown::Write)?;
-            let mut sink = vec![0u8; if linger { 1024 } else { 0 }];
-            while linger && read.read(&mut sink).await? > 0 {}
+            if linger {
+                drain(&mut read).await?;
+            }
         }
         Io::Tls(mut stream) => {
             stream.write_all(rest).await?;
             stream.shutdown().await?;
-            let mut sink = vec![0u8; if linger { 1024 } else { 0 }];
-            while linger && stream.read(&mut sink).await? > 0 {}
+            if linger {
+                drain(&mut stream).await?;
+            }
         }
     }
     Ok(())
 }
 
+/// Reads what still comes until the peer closes, a little at a time: whoever is being closed gets no more of the processor.
+async fn drain(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+    let mut sink = vec![0; DRAIN_BYTES];
+    while from.read(&mut sink).await? > 0 {
+        tokio::time::sleep(DRAIN_PAUSE).await;
+    }
+    Ok(())
+}
+
 impl Io {
+    /// Whether there may be something to read.
+    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match self {
+            Self::Plain(_, socket) => (**socket).as_ref().poll_read_ready(cx).map(drop),
+            // It may have bytes that it has decrypted.
+            Self::Tls(_) => Poll::Ready(()),
+        }
+    }
+
     fn poll_read(&mut self, cx: &mut Context<'_>, space: &mut [u8]) -> Poll<io::Result<usize>> {
         match self {
             Self::Plain(socket, _) => {

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use super::session::Session;
 use super::stats::add;
+use super::turns::Turn;
 use super::{Front, Now};
 use crate::codec::{QoS, Version};
 use crate::message::{Content, Envelope, Message};
@@ -71,7 +72,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// What it costs to hand it to one subscriber, in the unit of [`WORK_PER_POLL`].
+    /// What it costs to hand it to one subscriber, in the unit of [`Turn`].
     fn work_each(&self) -> usize {
         let messages = if self.qos_max == QoS::AtMostOnce { self.lives.len() / 16 } else { self.lives.len() * 4 };
         1 + messages + self.bytes / 1024
@@ -162,11 +163,11 @@ impl Front {
         run: &Run<'_>,
         now: Now,
         touched: &mut Touched,
-        work: &mut usize,
+        turn: &mut Turn,
     ) -> usize {
         let each = run.work_each();
-        let count = (WORK_PER_POLL.saturating_sub(*work) / each).clamp(1, targets.len().max(1)).min(targets.len());
-        *work += each * count;
+        let count = (turn.left() / each).clamp(1, targets.len().max(1)).min(targets.len());
+        turn.add(each * count);
         self.deliver(from, targets.get(..count).unwrap_or_default(), run, now, touched);
         count
     }
@@ -321,7 +322,7 @@ impl PendingRun {
         targets: Arc<[Target]>,
         now: Now,
         touched: &mut Touched,
-        work: &mut usize,
+        turn: &mut Turn,
     ) -> bool {
         let lives: Vec<Live<'_>> = self
             .messages
@@ -335,7 +336,7 @@ impl PendingRun {
             })
             .collect();
         let rest = targets.get(self.delivered..).unwrap_or_default();
-        self.delivered += front.deliver_some(from, rest, &Run::new(&lives, None), now, touched, work);
+        self.delivered += front.deliver_some(from, rest, &Run::new(&lives, None), now, touched, turn);
         let done = self.delivered >= targets.len();
         self.targets = Some(targets);
         done
@@ -346,6 +347,3 @@ impl PendingRun {
 const WRITE_DIRECTLY_MAX: usize = 16;
 /// Bytes given to subscribers before they are written.
 const UNWRITTEN_BYTES_MAX: usize = 1 << 20;
-/// How much one poll does of what a client sent: packets, messages handed to subscribers, steps of searches. A unit is
-/// some 200 ns where it is dear: a SUBSCRIBE of 100 levels counts 107 and takes 22 microseconds. Whoever has little to do waits for one such turn of each that has much.
-pub(crate) const WORK_PER_POLL: usize = 4 << 10;

@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::fanout::{Live, PendingRun, Run, Touched};
 use super::session::{Handle, Session, SessionState, Will};
 use super::stats::add;
+use super::turns::Turn;
 use super::{Front, Now};
 use crate::codec::{QoS, Reason, SubscribeOptions, decode_properties_and_payload};
 use crate::memory::MemoryUse;
@@ -411,7 +412,9 @@ impl Front {
         let session = session.clone();
         tokio::spawn(async move {
             for some in filters.chunks(UNSUBSCRIBED_AT_ONCE) {
+                let lane = front.lanes.enter().await;
                 front.remove_from_tree(&session, some);
+                drop(lane);
                 tokio::task::yield_now().await;
             }
             session.state.lock().filters_gone(&front);
@@ -525,8 +528,8 @@ impl Front {
         };
         let lives = std::slice::from_ref(&live);
         let (targets, ..) = self.targets(publish.topic);
-        let (mut touched, mut work) = (Touched::default(), 0);
-        let delivered = self.deliver_some(None, &targets, &Run::new(lives, None), now, &mut touched, &mut work);
+        let (mut touched, mut turn) = (Touched::default(), Turn::WHOLE);
+        let delivered = self.deliver_some(None, &targets, &Run::new(lives, None), now, &mut touched, &mut turn);
         self.flush(&mut touched);
         if delivered >= targets.len() {
             return;
@@ -536,8 +539,9 @@ impl Front {
         tokio::spawn(async move {
             while let Some(targets) = rest.targets() {
                 tokio::task::yield_now().await;
-                let (mut touched, mut work) = (Touched::default(), 0);
-                let done = rest.go_on(&front, None, targets, front.now(), &mut touched, &mut work);
+                let _lane = front.lanes.enter().await;
+                let (mut touched, mut turn) = (Touched::default(), Turn::WHOLE);
+                let done = rest.go_on(&front, None, targets, front.now(), &mut touched, &mut turn);
                 front.flush(&mut touched);
                 if done {
                     break;

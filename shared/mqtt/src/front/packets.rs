@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
 use super::connection::{Close, Connection, Held, Reply, Stage};
-use super::fanout::{Live, PendingRun, Run, Target, Touched, WORK_PER_POLL};
+use super::fanout::{Live, PendingRun, Run, Target, Touched};
 use super::session::Will;
 use super::stats::add;
 use super::{Front, Now};
@@ -52,7 +52,7 @@ impl Connection {
             {
                 break Err(close);
             }
-            if !self.may_read() {
+            if self.turn.is_over() || !self.may_read() {
                 self.backlog = !rest.is_empty();
                 break Ok(());
             }
@@ -81,15 +81,15 @@ impl Connection {
     ) -> Result<(), Close> {
         let Some(version) = self.version else { return self.first_packet(frame, now) };
         let (kind, bytes) = (frame.first >> 4, frame.bytes.len());
-        self.work += match kind {
+        self.turn.add(match kind {
             3 => 1 + bytes / 1024,
             // Each level is a node of the tree.
             8 | 10 => 1 + bytes / 2,
             _ => 1 + bytes / 16,
-        };
+        });
         if kind == 3 {
             let publish = codec::Publish::decode(frame, version)?;
-            self.work += publish.properties.user.len();
+            self.turn.add(publish.properties.user.len());
             let incoming = Incoming { bytes: frame.bytes, buffer, start, publish, alias: None };
             return self.publish(incoming, batch, now);
         }
@@ -478,7 +478,7 @@ impl Connection {
             self.count_topics(self.topics_bytes - route_bytes(&topic, &targets));
         }
         let (targets, generation, steps) = self.front.targets(topic);
-        self.work += steps;
+        self.turn.add(steps);
         let mut bytes = self.topics_bytes + route_bytes(topic, &targets);
         if self.targets.len() >= TARGETS_REMEMBERED {
             let (topic, _, targets) = self.targets.remove(0);
@@ -502,7 +502,7 @@ impl Connection {
     pub(super) fn deliver_pending(&mut self, now: Now) {
         let (front, from) = (self.front.clone(), self.session.clone());
         let mut touched = Touched::default();
-        while self.work < WORK_PER_POLL
+        while !self.turn.is_over()
             && let Some(mut run) = self.pending.pop_front()
         {
             let targets = match run.targets() {
@@ -510,7 +510,7 @@ impl Connection {
                 None => self.targets_of(run.topic()),
             };
             let bytes = run.bytes();
-            if run.go_on(&front, from.as_ref(), targets, now, &mut touched, &mut self.work) {
+            if run.go_on(&front, from.as_ref(), targets, now, &mut touched, &mut self.turn) {
                 self.pending_bytes -= bytes;
             } else {
                 self.pending.push_front(run);
@@ -786,7 +786,7 @@ impl<'a, 'b> Delivery<'a, 'b> {
         }) {
             let Some(Some(first)) = run.first() else { continue };
             // Behind what is delivered in several polls, all is: in order.
-            let later = !connection.pending.is_empty() || connection.work >= WORK_PER_POLL;
+            let later = !connection.pending.is_empty() || connection.turn.is_over();
             let targets = if later { None } else { Some(connection.targets_of(first.topic())) };
             lives.clear();
             for incoming in run.iter().flatten() {
@@ -810,8 +810,8 @@ impl<'a, 'b> Delivery<'a, 'b> {
                 Some(targets) => {
                     let raw = raw_bytes(run, self.version).map(|bytes| (self.version, bytes));
                     let run = Run::new(&lives, raw);
-                    let work = &mut connection.work;
-                    let count = self.front.deliver_some(from.as_ref(), targets, &run, self.now, &mut touched, work);
+                    let turn = &mut connection.turn;
+                    let count = self.front.deliver_some(from.as_ref(), targets, &run, self.now, &mut touched, turn);
                     if count >= targets.len() {
                         continue;
                     }

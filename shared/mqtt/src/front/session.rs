@@ -399,10 +399,10 @@ impl SessionState {
 
     /// Goes some steps through the retained messages and writes those that new subscriptions are to get, as the socket, the
     /// client's window and the memory budget have room. Called by the connection's own task only: a search for one client is
-    /// nobody else's work.
-    pub fn pull_retained(&mut self, front: &Front, now: Now) -> Pulled {
+    /// nobody else's work. Returns also how many steps it went.
+    pub fn pull_retained(&mut self, front: &Front, now: Now) -> (Pulled, usize) {
         if !self.may_pull(front) {
-            return Pulled::Nothing;
+            return (Pulled::Nothing, 0);
         }
         let mut bounds = self.bounds(front);
         if self.out.back.capacity() == 0 {
@@ -445,11 +445,12 @@ impl SessionState {
             self.cursor.pass();
         };
         drop(retained);
-        add(&front.counters.retained_steps_total, RETAINED_STEPS - steps);
+        let steps = RETAINED_STEPS - steps;
+        add(&front.counters.retained_steps_total, steps);
         add(&front.counters.sent_messages_total, sent);
         add(&front.counters.dropped_too_large_total, dropped);
         self.count_bytes(front);
-        pulled
+        (pulled, steps + sent)
     }
 
     fn next_in_backlog(&mut self) {

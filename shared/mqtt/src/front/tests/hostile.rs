@@ -176,11 +176,14 @@ async fn a_client_that_only_asks_and_never_reads_is_not_read_from() {
     }
 }
 
+/// One worker that looks for sockets as often as the brokers' do.
+fn worker() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().event_interval(4).enable_all().build().unwrap()
+}
+
 #[test]
 fn a_turn_of_large_work_is_short() {
-    // The brokers' runtime looks for sockets as often.
-    let runtime = tokio::runtime::Builder::new_current_thread().event_interval(4).enable_all().build().unwrap();
-    runtime.block_on(a_client_between_large_subscribes());
+    worker().block_on(a_client_between_large_subscribes());
 }
 
 async fn a_client_between_large_subscribes() {
@@ -211,6 +214,55 @@ async fn a_client_between_large_subscribes() {
     drop(read);
     assert!(done < 1_000, "{done} of {all} SUBSCRIBEs came before a PINGREQ");
     drop(asking.await.unwrap().unwrap());
+}
+
+#[test]
+fn who_has_little_to_do_does_not_wait_for_all_who_have_much() {
+    worker().block_on(async {
+        let server = Server::start(&nothing_stored()).await;
+        let mut other = server.connect(V4, "other").await;
+        // Searching so many levels is work, and each message is counted.
+        let topic = "l".repeat(1_000);
+        let mut one = Vec::new();
+        Packet::Publish(publish(&topic, &[0; 30_000], AtMostOnce, 0)).encode(V4, &mut one).unwrap();
+        let mut busy = Vec::new();
+        for n in 0..100 {
+            let mut stream = std::net::TcpStream::connect(server.address).unwrap();
+            let mut hello = Vec::new();
+            Packet::Connect(Box::new(connect(V4, &format!("busy-{n}")))).encode(V4, &mut hello).unwrap();
+            std::io::Write::write_all(&mut stream, &hello).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            busy.push(stream);
+        }
+        server.stats(|stats| stats.sessions == 101).await;
+        // All of them have much to do before the broker gets to do any of it.
+        let all = one.repeat(60);
+        for stream in &mut busy {
+            let _ = std::io::Write::write(stream, &all).unwrap();
+        }
+        other.ping().await;
+        let done = server.front.stats().received_messages_total;
+        // A turn reads two of these, and each of a hundred would have had two turns at least.
+        assert!(done < 60, "{done} messages of others came before a PINGREQ");
+        server.stats(|stats| stats.received_messages_total > 400).await;
+    });
+}
+
+#[test]
+fn a_hundred_new_connections_are_not_all_taken_before_others_are_served() {
+    worker().block_on(async {
+        let server = Server::start(&nothing_stored()).await;
+        let mut other = server.connect(V4, "other").await;
+        other.ping().await;
+        let before = server.front.stats().connections_total;
+        // They are connected before the broker gets to run.
+        let new: Vec<_> = (0..100).map(|_| std::net::TcpStream::connect(server.address).unwrap()).collect();
+        other.ping().await;
+        let taken = server.front.stats().connections_total - before;
+        assert!(taken < 30, "{taken} connections were taken before a PINGREQ");
+        server.stats(|stats| stats.connections_total == before + 100).await;
+        drop(new);
+    });
 }
 
 #[tokio::test]

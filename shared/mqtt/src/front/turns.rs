@@ -1,0 +1,291 @@
+//! Whose turn it is, and how long it may be.
+//!
+//! A worker polls connections that are ready one after the other. If each of hundreds did a whole turn, a client that sends a
+//! message now and then would wait for all of them. So a whole turn needs a [lane](Lanes). There are fewer lanes than
+//! workers, and whoever wants one stands in one queue. What is little goes without a lane, on credit that grows with time.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use shared::log::BoxFuture;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// How much a whole turn does of what a client sent: packets, bytes, messages handed to subscribers, steps of searches. A unit is
+/// some 200 ns where it is dear: a SUBSCRIBE of 100 levels counts 107 and takes 22 microseconds.
+pub(crate) const WORK_PER_TURN: usize = 4 << 10;
+/// What a read costs, whatever comes of it: it is a call of the system, and often one to answer.
+const WORK_PER_READ: usize = 32;
+/// Bytes that are read, and perhaps decrypted, for a unit.
+const BYTES_PER_WORK: usize = 128;
+/// Bytes that may be read for a unit that is left.
+const READ_AHEAD: usize = 16;
+/// The credit of who has just come: enough for a CONNECT and some SUBSCRIBEs.
+const CREDIT_FIRST: i64 = 128;
+/// The most that is saved up, and the most that is owed.
+const CREDIT_MAX: i64 = 512;
+const DEBT_MAX: i64 = WORK_PER_TURN as i64;
+/// A turn that did less is over at once.
+const SHORT: usize = CREDIT_MAX as usize;
+/// Less than this is not worth a turn.
+const CREDIT_MIN: i64 = WORK_PER_READ as i64;
+/// How long a unit of credit takes to grow: a twentieth of a worker's time, or 14,000 small messages a second, one by one.
+const CREDIT_UNIT: Duration = Duration::from_micros(2);
+
+/// Permits for whole turns. A worker is left for those who want little, where there are two.
+#[derive(Debug, Clone)]
+pub(crate) struct Lanes(Arc<Semaphore>);
+
+impl Default for Lanes {
+    fn default() -> Self {
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::new(workers.saturating_sub(1).max(1))
+    }
+}
+
+impl Lanes {
+    fn new(count: usize) -> Self {
+        Self(Arc::new(Semaphore::new(count)))
+    }
+
+    /// Waits for a lane, which is held until what is returned is dropped. Nothing that waits may be done in it.
+    pub async fn enter(&self) -> Option<OwnedSemaphorePermit> {
+        self.0.clone().acquire_owned().await.ok()
+    }
+
+    /// Does `work` so that each poll of it is a whole turn.
+    pub async fn paced<T>(&self, work: impl Future<Output = T>) -> T {
+        let (mut work, mut queue) = (pin!(work), Queue::default());
+        std::future::poll_fn(|cx| {
+            let _lane = std::task::ready!(queue.poll(self, cx, true));
+            work.as_mut().poll(cx)
+        })
+        .await
+    }
+}
+
+/// A place in the queue for a lane, once it was asked for.
+#[derive(Default)]
+struct Queue(Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>);
+
+impl Queue {
+    /// A lane that is free or has come to it; without one it stands in the queue if it `must`. `None`: there are no lanes any
+    /// more, and nobody to wait for.
+    fn poll(&mut self, lanes: &Lanes, cx: &mut Context<'_>, must: bool) -> Poll<Option<OwnedSemaphorePermit>> {
+        if self.0.is_none() {
+            if let Ok(lane) = lanes.0.clone().try_acquire_owned() {
+                return Poll::Ready(Some(lane));
+            }
+            if !must {
+                return Poll::Pending;
+            }
+        }
+        let place = self.0.get_or_insert_with(|| {
+            let lanes = lanes.clone();
+            Box::pin(async move { lanes.enter().await })
+        });
+        let lane = std::task::ready!(place.as_mut().poll(cx));
+        self.0 = None;
+        Poll::Ready(lane)
+    }
+}
+
+/// How much may be done at once, and what was.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Turn {
+    may: usize,
+    done: usize,
+}
+
+impl Turn {
+    /// Nothing may be done.
+    pub const NONE: Self = Self { may: 0, done: 0 };
+    /// One of [`WORK_PER_TURN`].
+    pub const WHOLE: Self = Self { may: WORK_PER_TURN, done: 0 };
+
+    pub fn add(&mut self, work: usize) {
+        self.done = self.done.saturating_add(work);
+    }
+
+    /// So many bytes were read.
+    pub fn add_read(&mut self, bytes: usize) {
+        self.add(WORK_PER_READ + bytes / BYTES_PER_WORK);
+    }
+
+    /// There is more than may be done.
+    pub fn use_up(&mut self) {
+        self.done = self.done.max(self.may);
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.done >= self.may
+    }
+
+    pub fn is_whole(&self) -> bool {
+        self.may >= WORK_PER_TURN
+    }
+
+    pub fn left(&self) -> usize {
+        self.may.saturating_sub(self.done)
+    }
+
+    /// How many bytes may be read at once.
+    pub fn read_bytes(&self) -> usize {
+        self.left() * READ_AHEAD
+    }
+}
+
+/// Gives one connection its turns.
+pub(super) struct Pace {
+    lanes: Lanes,
+    queue: Queue,
+    lane: Option<OwnedSemaphorePermit>,
+    /// Units that may be done without a lane; below zero: done in one and not made good yet.
+    credit: i64,
+    credited: Instant,
+}
+
+impl Pace {
+    pub fn new(lanes: Lanes, now: Instant) -> Self {
+        Self { lanes, queue: Queue::default(), lane: None, credit: CREDIT_FIRST, credited: now }
+    }
+
+    /// The next turn. `None`: the connection `wants` to do something and must wait for a lane; `cx` is woken when it has one.
+    pub fn begin(&mut self, wants: bool, now: Instant, cx: &mut Context<'_>) -> Option<Turn> {
+        // Whoever stands in the queue is the next to have it.
+        self.lane = None;
+        let units = now.saturating_duration_since(self.credited).as_micros() / CREDIT_UNIT.as_micros();
+        let units = u32::try_from(units).unwrap_or(u32::MAX);
+        self.credited += CREDIT_UNIT * units;
+        self.credit = (self.credit + i64::from(units)).min(CREDIT_MAX);
+        if !wants {
+            // A lane that nobody uses is kept from nobody.
+            self.queue = Queue::default();
+        } else if let Poll::Ready(lane) = self.queue.poll(&self.lanes, cx, self.credit < CREDIT_MIN) {
+            self.lane = lane;
+            return Some(Turn::WHOLE);
+        } else if self.credit < CREDIT_MIN {
+            return None;
+        }
+        Some(Turn { may: usize::try_from(self.credit).unwrap_or(0).max(1), done: 0 })
+    }
+
+    /// Ends a turn; true if the connection must be polled again, because there is `more` to do or to give a lane back. After a
+    /// turn that was not short it keeps the lane until then: those that are ready already are polled before, and would take it
+    /// one after the other.
+    pub fn end(&mut self, turn: &Turn, more: bool) -> bool {
+        self.credit = (self.credit - i64::try_from(turn.done).unwrap_or(i64::MAX)).max(-DEBT_MAX);
+        if turn.done < SHORT {
+            self.lane = None;
+        }
+        more || self.lane.is_some()
+    }
+
+    /// Wants no more turns.
+    pub fn leave(&mut self) {
+        (self.queue, self.lane) = (Queue::default(), None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+
+    /// A connection that has used all its credit, and the time.
+    fn spent(lanes: &Lanes) -> (Pace, Instant) {
+        let now = Instant::now();
+        (Pace { credit: 0, ..Pace::new(lanes.clone(), now) }, now)
+    }
+
+    #[test]
+    fn whole_turns_are_done_one_at_a_time_and_in_order() {
+        let (lanes, context) = (Lanes::new(1), &mut Context::from_waker(Waker::noop()));
+        let (mut first, now) = spent(&lanes);
+        let (mut second, _) = spent(&lanes);
+        let (mut third, _) = spent(&lanes);
+        let mut turn = first.begin(true, now, context).unwrap();
+        assert!(turn.is_whole());
+        assert!(second.begin(true, now, context).is_none());
+        assert!(third.begin(true, now, context).is_none());
+        // Who has done little is not held up, but does no more than that.
+        assert_eq!(Pace::new(lanes.clone(), now).begin(true, now, context).unwrap().left(), CREDIT_FIRST as usize);
+        turn.add(SHORT);
+        assert!(first.end(&turn, false), "it must be polled again to give the lane back");
+        assert!(second.begin(true, now, context).is_none(), "others that are ready have their turn before");
+        // It wants another turn, and is the last in the queue.
+        assert!(first.begin(true, now, context).is_none());
+        assert!(third.begin(true, now, context).is_none());
+        let turn = second.begin(true, now, context).unwrap();
+        assert!(turn.is_whole());
+        assert!(!second.end(&turn, false), "it was short");
+        let turn = third.begin(true, now, context).unwrap();
+        assert!(third.end(&turn, true));
+    }
+
+    #[test]
+    fn who_wants_no_lane_any_more_keeps_it_from_nobody() {
+        for leaves in [false, true] {
+            let (lanes, context) = (Lanes::new(1), &mut Context::from_waker(Waker::noop()));
+            let (mut first, now) = spent(&lanes);
+            let (mut second, _) = spent(&lanes);
+            let (mut third, _) = spent(&lanes);
+            let turn = first.begin(true, now, context).unwrap();
+            assert!(second.begin(true, now, context).is_none());
+            assert!(!first.end(&turn, false));
+            // The lane has come to the second.
+            assert!(third.begin(true, now, context).is_none());
+            if leaves {
+                second.leave();
+            } else {
+                assert!(!second.begin(false, now, context).unwrap().is_whole());
+            }
+            assert!(third.begin(true, now, context).unwrap().is_whole());
+        }
+    }
+
+    #[test]
+    fn credit_grows_with_time_up_to_a_bound_and_debts_are_paid() {
+        let (lanes, context) = (Lanes::new(1), &mut Context::from_waker(Waker::noop()));
+        let _lane = lanes.0.clone().try_acquire_owned().unwrap();
+        let (mut pace, now) = spent(&lanes);
+        let after = |micros| now + Duration::from_micros(micros);
+        // Looking often loses nothing.
+        for micros in 1..=199 {
+            pace.begin(false, after(micros), context);
+        }
+        let mut turn = pace.begin(true, after(200), context).unwrap();
+        assert_eq!(turn.left(), 100);
+        turn.add(150);
+        pace.end(&turn, false);
+        assert!(pace.begin(true, after(260), context).is_none(), "50 are owed, 30 made good");
+        assert_eq!(pace.begin(true, after(400), context).unwrap().left(), 50);
+        assert_eq!(pace.begin(true, after(1 << 40), context).unwrap().left(), CREDIT_MAX as usize);
+        turn.add(usize::MAX);
+        pace.end(&turn, false);
+        assert_eq!(pace.credit, -DEBT_MAX);
+    }
+
+    #[tokio::test]
+    async fn what_is_paced_waits_for_a_lane_at_each_poll() {
+        let lanes = Lanes::new(1);
+        let mut polls = 0;
+        let mut paced = Box::pin(lanes.paced(std::future::poll_fn(|cx| {
+            polls += 1;
+            cx.waker().wake_by_ref();
+            if polls < 3 { Poll::Pending } else { Poll::Ready(polls) }
+        })));
+        let context = &mut Context::from_waker(Waker::noop());
+        assert!(paced.as_mut().poll(context).is_pending());
+        let lane = lanes.enter().await;
+        for _ in 0..5 {
+            assert!(paced.as_mut().poll(context).is_pending());
+        }
+        drop(lane);
+        assert!(paced.as_mut().poll(context).is_pending());
+        assert_eq!(paced.as_mut().poll(context), Poll::Ready(3));
+    }
+}
