@@ -56,7 +56,7 @@ const OFFER_AGAIN: Duration = Duration::from_secs(1);
 /// The least time until the next offer when one changed nothing.
 const OFFER_PAUSE: Duration = Duration::from_millis(5);
 /// How long a last goodbye may take.
-const GOODBYE: Duration = Duration::from_millis(500);
+pub(super) const GOODBYE: Duration = Duration::from_millis(500);
 /// What is read of a connection that is being closed at a time, and how long until the next: 2 MB a second.
 const DRAIN_BYTES: usize = 8 << 10;
 const DRAIN_PAUSE: Duration = Duration::from_millis(4);
@@ -356,7 +356,7 @@ impl Connection {
     fn advance(&mut self, cx: &mut Context<'_>) -> Result<(), Close> {
         self.handle.register(cx.waker());
         let wants = self.wants_turn(cx);
-        let turn = self.pace.begin(wants, Instant::now(), cx);
+        let turn = self.pace.begin(wants, cx);
         // Answers leave and clocks run while it waits for its turn.
         self.turn = turn.unwrap_or(Turn::NONE);
         // One that waits is woken by its lane.
@@ -1026,7 +1026,7 @@ async fn say_goodbye(io: Io, mut rest: &[u8], linger: bool) -> io::Result<()> {
 }
 
 /// Reads what still comes until the peer closes, a little at a time: whoever is being closed gets no more of the processor.
-async fn drain(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
+pub(super) async fn drain(from: &mut (impl AsyncRead + Unpin)) -> io::Result<()> {
     let mut sink = vec![0; DRAIN_BYTES];
     while from.read(&mut sink).await? > 0 {
         tokio::time::sleep(DRAIN_PAUSE).await;

@@ -71,7 +71,7 @@ impl Lanes {
 struct Queue(Option<BoxFuture<'static, Option<OwnedSemaphorePermit>>>);
 
 impl Queue {
-    /// A lane that is free or has come to it; without one it stands in the queue if it `must`. `None`: there are no lanes any
+    /// A lane that is free or has come to it; if there is none and it `must`, it stands in the queue. `None`: there are no lanes any
     /// more, and nobody to wait for.
     fn poll(&mut self, lanes: &Lanes, cx: &mut Context<'_>, must: bool) -> Poll<Option<OwnedSemaphorePermit>> {
         if self.0.is_none() {
@@ -153,23 +153,35 @@ impl Pace {
     }
 
     /// The next turn. `None`: the connection `wants` to do something and must wait for a lane; `cx` is woken when it has one.
-    pub fn begin(&mut self, wants: bool, now: Instant, cx: &mut Context<'_>) -> Option<Turn> {
+    pub fn begin(&mut self, wants: bool, cx: &mut Context<'_>) -> Option<Turn> {
         // Whoever stands in the queue is the next to have it.
         self.lane = None;
+        if !wants {
+            // A lane that nobody uses is kept from nobody.
+            self.queue = Queue::default();
+            return Some(Turn { may: CREDIT_FIRST as usize, done: 0 });
+        }
+        let must = self.queue.0.is_some();
+        if let Poll::Ready(lane) = self.queue.poll(&self.lanes, cx, must) {
+            self.lane = lane;
+            return Some(Turn::WHOLE);
+        }
+        self.grow(Instant::now());
+        if let Ok(may) = usize::try_from(self.credit)
+            && self.credit >= CREDIT_MIN
+        {
+            return Some(Turn { may, done: 0 });
+        }
+        let Poll::Ready(lane) = self.queue.poll(&self.lanes, cx, true) else { return None };
+        self.lane = lane;
+        Some(Turn::WHOLE)
+    }
+
+    fn grow(&mut self, now: Instant) {
         let units = now.saturating_duration_since(self.credited).as_micros() / CREDIT_UNIT.as_micros();
         let units = u32::try_from(units).unwrap_or(u32::MAX);
         self.credited += CREDIT_UNIT * units;
         self.credit = (self.credit + i64::from(units)).min(CREDIT_MAX);
-        if !wants {
-            // A lane that nobody uses is kept from nobody.
-            self.queue = Queue::default();
-        } else if let Poll::Ready(lane) = self.queue.poll(&self.lanes, cx, self.credit < CREDIT_MIN) {
-            self.lane = lane;
-            return Some(Turn::WHOLE);
-        } else if self.credit < CREDIT_MIN {
-            return None;
-        }
-        Some(Turn { may: usize::try_from(self.credit).unwrap_or(0).max(1), done: 0 })
     }
 
     /// Ends a turn; true if the connection must be polled again, because there is `more` to do or to give a lane back. After a
@@ -197,7 +209,8 @@ mod tests {
 
     /// A connection that has used all its credit, and the time.
     fn spent(lanes: &Lanes) -> (Pace, Instant) {
-        let now = Instant::now();
+        // It has had no time yet.
+        let now = Instant::now() + Duration::from_secs(3600);
         (Pace { credit: 0, ..Pace::new(lanes.clone(), now) }, now)
     }
 
@@ -207,22 +220,22 @@ mod tests {
         let (mut first, now) = spent(&lanes);
         let (mut second, _) = spent(&lanes);
         let (mut third, _) = spent(&lanes);
-        let mut turn = first.begin(true, now, context).unwrap();
+        let mut turn = first.begin(true, context).unwrap();
         assert!(turn.is_whole());
-        assert!(second.begin(true, now, context).is_none());
-        assert!(third.begin(true, now, context).is_none());
+        assert!(second.begin(true, context).is_none());
+        assert!(third.begin(true, context).is_none());
         // Who has done little is not held up, but does no more than that.
-        assert_eq!(Pace::new(lanes.clone(), now).begin(true, now, context).unwrap().left(), CREDIT_FIRST as usize);
+        assert_eq!(Pace::new(lanes.clone(), now).begin(true, context).unwrap().left(), CREDIT_FIRST as usize);
         turn.add(SHORT);
         assert!(first.end(&turn, false), "it must be polled again to give the lane back");
-        assert!(second.begin(true, now, context).is_none(), "others that are ready have their turn before");
+        assert!(second.begin(true, context).is_none(), "others that are ready have their turn before");
         // It wants another turn, and is the last in the queue.
-        assert!(first.begin(true, now, context).is_none());
-        assert!(third.begin(true, now, context).is_none());
-        let turn = second.begin(true, now, context).unwrap();
+        assert!(first.begin(true, context).is_none());
+        assert!(third.begin(true, context).is_none());
+        let turn = second.begin(true, context).unwrap();
         assert!(turn.is_whole());
         assert!(!second.end(&turn, false), "it was short");
-        let turn = third.begin(true, now, context).unwrap();
+        let turn = third.begin(true, context).unwrap();
         assert!(third.end(&turn, true));
     }
 
@@ -230,40 +243,41 @@ mod tests {
     fn who_wants_no_lane_any_more_keeps_it_from_nobody() {
         for leaves in [false, true] {
             let (lanes, context) = (Lanes::new(1), &mut Context::from_waker(Waker::noop()));
-            let (mut first, now) = spent(&lanes);
+            let (mut first, _) = spent(&lanes);
             let (mut second, _) = spent(&lanes);
             let (mut third, _) = spent(&lanes);
-            let turn = first.begin(true, now, context).unwrap();
-            assert!(second.begin(true, now, context).is_none());
+            let turn = first.begin(true, context).unwrap();
+            assert!(second.begin(true, context).is_none());
             assert!(!first.end(&turn, false));
             // The lane has come to the second.
-            assert!(third.begin(true, now, context).is_none());
+            assert!(third.begin(true, context).is_none());
             if leaves {
                 second.leave();
             } else {
-                assert!(!second.begin(false, now, context).unwrap().is_whole());
+                assert!(!second.begin(false, context).unwrap().is_whole());
             }
-            assert!(third.begin(true, now, context).unwrap().is_whole());
+            assert!(third.begin(true, context).unwrap().is_whole());
         }
     }
 
     #[test]
     fn credit_grows_with_time_up_to_a_bound_and_debts_are_paid() {
-        let (lanes, context) = (Lanes::new(1), &mut Context::from_waker(Waker::noop()));
-        let _lane = lanes.0.clone().try_acquire_owned().unwrap();
-        let (mut pace, now) = spent(&lanes);
+        let (mut pace, now) = spent(&Lanes::new(1));
         let after = |micros| now + Duration::from_micros(micros);
         // Looking often loses nothing.
-        for micros in 1..=199 {
-            pace.begin(false, after(micros), context);
-        }
-        let mut turn = pace.begin(true, after(200), context).unwrap();
-        assert_eq!(turn.left(), 100);
+        (1..=199).for_each(|micros| pace.grow(after(micros)));
+        pace.grow(after(200));
+        assert_eq!(pace.credit, 100);
+        let mut turn = Turn::WHOLE;
         turn.add(150);
         pace.end(&turn, false);
-        assert!(pace.begin(true, after(260), context).is_none(), "50 are owed, 30 made good");
-        assert_eq!(pace.begin(true, after(400), context).unwrap().left(), 50);
-        assert_eq!(pace.begin(true, after(1 << 40), context).unwrap().left(), CREDIT_MAX as usize);
+        assert_eq!(pace.credit, -50);
+        pace.grow(after(260));
+        assert_eq!(pace.credit, -20);
+        pace.grow(after(400));
+        assert_eq!(pace.credit, 50);
+        pace.grow(after(1 << 40));
+        assert_eq!(pace.credit, CREDIT_MAX);
         turn.add(usize::MAX);
         pace.end(&turn, false);
         assert_eq!(pace.credit, -DEBT_MAX);

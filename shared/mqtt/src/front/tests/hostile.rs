@@ -176,6 +176,14 @@ async fn a_client_that_only_asks_and_never_reads_is_not_read_from() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_is_being_closed_and_still_sends_is_read_from_slowly() {
+    let mut endless = tokio::io::repeat(b'x').take(64 << 20);
+    tokio::time::timeout(connection::GOODBYE, connection::drain(&mut endless)).await.unwrap_err();
+    let read = (64 << 20) - endless.limit();
+    assert!((500_000..2_000_000).contains(&read), "{read} bytes");
+}
+
 /// One worker that looks for sockets as often as the brokers' do.
 fn worker() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().event_interval(4).enable_all().build().unwrap()
