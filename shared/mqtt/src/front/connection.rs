@@ -172,6 +172,7 @@ pub(super) struct Connection {
     pub pending: VecDeque<PendingRun>,
     pub pending_bytes: usize,
     pace: Pace,
+    /// What this poll may do, and has done.
     pub turn: Turn,
     /// There are retained messages to search for that the client may get now.
     pulls: bool,
@@ -903,11 +904,9 @@ impl Connection {
     async fn finish(mut self, close: Close) {
         while !self.pending.is_empty() {
             // It was taken: its subscribers get it, whatever became of the publisher.
-            let lane = self.front.lanes.enter().await;
+            let _lane = self.front.lanes.enter().await;
             self.turn = Turn::WHOLE;
             self.deliver_pending(self.front.now());
-            drop(lane);
-            tokio::task::yield_now().await;
         }
         let now = self.front.now();
         self.answers = Answers::default();

@@ -412,10 +412,8 @@ impl Front {
         let session = session.clone();
         tokio::spawn(async move {
             for some in filters.chunks(UNSUBSCRIBED_AT_ONCE) {
-                let lane = front.lanes.enter().await;
+                let _lane = front.lanes.enter().await;
                 front.remove_from_tree(&session, some);
-                drop(lane);
-                tokio::task::yield_now().await;
             }
             session.state.lock().filters_gone(&front);
         });
@@ -538,7 +536,6 @@ impl Front {
         let (Some(front), will) = (self.weak.upgrade(), will.cloned()) else { return };
         tokio::spawn(async move {
             while let Some(targets) = rest.targets() {
-                tokio::task::yield_now().await;
                 let _lane = front.lanes.enter().await;
                 let (mut touched, mut turn) = (Touched::default(), Turn::WHOLE);
                 let done = rest.go_on(&front, None, targets, front.now(), &mut touched, &mut turn);

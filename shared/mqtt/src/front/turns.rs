@@ -50,16 +50,26 @@ impl Lanes {
         Self(Arc::new(Semaphore::new(count)))
     }
 
-    /// Waits for a lane, which is held until what is returned is dropped. Nothing that waits may be done in it.
+    /// Waits for a lane, which is held until what is returned is dropped; nothing that waits may be done in it. Others that are
+    /// ready already are polled before: each of them might take a lane that is free again at once.
     pub async fn enter(&self) -> Option<OwnedSemaphorePermit> {
+        let lane = self.acquire().await;
+        tokio::task::yield_now().await;
+        lane
+    }
+
+    async fn acquire(&self) -> Option<OwnedSemaphorePermit> {
         self.0.clone().acquire_owned().await.ok()
     }
 
     /// Does `work` so that each poll of it is a whole turn.
     pub async fn paced<T>(&self, work: impl Future<Output = T>) -> T {
-        let (mut work, mut queue) = (pin!(work), Queue::default());
+        let mut work = pin!(work);
+        let mut entering: Option<BoxFuture<'_, _>> = None;
         std::future::poll_fn(|cx| {
-            let _lane = std::task::ready!(queue.poll(self, cx, true));
+            let lane = entering.get_or_insert_with(|| Box::pin(self.enter()));
+            let _lane = std::task::ready!(lane.as_mut().poll(cx));
+            entering = None;
             work.as_mut().poll(cx)
         })
         .await
@@ -84,7 +94,7 @@ impl Queue {
         }
         let place = self.0.get_or_insert_with(|| {
             let lanes = lanes.clone();
-            Box::pin(async move { lanes.enter().await })
+            Box::pin(async move { lanes.acquire().await })
         });
         let lane = std::task::ready!(place.as_mut().poll(cx));
         self.0 = None;
@@ -285,21 +295,25 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_paced_waits_for_a_lane_at_each_poll() {
-        let lanes = Lanes::new(1);
-        let mut polls = 0;
+        let (lanes, polls) = (Lanes::new(1), std::cell::Cell::new(0));
         let mut paced = Box::pin(lanes.paced(std::future::poll_fn(|cx| {
-            polls += 1;
+            polls.set(polls.get() + 1);
             cx.waker().wake_by_ref();
-            if polls < 3 { Poll::Pending } else { Poll::Ready(polls) }
+            if polls.get() < 3 { Poll::Pending } else { Poll::Ready(()) }
         })));
         let context = &mut Context::from_waker(Waker::noop());
-        assert!(paced.as_mut().poll(context).is_pending());
-        let lane = lanes.enter().await;
+        // Others first, in the lane, and then its work, and others again.
+        for (done, free) in [(0, 0), (1, 1), (1, 0), (2, 1)] {
+            assert!(paced.as_mut().poll(context).is_pending());
+            assert_eq!((polls.get(), lanes.0.available_permits()), (done, free));
+        }
+        let lane = lanes.0.clone().try_acquire_owned().unwrap();
         for _ in 0..5 {
             assert!(paced.as_mut().poll(context).is_pending());
         }
         drop(lane);
         assert!(paced.as_mut().poll(context).is_pending());
-        assert_eq!(paced.as_mut().poll(context), Poll::Ready(3));
+        assert_eq!(polls.get(), 2);
+        assert!(paced.as_mut().poll(context).is_ready());
     }
 }
