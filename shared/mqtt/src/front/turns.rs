@@ -169,12 +169,15 @@ impl Pace {
         if !wants {
             // A lane that nobody uses is kept from nobody.
             self.queue = Queue::default();
-            return Some(Turn { may: CREDIT_FIRST as usize, done: 0 });
         }
         let must = self.queue.0.is_some();
         if let Poll::Ready(lane) = self.queue.poll(&self.lanes, cx, must) {
             self.lane = lane;
             return Some(Turn::WHOLE);
+        }
+        if !wants {
+            // Something may come while it looks.
+            return Some(Turn { may: CREDIT_FIRST as usize, done: 0 });
         }
         self.grow(Instant::now());
         if let Ok(may) = usize::try_from(self.credit)
@@ -230,6 +233,8 @@ mod tests {
         let (mut first, now) = spent(&lanes);
         let (mut second, _) = spent(&lanes);
         let (mut third, _) = spent(&lanes);
+        // Something may come while it looks, and a window of messages is not to be cut in two for that.
+        assert!(first.begin(false, context).unwrap().is_whole());
         let mut turn = first.begin(true, context).unwrap();
         assert!(turn.is_whole());
         assert!(second.begin(true, context).is_none());
@@ -259,7 +264,7 @@ mod tests {
             let turn = first.begin(true, context).unwrap();
             assert!(second.begin(true, context).is_none());
             assert!(!first.end(&turn, false));
-            // The lane has come to the second.
+            // The lane has come to the second, and the third is behind it.
             assert!(third.begin(true, context).is_none());
             if leaves {
                 second.leave();
