@@ -219,8 +219,8 @@ async fn beside(context: &Context, neighbour: &Neighbour, quiet_at_least: u32) -
         println!(
             "        {name}: p99 of the innocent {beside} us, quiet {quiet} us, after it {after} us, longest {longest} us"
         );
-        let beside = beside.max(after);
         figures.p99 = beside;
+        let beside = beside.max(after);
         // What the tests build is not optimised, and takes several times as long for a packet.
         let optimised = context.edge.program.is_some();
         let judged = optimised && quiet_at_least > 0;
