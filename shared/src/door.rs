@@ -65,6 +65,20 @@ struct Leave {
     event: Event,
 }
 
+/// Lets other tasks that are ready have their turn. A task that wakes itself goes behind all of them; what a runtime calls yielding
+/// comes before most of them.
+pub async fn others_first() {
+    let mut yielded = false;
+    poll_fn(|context| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 impl Door {
     /// A door with `max` seats, at least one.
     pub fn new(max: usize) -> Arc<Self> {
@@ -85,15 +99,7 @@ impl Door {
     /// had their turn: a hundred connections that come at once would all stand before them. Waits for as long as
     /// [`LEAVING_MAX`] evicted connections are still closing.
     pub async fn enter(self: &Arc<Self>) -> Option<Seat> {
-        let mut others_first = true;
-        poll_fn(|context| {
-            if !std::mem::take(&mut others_first) {
-                return Poll::Ready(());
-            }
-            context.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await;
+        others_first().await;
         loop {
             let left = {
                 let mut seats = self.seats.lock();

@@ -55,6 +55,8 @@ const READS_PER_POLL: usize = 2;
 const OFFER_AGAIN: Duration = Duration::from_secs(1);
 /// The least time until the next offer when one changed nothing.
 const OFFER_PAUSE: Duration = Duration::from_millis(5);
+/// What it costs to take a filter of an ended session out of the tree, in units of a turn.
+const WORK_PER_FILTER_REMOVED: usize = 32;
 /// How long a last goodbye may take.
 pub(super) const GOODBYE: Duration = Duration::from_millis(500);
 /// What is read of a connection that is being closed at a time, and how long until the next: 2 MB a second.
@@ -171,7 +173,7 @@ pub(super) struct Connection {
     /// What is being delivered in several polls, in order, and the bytes it occupies. Nothing is read meanwhile.
     pub pending: VecDeque<PendingRun>,
     pub pending_bytes: usize,
-    pace: Pace,
+    pub pace: Pace,
     /// What this poll may do, and has done.
     pub turn: Turn,
     /// There are retained messages to search for that the client may get now.
@@ -376,6 +378,7 @@ impl Connection {
     /// Whether there is something to do that takes a turn; asks to be woken when there is something to read.
     fn wants_turn(&mut self, cx: &mut Context<'_>) -> bool {
         self.pulls
+            || self.pace.needs_lane
             || !self.pending.is_empty()
             || self.may_read() && (self.backlog || self.io.poll_read_ready(cx).is_ready())
     }
@@ -434,6 +437,16 @@ impl Connection {
         let Stage::Claiming(claim) = &mut self.stage else { return Ok(()) };
         let Poll::Ready(claimed) = claim.as_mut().poll(cx) else { return Ok(()) };
         let Some(terms) = &self.terms else { return Ok(()) };
+        if let Ok(session) = &claimed
+            && terms.clean_start
+        {
+            let work = session.state.lock().subscriptions.len() * WORK_PER_FILTER_REMOVED;
+            if self.pace.puts_off(&mut self.turn, work) {
+                self.stage = Stage::Claiming(Box::pin(std::future::ready(claimed)));
+                return Ok(());
+            }
+            self.turn.add(work);
+        }
         match claimed {
             Err(reason) => {
                 self.refuse_connect(reason);
@@ -575,7 +588,7 @@ impl Connection {
 
     fn poll_write(&mut self, cx: &mut Context<'_>, now: Now) -> Result<(), Close> {
         let Some(session) = &self.session else { return Ok(()) };
-        let mut pulled = Pulled::Nothing;
+        let (mut pulled, tried) = (Pulled::Nothing, !self.turn.is_over());
         {
             let mut state = session.state.lock();
             if !self.reply.is_empty() {
@@ -584,20 +597,21 @@ impl Connection {
                 self.reply.clear();
                 self.reply.shrink_to(1024);
             }
-            if !state.backlog.is_empty() && !self.turn.is_over() {
-                let steps;
-                (pulled, steps) = state.pull_retained(&self.front, now);
-                self.turn.add(steps);
+            if tried && !state.backlog.is_empty() {
+                let work;
+                (pulled, work) = state.pull_retained(&self.front, now);
+                self.turn.add(work);
             }
         }
         self.write_out(cx)?;
         if let Some(session) = &self.session {
             let mut state = session.state.lock();
-            self.pull_again = None;
             if pulled == Pulled::NoRoom {
                 self.pull_again = Some(now.instant + PULL_PAUSE);
+            } else if tried || state.backlog.is_empty() {
+                self.pull_again = None;
             }
-            self.pulls = pulled != Pulled::NoRoom && state.may_pull(&self.front);
+            self.pulls = self.pull_again.is_none() && state.may_pull(&self.front);
             if self.pulls && !self.turn.is_over() {
                 cx.waker().wake_by_ref();
             }

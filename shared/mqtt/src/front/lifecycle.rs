@@ -526,7 +526,7 @@ impl Front {
         };
         let lives = std::slice::from_ref(&live);
         let (targets, ..) = self.targets(publish.topic);
-        let (mut touched, mut turn) = (Touched::default(), Turn::WHOLE);
+        let (mut touched, mut turn) = (Touched::default(), Turn::LITTLE);
         let delivered = self.deliver_some(None, &targets, &Run::new(lives, None), now, &mut touched, &mut turn);
         self.flush(&mut touched);
         if delivered >= targets.len() {

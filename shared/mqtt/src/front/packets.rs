@@ -61,6 +61,10 @@ impl Connection {
                 Ok(Split::More { .. }) => break Ok(()),
                 Err(error) => break Err(error.into()),
             };
+            if self.pace.puts_off(&mut self.turn, packet_work(&frame)) {
+                self.backlog = true;
+                break Ok(());
+            }
             at += frame.bytes.len();
             if let Err(close) = self.packet(&frame, bytes, at - frame.bytes.len(), &mut batch, now) {
                 break Err(close);
@@ -80,14 +84,8 @@ impl Connection {
         now: Now,
     ) -> Result<(), Close> {
         let Some(version) = self.version else { return self.first_packet(frame, now) };
-        let (kind, bytes) = (frame.first >> 4, frame.bytes.len());
-        self.turn.add(match kind {
-            3 => 1 + bytes / 1024,
-            // Each level is a node of the tree.
-            8 | 10 => 1 + bytes / 2,
-            _ => 1 + bytes / 16,
-        });
-        if kind == 3 {
+        self.turn.add(packet_work(frame));
+        if frame.first >> 4 == 3 {
             let publish = codec::Publish::decode(frame, version)?;
             self.turn.add(publish.properties.user.len());
             let incoming = Incoming { bytes: frame.bytes, buffer, start, publish, alias: None };
@@ -824,6 +822,17 @@ impl<'a, 'b> Delivery<'a, 'b> {
         }
         self.front.flush(&mut touched);
         connection.pause_for(touched, self.now);
+    }
+}
+
+/// What a packet costs by itself, in units of a turn.
+fn packet_work(frame: &Frame<'_>) -> usize {
+    let bytes = frame.bytes.len();
+    match frame.first >> 4 {
+        3 => 1 + bytes / 1024,
+        // Each level is a node of the tree.
+        8 | 10 => 1 + bytes / 2,
+        _ => 1 + bytes / 16,
     }
 }
 

@@ -399,7 +399,7 @@ impl SessionState {
 
     /// Goes some steps through the retained messages and writes those that new subscriptions are to get, as the socket, the
     /// client's window and the memory budget have room. Called by the connection's own task only: a search for one client is
-    /// nobody else's work. Returns also how many steps it went.
+    /// nobody else's work. Returns also what it cost, in units of a turn.
     pub fn pull_retained(&mut self, front: &Front, now: Now) -> (Pulled, usize) {
         if !self.may_pull(front) {
             return (Pulled::Nothing, 0);
@@ -408,7 +408,7 @@ impl SessionState {
         if self.out.back.capacity() == 0 {
             self.out.back = front.pool.take();
         }
-        let mut steps = RETAINED_STEPS;
+        let (mut steps, before) = (RETAINED_STEPS, self.pending_bytes());
         let (mut sent, mut dropped) = (0, 0);
         let retained = front.retained.lock();
         let pulled = loop {
@@ -450,7 +450,7 @@ impl SessionState {
         add(&front.counters.sent_messages_total, sent);
         add(&front.counters.dropped_too_large_total, dropped);
         self.count_bytes(front);
-        (pulled, steps + sent)
+        (pulled, steps + sent + self.pending_bytes().saturating_sub(before) / 1024)
     }
 
     fn next_in_backlog(&mut self) {

@@ -229,7 +229,7 @@ fn who_has_little_to_do_does_not_wait_for_all_who_have_much() {
     worker().block_on(async {
         let server = Server::start(&nothing_stored()).await;
         let mut other = server.connect(V4, "other").await;
-        // Searching so many levels is work, and each message is counted.
+        // A read takes two of these.
         let topic = "l".repeat(1_000);
         let mut one = Vec::new();
         Packet::Publish(publish(&topic, &[0; 30_000], AtMostOnce, 0)).encode(V4, &mut one).unwrap();
@@ -254,6 +254,51 @@ fn who_has_little_to_do_does_not_wait_for_all_who_have_much() {
         assert!(done < 60, "{done} messages of others came before a PINGREQ");
         server.stats(|stats| stats.received_messages_total > 400).await;
     });
+}
+
+#[tokio::test]
+async fn one_dear_packet_waits_for_a_lane_and_cheap_ones_do_not() {
+    let server = Server::start(&nothing_stored()).await;
+    let mut greedy = server.connect(V4, "greedy").await;
+    let mut other = server.connect(V4, "other").await;
+    let lane = server.front.lanes.enter().await;
+    let filters: Vec<_> = (0..500).map(|n| format!("{n}{}", "/l".repeat(50))).collect();
+    let filters = filters.iter().map(|filter| (filter.as_str(), SubscribeOptions::default())).collect();
+    let subscribe = Subscribe { packet_id: 1, properties: Properties::default(), filters };
+    greedy.send(&Packet::Subscribe(subscribe)).await;
+    // Nobody gives the lane back meanwhile: what is cheap is done on credit, which takes a millisecond to grow.
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    other.ping().await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    other.subscribe("cheap", AtMostOnce).await;
+    assert_eq!(server.front.stats().subscriptions, 1);
+    drop(lane);
+    server.stats(|stats| stats.subscriptions == 501).await;
+}
+
+#[tokio::test]
+async fn ending_a_session_of_many_filters_waits_for_a_lane() {
+    let server = Server::start(&nothing_stored()).await;
+    let (mut client, _) = server.connect_with(kept(V4, "many")).await;
+    let filters: Vec<_> = (0..100).map(|n| format!("a/{n}")).collect();
+    let filters: Vec<_> = filters.iter().map(|filter| (filter.as_str(), SubscribeOptions::default())).collect();
+    client.subscribe_with(1, &filters, None).await;
+    drop(client);
+    server.stats(|stats| stats.connections == 0).await;
+    let lane = server.front.lanes.enter().await;
+    let mut again = server.raw().await;
+    again.version = V4;
+    again.send(&Packet::Connect(Box::new(connect(V4, "many")))).await;
+    let mut other = server.connect(V4, "other").await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    other.ping().await;
+    assert_eq!(server.front.stats().subscriptions, 100);
+    drop(lane);
+    let frame = again.recv().await;
+    assert!(
+        matches!(again.read(&frame), Packet::ConnAck(ack) if ack.reason == Reason::SUCCESS && !ack.session_present)
+    );
+    assert_eq!(server.front.stats().subscriptions, 0);
 }
 
 #[test]
