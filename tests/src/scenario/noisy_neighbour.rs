@@ -184,7 +184,7 @@ async fn beside(context: &Context, neighbour: &Neighbour, quiet_at_least: u32) -
     let (lines, descriptors) = (edge.log_text().lines().count(), open_descriptors(pid)?);
     let judged = judge(context, neighbour, &arena, &lab, &mut edge, &innocent).await;
     let acked = innocent.finish().await;
-    let figures = match judged {
+    let mut figures = match judged {
         Ok(figures) => figures,
         Err(error) => {
             // What became of the innocent says more than that something else went wrong.
@@ -207,7 +207,6 @@ async fn beside(context: &Context, neighbour: &Neighbour, quiet_at_least: u32) -
         edge.log.display()
     );
     ensure!(!edge.log_text().contains("panicked"), "it panicked; see {}", edge.log.display());
-    let mut figures = figures;
     if context.full {
         let part = |from, to| acked.times.get(from..to).unwrap_or_default().to_vec();
         let beside = part(quiet.len(), figures.times_beside);

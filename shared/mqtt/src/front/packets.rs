@@ -61,12 +61,13 @@ impl Connection {
                 Ok(Split::More { .. }) => break Ok(()),
                 Err(error) => break Err(error.into()),
             };
-            if self.pace.puts_off(&mut self.turn, packet_work(&frame)) {
+            let work = packet_work(&frame);
+            if self.pace.puts_off(&mut self.turn, work) {
                 self.backlog = true;
                 break Ok(());
             }
             at += frame.bytes.len();
-            if let Err(close) = self.packet(&frame, bytes, at - frame.bytes.len(), &mut batch, now) {
+            if let Err(close) = self.packet(&frame, work, bytes, at - frame.bytes.len(), &mut batch, now) {
                 break Err(close);
             }
         };
@@ -78,13 +79,14 @@ impl Connection {
     fn packet<'a>(
         &mut self,
         frame: &Frame<'a>,
+        work: usize,
         buffer: &'a [u8],
         start: usize,
         batch: &mut Vec<Incoming<'a>>,
         now: Now,
     ) -> Result<(), Close> {
         let Some(version) = self.version else { return self.first_packet(frame, now) };
-        self.turn.add(packet_work(frame));
+        self.turn.add(work);
         if frame.first >> 4 == 3 {
             let publish = codec::Publish::decode(frame, version)?;
             self.turn.add(publish.properties.user.len());

@@ -302,6 +302,38 @@ async fn ending_a_session_of_many_filters_waits_for_a_lane() {
     assert_eq!(server.front.stats().subscriptions, 0);
 }
 
+#[tokio::test]
+async fn what_is_left_of_who_is_gone_waits_for_a_lane() {
+    let server = Server::start(&nothing_stored()).await;
+    let mut subscribers = Vec::new();
+    for n in 0..60 {
+        let mut client = server.connect(V4, &n.to_string()).await;
+        client.subscribe("gone", AtLeastOnce).await;
+        subscribers.push(client);
+    }
+    let will = Will {
+        topic: "gone",
+        payload: b"x",
+        qos: AtLeastOnce,
+        retain: false,
+        delay_secs: 0,
+        properties: PublishProperties::default(),
+    };
+    let hello = Connect { will: Some(will), ..connect(V4, "many") };
+    let (mut many, _) = server.connect_with(hello).await;
+    let filters: Vec<_> = (0..100).map(|n| format!("a/{n}")).collect();
+    let filters: Vec<_> = filters.iter().map(|filter| (filter.as_str(), SubscribeOptions::default())).collect();
+    many.subscribe_with(1, &filters, None).await;
+    let lane = server.front.lanes.enter().await;
+    drop(many);
+    // The first subscribers have the will; the others wait, and the filters stay.
+    let stats = server.stats(|stats| stats.connections == 60 && stats.sent_messages_total > 0).await;
+    assert!(stats.sent_messages_total < 60, "{stats:?}");
+    assert_eq!(stats.subscriptions, 160);
+    drop(lane);
+    server.stats(|stats| stats.sent_messages_total == 60 && stats.subscriptions == 60).await;
+}
+
 #[test]
 fn a_hundred_new_connections_are_not_all_taken_before_others_are_served() {
     worker().block_on(async {
