@@ -218,7 +218,7 @@ pub(super) async fn run(
             Some(Io::Plain(read, Arc::new(write)))
         }
         Some(config) => {
-            let accept = front.lanes.paced(TlsAcceptor::from(config).accept(stream));
+            let accept = front.lanes.handshake(TlsAcceptor::from(config).accept(stream));
             let kicked = std::future::poll_fn(|cx| {
                 placeholder.register(cx.waker());
                 if placeholder.kicked().is_some() { Poll::Ready(()) } else { Poll::Pending }

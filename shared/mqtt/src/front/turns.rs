@@ -37,7 +37,12 @@ const CREDIT_UNIT: Duration = Duration::from_micros(2);
 
 /// Permits for whole turns. A worker is left for those who want little, where there are two.
 #[derive(Debug, Clone)]
-pub(crate) struct Lanes(Arc<Semaphore>);
+pub(crate) struct Lanes {
+    turns: Arc<Semaphore>,
+    /// Handshakes have as many for themselves: a newcomer would stand behind each turn of thousands that are busy, once per piece
+    /// of its handshake, until its time is over.
+    handshakes: Arc<Semaphore>,
+}
 
 impl Default for Lanes {
     fn default() -> Self {
@@ -49,30 +54,31 @@ impl Default for Lanes {
 
 impl Lanes {
     fn new(count: usize) -> Self {
-        Self(Arc::new(Semaphore::new(count)))
+        let lanes = || Arc::new(Semaphore::new(count));
+        Self { turns: lanes(), handshakes: lanes() }
     }
 
     /// Waits for a lane, which is held until what is returned is dropped; nothing that waits may be done in it. Others that are
     /// ready already are polled before: each of them might take a lane that is free again at once.
     pub async fn enter(&self) -> Option<OwnedSemaphorePermit> {
-        let lane = self.acquire().await;
+        Self::enter_one_of(self.turns.clone()).await
+    }
+
+    async fn enter_one_of(lanes: Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+        let lane = lanes.acquire_owned().await.ok();
         others_first().await;
         lane
     }
 
-    async fn acquire(&self) -> Option<OwnedSemaphorePermit> {
-        self.0.clone().acquire_owned().await.ok()
-    }
-
-    /// Does `work` so that each poll of it is a whole turn.
-    pub async fn paced<T>(&self, work: impl Future<Output = T>) -> T {
-        let mut work = pin!(work);
+    /// Does a handshake so that each poll of it is a whole turn.
+    pub async fn handshake<T>(&self, handshake: impl Future<Output = T>) -> T {
+        let mut handshake = pin!(handshake);
         let mut entering: Option<BoxFuture<'_, _>> = None;
         std::future::poll_fn(|cx| {
-            let lane = entering.get_or_insert_with(|| Box::pin(self.enter()));
+            let lane = entering.get_or_insert_with(|| Box::pin(Self::enter_one_of(self.handshakes.clone())));
             let _lane = std::task::ready!(lane.as_mut().poll(cx));
             entering = None;
-            work.as_mut().poll(cx)
+            handshake.as_mut().poll(cx)
         })
         .await
     }
@@ -87,7 +93,7 @@ impl Queue {
     /// more, and nobody to wait for.
     fn poll(&mut self, lanes: &Lanes, cx: &mut Context<'_>, must: bool) -> Poll<Option<OwnedSemaphorePermit>> {
         if self.0.is_none() {
-            if let Ok(lane) = lanes.0.clone().try_acquire_owned() {
+            if let Ok(lane) = lanes.turns.clone().try_acquire_owned() {
                 return Poll::Ready(Some(lane));
             }
             if !must {
@@ -96,7 +102,7 @@ impl Queue {
         }
         let place = self.0.get_or_insert_with(|| {
             let lanes = lanes.clone();
-            Box::pin(async move { lanes.acquire().await })
+            Box::pin(async move { lanes.turns.acquire_owned().await.ok() })
         });
         let lane = std::task::ready!(place.as_mut().poll(cx));
         self.0 = None;
@@ -304,14 +310,14 @@ mod tests {
         turn.use_up();
         pace.end(&turn, false);
         pace.lane = None;
-        let _lane = lanes.0.clone().try_acquire_owned().unwrap();
+        let _lane = lanes.turns.clone().try_acquire_owned().unwrap();
         assert!(pace.begin(true, context).is_none());
     }
 
     #[test]
     fn one_dear_packet_waits_for_a_lane_whatever_the_credit() {
         let (lanes, context) = (Lanes::new(1), &mut Context::from_waker(Waker::noop()));
-        let lane = lanes.0.clone().try_acquire_owned().unwrap();
+        let lane = lanes.turns.clone().try_acquire_owned().unwrap();
         let mut pace = Pace::new(lanes.clone(), Instant::now());
         let mut turn = pace.begin(true, context).unwrap();
         assert!(!pace.puts_off(&mut turn, CREDIT_MAX as usize));
@@ -328,7 +334,7 @@ mod tests {
         pace.end(&turn, false);
         (pace.credit, pace.credited) = (CREDIT_MAX, Instant::now());
         pace.lane = None;
-        let _lane = lanes.0.clone().try_acquire_owned().unwrap();
+        let _lane = lanes.turns.clone().try_acquire_owned().unwrap();
         assert!(pace.begin(true, context).is_some(), "credit is good for what is cheap");
     }
 
@@ -356,9 +362,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_paced_waits_for_a_lane_at_each_poll() {
+    async fn a_handshake_waits_for_a_lane_at_each_poll_and_for_no_turn() {
         let (lanes, polls) = (Lanes::new(1), std::cell::Cell::new(0));
-        let mut paced = Box::pin(lanes.paced(std::future::poll_fn(|cx| {
+        let _turn = lanes.turns.clone().try_acquire_owned().unwrap();
+        let mut handshake = Box::pin(lanes.handshake(std::future::poll_fn(|cx| {
             polls.set(polls.get() + 1);
             cx.waker().wake_by_ref();
             if polls.get() < 3 { Poll::Pending } else { Poll::Ready(()) }
@@ -366,16 +373,16 @@ mod tests {
         let context = &mut Context::from_waker(Waker::noop());
         // Others first, in the lane, and then its work, and others again.
         for (done, free) in [(0, 0), (1, 1), (1, 0), (2, 1)] {
-            assert!(paced.as_mut().poll(context).is_pending());
-            assert_eq!((polls.get(), lanes.0.available_permits()), (done, free));
+            assert!(handshake.as_mut().poll(context).is_pending());
+            assert_eq!((polls.get(), lanes.handshakes.available_permits()), (done, free));
         }
-        let lane = lanes.0.clone().try_acquire_owned().unwrap();
+        let lane = lanes.handshakes.clone().try_acquire_owned().unwrap();
         for _ in 0..5 {
-            assert!(paced.as_mut().poll(context).is_pending());
+            assert!(handshake.as_mut().poll(context).is_pending());
         }
         drop(lane);
-        assert!(paced.as_mut().poll(context).is_pending());
+        assert!(handshake.as_mut().poll(context).is_pending());
         assert_eq!(polls.get(), 2);
-        assert!(paced.as_mut().poll(context).is_ready());
+        assert!(handshake.as_mut().poll(context).is_ready());
     }
 }

@@ -316,6 +316,8 @@ async fn the_same_over_tls() {
     let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     let mut clients = Vec::new();
+    // A newcomer waits for nobody's turn.
+    let lane = front.lanes.enter().await;
     for id in ["a", "b"] {
         let stream = TcpStream::connect(address).await.unwrap();
         let stream = connector.connect("localhost".try_into().unwrap(), stream).await.unwrap();
@@ -324,6 +326,7 @@ async fn the_same_over_tls() {
         client.recv().await;
         clients.push(client);
     }
+    drop(lane);
     let (mut b, mut a) = (clients.pop().unwrap(), clients.pop().unwrap());
     a.subscribe("t", AtLeastOnce).await;
     let payload = vec![3; 300_000];
