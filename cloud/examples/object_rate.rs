@@ -135,7 +135,7 @@ impl Node {
         let shard = Shard::open(settings, Box::new(wal), recovered, Some(archive.cold()), clock)?;
         let (id, name) = (partition(0).topic, TopicName::parse("rate")?);
         let topic = Topic { id, name, partitions: PARTITIONS, configs: BTreeMap::new(), created_ms: 0 };
-        shard.commit(vec![Change::TopicCreated(topic)]).await?;
+        shard.commit(vec![Change::created(topic)]).await?;
         let mut archiving = JoinSet::new();
         archiving.spawn(archive.clone().run(shard.clone(), std::future::pending()));
         Ok(Self { shard, archive, _data_dir: data_dir, _archiving: archiving })

@@ -77,7 +77,7 @@ async fn fill(shard: &Shard, bytes: u64, partitions: usize) -> anyhow::Result<()
         configs: BTreeMap::new(),
         created_ms: 0,
     };
-    shard.commit(vec![Change::TopicCreated(topic)]).await?;
+    shard.commit(vec![Change::created(topic)]).await?;
     let batch = sized(BATCH_BYTES);
     let count = bytes as usize / batch.len();
     for from in (0..count).step_by(WAVE) {

@@ -272,7 +272,7 @@ impl ShardUnderLoad {
         let shard = Shard::open(settings, Box::new(wal(path)?), Recovered::default(), None, clock)?;
         let (id, name) = (partition(0).topic, TopicName::parse("rate")?);
         let topic = Topic { id, name, partitions, configs: BTreeMap::new(), created_ms: 0 };
-        block_on(shard.commit(vec![Change::TopicCreated(topic)]))?;
+        block_on(shard.commit(vec![Change::created(topic)]))?;
         let (count, batch) = batches(commit_bytes, partitions);
         let copies = (0..COPIES_BYTES.div_ceil(batch.len())).map(|_| Batch::parse(batch.bytes().to_vec().into()));
         let batches = copies.collect::<Result<_, _>>()?;

@@ -592,7 +592,7 @@ mod tests {
         let bytes = block.bytes();
         let expected_header = "5452424b 0001 0000 00000001 00000002 0102030405060708 0000000000000009 0000018bcfe56800 000000fb 00000005 00000002";
         assert_eq!(hex(&bytes[..52]), expected_header.replace(' ', ""));
-        assert_eq!(hex(&bytes[307..312]), "010108d00f");
+        assert_eq!(hex(&bytes[307..312]), "020108d00f");
         let topic = "aa".repeat(16);
         let first = format!(
             "{topic} 00000000 00000000 0000000000000004 0000000000000005 0000000000000006 00000038 0000005f 00000001"
@@ -604,7 +604,7 @@ mod tests {
         assert_eq!(hex(&bytes[372..432]), second.replace(' ', ""));
         assert_eq!(bytes.len(), 436);
         assert_eq!(hex(&bytes[52..56]), "1edbecf0");
-        assert_eq!(hex(&bytes[432..]), "f2f1d216");
+        assert_eq!(hex(&bytes[432..]), "417d7596");
     }
 
     #[test]

@@ -250,7 +250,8 @@ impl Catalogue {
                     if !validate_only {
                         let (claims, changes) = commits.entry(shards.clone()).or_default();
                         claims.push(self.claims.claim_in(&mut held, topic.name.clone(), (1, partitions)));
-                        changes.push(creation(topic.clone(), shards.clone()));
+                        let (topic, shards) = (topic.clone(), shards.clone());
+                        changes.push(Change::TopicCreated { topic, shards, own: CATALOGUE, from: 0 });
                     }
                 }
                 plans.push((topic, plan));
@@ -423,13 +424,6 @@ enum Plan {
     /// Somebody makes or changes a topic of that name right now.
     Wait(TopicName),
     Refuse(CatalogueError),
-}
-
-fn creation(topic: Topic, shards: Vec<u32>) -> Change {
-    match shards[..] == [CATALOGUE] {
-        true => Change::TopicCreated(topic),
-        false => Change::TopicPlaced { topic, shards, own: CATALOGUE, from: 0 },
-    }
 }
 
 /// A random (version 4) UUID. Ids whose usual text begins with `-` are passed over: command lines take them for options.

@@ -306,7 +306,7 @@ impl Salvage {
                     self.words.commits += 1;
                     self.words.groups.insert(group);
                 }
-                Change::TopicCreated(topic) | Change::TopicPlaced { topic, .. } => {
+                Change::TopicCreated { topic, .. } => {
                     self.words.created.insert(topic.name.to_string());
                 }
                 _ => {}

@@ -11,7 +11,7 @@
 //!
 //! index      sections u16, then per section: kind u16, length u32, that many bytes; then crc32c u32 of all before it
 //!            kind 1 offsets   per entry: base offset i64, position within the run u64; the first is the run's first
-//!                             batch, the next begins at least 8 KiB later
+//!                             batch, the next begins at least 8 KiB later; none for a run without batches
 //!            kind 2 times     per entry of kind 1: greatest timestamp i64 of the batches from it to the next entry
 //!            kind 3 epochs    leader epoch i32, offset i64 of its first batch in this run
 //!            kind 4 is kept for aborted transactions; a reader skips kinds that it does not know
@@ -20,8 +20,12 @@
 //! trailer    44 bytes: directory position u64, directory length u32, directory crc32c u32, runs u32, version u16 = 1,
 //!            zero u16, bytes of all runs u64, crc32c u32 of the 32 bytes before it, "TRBSEG\r\n"
 //! ```
-//! All integers big-endian. A manifest names run and index by position, so a reader of one quiet partition in an object
-//! of thousands fetches its own index only; the directory is for those who have an object and no manifest.
+//! All integers big-endian. A run covers the offsets from its base offset to its next offset, whatever batches compaction left
+//! in it: there may be none at either end, and none at all. A manifest names run and index by position, so a reader of one
+//! quiet partition in an object of thousands fetches its own index only; the directory is for those who have an object and no
+//! manifest.
+
+use std::ops::Range;
 
 use bytes::{Buf, BufMut, Bytes};
 use shared::batch::{Batch, BatchError};
@@ -60,6 +64,14 @@ pub enum SegmentError {
         /// The batch's base offset.
         found: Offset,
     },
+    /// Batches lie beyond the offsets that the run is said to cover, or it covers none.
+    #[error("batches end at {next}, the run is said to cover {covered:?}")]
+    Covered {
+        /// What it is said to cover.
+        covered: Range<Offset>,
+        /// Where its batches end.
+        next: Offset,
+    },
 }
 
 /// Where a run and its index lie in their object, and what the run spans.
@@ -73,9 +85,9 @@ pub struct Run {
     pub index_position: u64,
     /// Bytes of its index.
     pub index_length: u32,
-    /// Base offset of its first batch.
+    /// The first offset it covers: the base offset of its first batch, or less where compaction left nothing of what was before.
     pub base: Offset,
-    /// Offset after its last record.
+    /// The offset after the last that it covers.
     pub next: Offset,
     /// The greatest record timestamp.
     pub max_timestamp: TimestampMs,
@@ -113,48 +125,47 @@ impl SegmentWriter {
         self.runs.is_empty()
     }
 
-    /// Adds a partition's run: slices of whole batches, ascending, each with its block's append time. Every batch's CRC
-    /// is checked on the way; slices without a batch add nothing.
+    /// Adds a partition's run that covers the offsets `covered`: slices of whole batches, ascending within it, each with its
+    /// block's append time. Every batch passes the storage check on the way. The batches need not fill the range, and there
+    /// need be none: what the range covers and no batch has was compacted away.
     pub fn run(
         &mut self,
         partition: Partition,
+        covered: Range<Offset>,
         slices: impl IntoIterator<Item = (Bytes, TimestampMs)>,
     ) -> Result<(), SegmentError> {
-        let start = self.position;
         let mut index = RunIndex::default();
-        let mut run: Option<Run> = None;
-        let mut chunks = Vec::new();
-        let mut length = 0;
+        let mut run = Run {
+            position: self.position,
+            length: 0,
+            index_position: 0,
+            index_length: 0,
+            base: covered.start,
+            next: covered.end,
+            max_timestamp: TimestampMs::MIN,
+            appended_ms: TimestampMs::MIN,
+        };
+        let (mut chunks, mut next) = (Vec::new(), covered.start);
         for (slice, appended_ms) in slices {
             let mut rest = slice.clone();
             while let Some(batch) = Batch::split_first(&mut rest)? {
-                let run = run.get_or_insert_with(|| Run {
-                    position: start,
-                    length: 0,
-                    index_position: 0,
-                    index_length: 0,
-                    base: batch.base_offset(),
-                    next: batch.base_offset(),
-                    max_timestamp: batch.max_timestamp(),
-                    appended_ms,
-                });
-                if batch.base_offset() < run.next {
-                    return Err(SegmentError::Order { next: run.next, found: batch.base_offset() });
+                if batch.base_offset() < next {
+                    return Err(SegmentError::Order { next, found: batch.base_offset() });
                 }
-                index.push(&batch, length);
-                length += batch.len() as u64;
-                run.next = batch.last_offset().saturating_add(1);
+                index.push(&batch, run.length);
+                run.length += batch.len() as u64;
+                next = batch.last_offset().saturating_add(1);
                 run.max_timestamp = run.max_timestamp.max(batch.max_timestamp());
-                run.appended_ms = run.appended_ms.max(appended_ms);
             }
+            run.appended_ms = run.appended_ms.max(appended_ms);
             chunks.push(slice);
         }
-        if let Some(mut run) = run {
-            run.length = length;
-            self.position += length;
-            self.chunks.append(&mut chunks);
-            self.runs.push((partition, run, index));
+        if next > covered.end || covered.is_empty() {
+            return Err(SegmentError::Covered { covered, next });
         }
+        self.position += run.length;
+        self.chunks.append(&mut chunks);
+        self.runs.push((partition, run, index));
         Ok(())
     }
 
@@ -382,12 +393,13 @@ impl RunIndex {
                 max_timestamp: time.get_i64(),
             })
             .collect();
-        let begins = entries.first().is_some_and(|first| first.position == 0 && first.base == run.base);
+        // None where nothing is left of what the run covers.
+        let begins = entries.first().map_or(run.length == 0, |first| first.position == 0 && first.base >= run.base);
         let ascends = entries.windows(2).all(|pair| match pair {
             [a, b] => a.base < b.base && a.position < b.position,
             _ => true,
         });
-        let ends = entries.last().is_some_and(|last| last.position < run.length && last.base < run.next);
+        let ends = entries.last().is_none_or(|last| last.position < run.length && last.base < run.next);
         if !begins || !ascends || !ends {
             return Err(SegmentError::Damaged("index entries"));
         }
@@ -452,6 +464,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use shared::batch::{BatchBuilder, Compression};
+    use shared::log::conformance;
 
     fn partition(number: u8) -> Partition {
         Partition { topic: TopicId([number; 16]), index: u32::from(number) }
@@ -490,11 +503,10 @@ mod tests {
     fn runs_of_several_partitions_come_back_as_they_went_in() {
         let mut writer = SegmentWriter::default();
         let first: Vec<Bytes> = (0..10).map(|n| batch(n * 5, 5, 1000, 3)).collect();
-        writer.run(partition(1), first.iter().map(|b| (b.clone(), 77))).unwrap();
-        writer.run(partition(2), [(Bytes::new(), 5)]).unwrap();
+        writer.run(partition(1), 0..50, first.iter().map(|b| (b.clone(), 77))).unwrap();
         // Two batches in one slice, a hole before the third, and a new epoch.
         let joined = Bytes::from([batch(100, 2, 10, 3), batch(102, 1, 10, 3)].concat());
-        writer.run(partition(3), [(joined.clone(), 80), (batch(1 << 32, 1, 10, 4), 79)]).unwrap();
+        writer.run(partition(3), 100..(1 << 32) + 1, [(joined.clone(), 80), (batch(1 << 32, 1, 10, 4), 79)]).unwrap();
         let segment = writer.finish();
         let object = whole(&segment);
         assert_eq!(object.len() as u64, segment.bytes);
@@ -525,7 +537,7 @@ mod tests {
     #[test]
     fn a_read_reaches_at_least_one_stretch_and_at_most_its_limit() {
         let mut writer = SegmentWriter::default();
-        writer.run(partition(1), (0..20).map(|n| (batch(n, 1, 9000, 0), 0))).unwrap();
+        writer.run(partition(1), 0..20, (0..20).map(|n| (batch(n, 1, 9000, 0), 0))).unwrap();
         let segment = writer.finish();
         let (_, run, index) = open(&whole(&segment)).unwrap().remove(0);
         let one = run.length / 20;
@@ -546,17 +558,50 @@ mod tests {
     fn batches_that_do_not_ascend_or_are_damaged_are_refused() {
         let mut writer = SegmentWriter::default();
         let twice = [(batch(5, 2, 1, 0), 0), (batch(6, 1, 1, 0), 0)];
-        assert_eq!(writer.run(partition(1), twice), Err(SegmentError::Order { next: 7, found: 6 }));
+        assert_eq!(writer.run(partition(1), 5..8, twice), Err(SegmentError::Order { next: 7, found: 6 }));
         let mut bad = batch(5, 2, 1, 0).to_vec();
         bad[70] ^= 1;
-        assert!(matches!(writer.run(partition(1), [(bad.into(), 0)]), Err(SegmentError::Batch(_))));
-        assert!(writer.is_empty(), "a refused run leaves nothing behind");
+        assert!(matches!(writer.run(partition(1), 5..7, [(bad.into(), 0)]), Err(SegmentError::Batch(_))));
+        for covered in [6..8, 0..6, 5..5, 9..7] {
+            let refused = writer.run(partition(1), covered.clone(), [(batch(5, 2, 1, 0), 0)]);
+            assert!(matches!(refused, Err(SegmentError::Order { .. } | SegmentError::Covered { .. })), "{covered:?}");
+        }
+        assert!(matches!(writer.run(partition(1), 5..5, []), Err(SegmentError::Covered { .. })));
+        assert!(writer.is_empty() && writer.finish().chunks.len() == 1, "a refused run leaves nothing behind");
+    }
+
+    #[test]
+    fn a_run_covers_what_compaction_left_nothing_of() {
+        let five = conformance::batch(5, 1_000);
+        let placed = |batch: &Batch, base| {
+            let mut bytes = batch.bytes().to_vec();
+            Batch::place(&mut bytes, base, 3);
+            Bytes::from(bytes)
+        };
+        // Emptied, thinned, and nothing of what is before, between and behind.
+        let left = [placed(&conformance::thinned(&five, &[]), 10), placed(&conformance::thinned(&five, &[1, 3]), 20)];
+        let mut writer = SegmentWriter::default();
+        writer.run(partition(1), 0..40, left.iter().map(|bytes| (bytes.clone(), 77))).unwrap();
+        writer.run(partition(2), 7..9, []).unwrap();
+        writer.run(partition(3), 9..10, [(placed(&conformance::batch(1, 5), 9), 78)]).unwrap();
+        let object = whole(&writer.finish());
+        let runs = open(&object).unwrap();
+        assert_eq!(runs.iter().map(|(_, run, _)| (run.base, run.next)).collect::<Vec<_>>(), [(0, 40), (7, 9), (9, 10)]);
+        let (_, run, index) = &runs[0];
+        for from in 0..40 {
+            let stretch = index.at_offset(run, from).unwrap();
+            assert_eq!((stretch.base, stretch.start, stretch.end), (10, 0, run.length));
+        }
+        let (_, run, index) = &runs[1];
+        assert_eq!((run.length, index.at_offset(run, 7), index.stretches(run, 0).count()), (0, None, 0));
+        let (_, run, _) = &runs[2];
+        assert_eq!(object[run.position as usize..][..run.length as usize], placed(&conformance::batch(1, 5), 9));
     }
 
     #[test]
     fn golden_bytes() {
         let mut writer = SegmentWriter::default();
-        writer.run(partition(1), [(batch(7, 1, 1, 2), 99)]).unwrap();
+        writer.run(partition(1), 7..8, [(batch(7, 1, 1, 2), 99)]).unwrap();
         let segment = writer.finish();
         let object = whole(&segment);
         let tail: String = object[69..].iter().map(|b| format!("{b:02x}")).collect();
@@ -601,7 +646,7 @@ mod tests {
         #[test]
         fn a_flipped_bit_in_index_directory_or_trailer_is_found(bit in any::<proptest::sample::Index>()) {
             let mut writer = SegmentWriter::default();
-            writer.run(partition(1), (0..5).map(|n| (batch(n, 1, 5000, 0), 0))).unwrap();
+            writer.run(partition(1), 0..5, (0..5).map(|n| (batch(n, 1, 5000, 0), 0))).unwrap();
             let segment = writer.finish();
             let mut object = whole(&segment);
             let data = segment.runs[0].1.length as usize;
@@ -620,7 +665,7 @@ mod tests {
                 next += records;
             }
             let mut writer = SegmentWriter::default();
-            writer.run(partition(9), batches.clone()).unwrap();
+            writer.run(partition(9), 0..next, batches.clone()).unwrap();
             let object = whole(&writer.finish());
             let (_, run, index) = open(&object).unwrap().remove(0);
             for (bytes, _) in &batches {

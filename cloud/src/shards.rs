@@ -146,9 +146,8 @@ impl Shards {
         let shards = known.or_else(|| {
             // Looked up under the lock: a topic that is deleted meanwhile is taken out after this, and does not stay.
             let mut routes = self.routes.write();
-            let found = read_state(&**self.catalogue(), |state| match state.hosting(partition.topic) {
-                Some(hosting) => Some(hosting.shards.as_slice().into()),
-                None => state.topic(partition.topic).map(|_| Arc::from([CATALOGUE])),
+            let found: Arc<[u32]> = read_state(&**self.catalogue(), |state| {
+                state.hosting(partition.topic).map(|hosting| hosting.shards.as_slice().into())
             })?;
             routes.insert(partition.topic, Arc::clone(&found));
             Some(found)
@@ -167,7 +166,7 @@ impl Shards {
             let host = HostView::of(member);
             let missing = read_state(&**self.catalogue(), |state| for_catalogue(state, &host, member.number));
             for change in &missing {
-                if let Change::TopicPlaced { topic, .. } = change {
+                if let Change::TopicCreated { topic, .. } = change {
                     warn!(topic = %topic.name, shard = member.number, "a topic that the catalogue had lost is back");
                 }
             }
@@ -245,9 +244,9 @@ impl Shards {
         let mut steps = Steps::default();
         for change in changes {
             match &change {
-                Change::TopicPlaced { topic, shards, from, .. } => {
+                Change::TopicCreated { topic, shards, from, .. } => {
                     for own in shards.iter().filter(|shard| **shard != CATALOGUE) {
-                        let placed = Change::TopicPlaced {
+                        let placed = Change::TopicCreated {
                             topic: topic.clone(),
                             shards: shards.clone(),
                             own: *own,
@@ -365,7 +364,7 @@ fn for_catalogue(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
     let mut changes = Vec::new();
     for (id, (hosted, hosting)) in &host.topics {
         match catalogue.topic(*id) {
-            Some(topic) if topic.partitions < hosted.partitions => changes.push(Change::TopicPlaced {
+            Some(topic) if topic.partitions < hosted.partitions => changes.push(Change::TopicCreated {
                 topic: Topic { partitions: hosted.partitions, ..topic.clone() },
                 shards: hosting.shards.clone(),
                 own: CATALOGUE,
@@ -376,7 +375,7 @@ fn for_catalogue(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
             None if catalogue.topic_named(&hosted.name).is_some() => {
                 warn!(topic = %hosted.name, %id, shard = own, "records of an older topic of this name stay unreachable");
             }
-            None => changes.push(Change::TopicPlaced {
+            None => changes.push(Change::TopicCreated {
                 topic: hosted.clone(),
                 shards: hosting.shards.clone(),
                 own: CATALOGUE,
@@ -401,7 +400,7 @@ fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
             let (topic, shards) = (topic.clone(), hosting.shards.clone());
             // Lost here, or by a catalogue that has forgotten since that it was deleted.
             let from = host.skipped.max(catalogue.skipped());
-            changes.push(Change::TopicPlaced { topic, shards, own, from });
+            changes.push(Change::TopicCreated { topic, shards, own, from });
         }
         if hosted.is_some_and(|hosted| hosted.configs != topic.configs) {
             changes.push(Change::TopicConfigured { id: topic.id, configs: topic.configs.clone() });

@@ -8,7 +8,7 @@
 //! changes in a block            snapshot in a manifest
 //! +---------+----------+---     +---------+--------------------------+
 //! | version | count    | ...    | version | State, postcard          |
-//! | u8 = 1  | varint   |        | u8 = 4  |                          |
+//! | u8 = 2  | varint   |        | u8 = 5  |                          |
 //! +---------+----------+---     +---------+--------------------------+
 //! ```
 //! Each change is postcard (varint variant number, then its fields in order). A variant is never edited or moved; what
@@ -29,7 +29,7 @@ mod snapshot;
 pub use partition_map::PartitionMap;
 pub use slot::{COORDINATOR_SLOTS, CoordinatorSlot, coordinator_log, coordinator_logs};
 
-const CHANGES_VERSION: u8 = 1;
+const CHANGES_VERSION: u8 = 2;
 
 /// Most partitions one topic may have: bounds what a damaged or hostile change can make us allocate.
 pub const TOPIC_PARTITIONS_MAX: u32 = 100_000;
@@ -40,8 +40,19 @@ pub const PRODUCER_BATCHES_KEPT: usize = 5;
 /// One thing that changed. Applied in the order written; applying is total: a change that names what is not there does nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Change {
-    /// A topic exists from here on, and its partitions with it.
-    TopicCreated(Topic),
+    /// A topic exists from here on, its partitions in the shards named: partition `i` in `shards[i % shards.len()]`. Written to
+    /// the catalogue and to each of these shards; a shard keeps the partitions that are its own. Where the topic is known,
+    /// what it lacks of them is added.
+    TopicCreated {
+        /// The topic.
+        topic: Topic,
+        /// Where its partitions lie. Never empty, and never changed.
+        shards: Vec<u32>,
+        /// The shard this is written to.
+        own: u32,
+        /// Where new partitions begin: above 0 where records of this topic may have been lost.
+        from: Offset,
+    },
     /// A topic, its partitions, their records and what groups committed on them are gone.
     TopicDeleted {
         /// Which.
@@ -140,19 +151,6 @@ pub enum Change {
         /// Offsets that are left out because they may have been used by records that were lost; 0 if nothing was.
         skip: i64,
     },
-    /// A topic exists, its partitions in the shards named: partition `i` in `shards[i % shards.len()]`. Written to the
-    /// catalogue and to each of these shards; a shard keeps the partitions that are its own. Where the topic is known,
-    /// what it lacks of them is added.
-    TopicPlaced {
-        /// The topic.
-        topic: Topic,
-        /// Where its partitions lie. Never empty, and never changed.
-        shards: Vec<u32>,
-        /// The shard this is written to.
-        own: u32,
-        /// Where new partitions begin: above 0 where records of this topic may have been lost.
-        from: Offset,
-    },
     /// All shards have let go of a deleted topic.
     TopicGone {
         /// Which.
@@ -189,6 +187,13 @@ pub enum Change {
     },
     /// The shard's count of running time stands here. Written by the shard alone, where no other block tells it for long.
     TimeCounted(ClockState),
+}
+
+impl Change {
+    /// A new topic, all of it in the catalogue's shard.
+    pub fn created(topic: Topic) -> Self {
+        Self::TopicCreated { topic, shards: vec![CATALOGUE], own: CATALOGUE, from: 0 }
+    }
 }
 
 /// Where a shard's blocks rest, and so what its acknowledgements promise.
@@ -417,7 +422,6 @@ pub struct State {
     edges: BTreeMap<EdgeId, Edge>,
     placements: BTreeMap<(EdgeId, StreamName), Partition>,
     streams: BTreeMap<StreamKey, StreamState>,
-    /// Of topics that are not in the catalogue's shard alone.
     hosting: BTreeMap<TopicId, Hosting>,
     /// Deleted topics that a shard may still hold.
     leaving: BTreeMap<TopicId, Vec<u32>>,
@@ -433,8 +437,8 @@ pub struct State {
 /// Why stored state was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StateError {
-    /// Written by a newer Tributary.
-    #[error("state has format version {0}, this build is older: start the newer build again")]
+    /// Written by another build.
+    #[error("state has format version {0}, which this build does not read: start the build that wrote it")]
     Version(u8),
     /// Not what any version writes.
     #[error("state is malformed: {0}")]
@@ -530,7 +534,7 @@ impl State {
         self.streams.iter()
     }
 
-    /// Where a topic's partitions lie; `None` if all of them are in the catalogue's shard.
+    /// Where a topic's partitions lie.
     pub fn hosting(&self, id: TopicId) -> Option<&Hosting> {
         self.hosting.get(&id)
     }
@@ -588,9 +592,8 @@ impl State {
     /// Folds one change in.
     pub fn apply(&mut self, change: &Change) {
         match change {
-            Change::TopicCreated(topic) => self.create(topic),
             Change::TopicDeleted { id } => self.delete(*id),
-            Change::PartitionsAdded { id, count } => self.add_partitions(*id, *count),
+            Change::PartitionsAdded { id, count } => self.grow(*id, *count, 0),
             Change::TopicConfigured { id, configs } => {
                 if let Some(topic) = self.topics.get_mut(id) {
                     topic.configs.clone_from(configs);
@@ -629,7 +632,7 @@ impl State {
                 self.streams.insert(key.clone(), state);
             }
             Change::EpochStarted { epoch, skip } => self.start_epoch(*epoch, *skip),
-            Change::TopicPlaced { topic, shards, own, from } => self.place(topic, shards, *own, *from),
+            Change::TopicCreated { topic, shards, own, from } => self.create(topic, shards, *own, *from),
             Change::TopicGone { id } => {
                 self.leaving.remove(id);
             }
@@ -654,7 +657,7 @@ impl State {
         }
     }
 
-    fn place(&mut self, topic: &Topic, shards: &[u32], own: u32, from: Offset) {
+    fn create(&mut self, topic: &Topic, shards: &[u32], own: u32, from: Offset) {
         let known = self.topics.contains_key(&topic.id);
         // Names are the catalogue's matter: a shard may still hold an older topic of this name.
         if shards.is_empty() || !known && own == CATALOGUE && self.topic_ids.contains_key(&topic.name) {
@@ -666,15 +669,6 @@ impl State {
             self.hosting.insert(topic.id, Hosting { shards: shards.to_vec(), own });
         }
         self.grow(topic.id, topic.partitions, from.max(0));
-    }
-
-    fn create(&mut self, topic: &Topic) {
-        if self.topics.contains_key(&topic.id) || self.topic_ids.contains_key(&topic.name) {
-            return;
-        }
-        self.topic_ids.insert(topic.name.clone(), topic.id);
-        self.topics.insert(topic.id, Topic { partitions: 0, ..topic.clone() });
-        self.add_partitions(topic.id, topic.partitions);
     }
 
     fn delete(&mut self, id: TopicId) {
@@ -690,22 +684,19 @@ impl State {
             && hosting.own == CATALOGUE
         {
             hosting.shards.retain(|shard| *shard != CATALOGUE);
-            self.leaving.insert(id, hosting.shards);
+            if !hosting.shards.is_empty() {
+                self.leaving.insert(id, hosting.shards);
+            }
         }
         self.partitions.retain(|partition, _| partition.topic != id);
         self.placements.retain(|_, partition| partition.topic != id);
     }
 
-    fn add_partitions(&mut self, id: TopicId, count: u32) {
-        self.grow(id, count, 0);
-    }
-
     fn grow(&mut self, id: TopicId, count: u32, from: Offset) {
-        let Some(topic) = self.topics.get_mut(&id) else { return };
+        let (Some(topic), Some(hosting)) = (self.topics.get_mut(&id), self.hosting.get(&id)) else { return };
         let count = count.min(TOPIC_PARTITIONS_MAX);
-        let hosting = self.hosting.get(&id);
         for index in topic.partitions..count {
-            if hosting.is_none_or(|hosting| hosting.shard_of(index) == hosting.own) {
+            if hosting.shard_of(index) == hosting.own {
                 self.partitions.insert(Partition { topic: id, index }, PartitionState::new(self.leader_epoch, from));
             }
         }
@@ -786,7 +777,7 @@ pub fn decode_changes(bytes: &[u8]) -> Result<Vec<Change>, StateError> {
         return Err(StateError::Version(*version));
     }
     let (changes, rest) = postcard::take_from_bytes::<Vec<Change>>(body)
-        .map_err(|_| StateError::Malformed("changes do not decode, or a newer build wrote them"))?;
+        .map_err(|_| StateError::Malformed("changes do not decode, or another build wrote them"))?;
     if !rest.is_empty() {
         return Err(StateError::Malformed("bytes after the changes"));
     }

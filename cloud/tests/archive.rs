@@ -201,7 +201,7 @@ impl Engine for Rolling {
 
     fn create(&mut self) -> Partition {
         self.topics += 1;
-        self.node.as_ref().unwrap().commit(vec![Change::TopicCreated(topic(self.topics))]);
+        self.node.as_ref().unwrap().commit(vec![Change::created(topic(self.topics))]);
         partition(self.topics)
     }
 
@@ -230,7 +230,7 @@ fn with_the_bucket_alone_everything_that_was_shipped_is_back_and_offsets_go_on_a
     let _context = runtime().enter();
     let (home, store) = (TempDir::new().unwrap(), Arc::new(InMemory::new()));
     let node = Node::start(home.path(), Some(store.clone()), NEVER);
-    node.commit(vec![Change::TopicCreated(topic(1)), Change::TopicCreated(topic(2))]);
+    node.commit(vec![Change::created(topic(1)), Change::created(topic(2))]);
     let key = stream(1, 1);
     for n in 0..20 {
         block_on(node.shard.append(from_producer(partition(1), batch(3, n * 10)))).unwrap();

@@ -40,7 +40,7 @@ fn make_archive(data_dir: &Path) {
         let id = TopicId([1; 16]);
         let name = TopicName::parse("letters").unwrap();
         let topic = Topic { id, name, partitions: 1, configs: Default::default(), created_ms: 0 };
-        shard.commit(vec![Change::TopicCreated(topic)]).await.unwrap();
+        shard.commit(vec![Change::created(topic)]).await.unwrap();
         for _ in 0..RECORDS {
             shard.append(from_producer(Partition { topic: id, index: 0 }, sized(10_000))).await.unwrap();
         }

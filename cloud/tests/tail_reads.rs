@@ -100,7 +100,7 @@ fn open(directory: &TempDir, tail_bytes_max: usize, file_bytes: u64) -> (Arc<Sha
     let shard = Shard::open(settings, Box::new(wal), Recovered::default(), None, Arc::new(|| 1_000)).unwrap();
     let (id, name) = (partition(0).topic, TopicName::parse("tail").unwrap());
     let topic = Topic { id, name, partitions: PARTITIONS, configs: BTreeMap::new(), created_ms: 0 };
-    block_on(shard.commit(vec![Change::TopicCreated(topic)])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic)])).unwrap();
     reads.store(0, Ordering::Relaxed);
     bytes.store(0, Ordering::Relaxed);
     (shard, reads, bytes)

@@ -389,7 +389,7 @@ impl RedbLog {
                 }
                 append.into_iter().for_each(|append| apply_append(&mut record, append));
                 trim.into_iter().for_each(|trim| apply_trim(&mut record, trim));
-                streams.insert(*id, &encode(&StreamRow::from(record))?[..])?;
+                streams.insert(*id, &encode(&StreamRow::V1(record))?[..])?;
             }
         }
         write_retained(&transaction, &commit.retained, &commit.shed)?;
@@ -779,8 +779,8 @@ fn read_contents(database: &Database) -> Result<(Contents, Tail), LogError> {
     let mut streams = BTreeMap::new();
     for row in transaction.open_table(STREAMS).map_err(failed)?.iter()? {
         let (key, value) = row?;
-        let row: StreamRow = decode(value.value(), "a stream")?;
-        streams.insert(key.value(), row.into_record());
+        let StreamRow::V1(record) = decode(value.value(), "a stream")?;
+        streams.insert(key.value(), record);
     }
     let rows = transaction.open_table(ROWS).map_err(failed)?;
     // Where a stream's rows end and its part of the tail begins; the record's own `next` may lie in the tail.

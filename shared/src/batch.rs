@@ -15,6 +15,9 @@
 //! ```
 //! All integers big-endian. `len` counts the bytes after itself. The CRC (Castagnoli) covers attributes to the end, so
 //! base offset and leader epoch can be set without touching it: [`Batch::place`] writes 12 bytes and nothing else.
+//!
+//! There are two checks of a batch. [`Batch::parse`] is the storage check: what may lie in a log, which compaction thins and
+//! empties. [`Batch::check_entry`] is the entry check: what a producer or a gateway may send. A reader never makes the second.
 
 use std::io::{Read as _, Write as _};
 
@@ -94,7 +97,7 @@ pub enum BatchError {
     Bomb(usize),
 }
 
-/// A whole, checked batch.
+/// A whole batch that passed the storage check. It may have fewer records than offsets, and none.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Batch(Bytes);
 
@@ -105,7 +108,9 @@ impl std::fmt::Debug for Batch {
 }
 
 impl Batch {
-    /// Checks that `bytes` are exactly one batch: length, magic, CRC, record count and offsets agree.
+    /// The storage check: `bytes` are exactly one batch, of a compression that is known, its length, magic and CRC agree, and it has
+    /// at most a record for each of its offsets. Compaction leaves fewer, and none where it keeps a producer's last batch for its
+    /// sequence numbers.
     pub fn parse(bytes: Bytes) -> Result<Self, BatchError> {
         let length = frame_length(&bytes)?;
         if bytes.len() != length {
@@ -116,8 +121,30 @@ impl Batch {
         if expected != found {
             return Err(BatchError::Crc { expected, found });
         }
-        batch.check_fields()?;
+        if Compression::from_attributes(batch.attributes()).is_none() {
+            return Err(BatchError::Malformed("unknown compression"));
+        }
+        if batch.last_offset_delta() < 0 {
+            return Err(BatchError::Malformed("negative last offset delta"));
+        }
+        if batch.record_count() < 0 {
+            return Err(BatchError::Malformed("negative record count"));
+        }
+        if i64::from(batch.record_count()) > i64::from(batch.last_offset_delta()) + 1 {
+            return Err(BatchError::Malformed("more records than offsets"));
+        }
         Ok(batch)
+    }
+
+    /// The entry check: a batch that comes into a log has a record at least, and one for each of its offsets.
+    pub fn check_entry(&self) -> Result<(), BatchError> {
+        if self.record_count() == 0 {
+            return Err(BatchError::Malformed("no records"));
+        }
+        if i64::from(self.record_count()) != i64::from(self.last_offset_delta()) + 1 {
+            return Err(BatchError::Malformed("record count and last offset delta disagree"));
+        }
+        Ok(())
     }
 
     /// Takes the first batch off `bytes`, checked. `None` when `bytes` is empty.
@@ -139,22 +166,6 @@ impl Batch {
         Ok(Self(bytes))
     }
 
-    fn check_fields(&self) -> Result<(), BatchError> {
-        if Compression::from_attributes(self.attributes()).is_none() {
-            return Err(BatchError::Malformed("unknown compression"));
-        }
-        if self.last_offset_delta() < 0 {
-            return Err(BatchError::Malformed("negative last offset delta"));
-        }
-        if self.record_count() <= 0 {
-            return Err(BatchError::Malformed("no records"));
-        }
-        if i64::from(self.record_count()) != i64::from(self.last_offset_delta()) + 1 {
-            return Err(BatchError::Malformed("record count and last offset delta disagree"));
-        }
-        Ok(())
-    }
-
     fn array<const N: usize>(&self, at: usize) -> [u8; N] {
         // A batch is at least HEADER_BYTES long, and all fields lie in the header.
         self.0[at..at + N].try_into().expect("field within the header")
@@ -171,17 +182,17 @@ impl Batch {
     }
 
     /// Size in bytes, header and all.
-    #[expect(clippy::len_without_is_empty, reason = "a batch is never empty")]
+    #[expect(clippy::len_without_is_empty, reason = "there is a header at least")]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Offset of the first record.
+    /// The first offset it covers, whether or not the record is still there.
     pub fn base_offset(&self) -> Offset {
         i64::from_be_bytes(self.array(0))
     }
 
-    /// Offset of the last record.
+    /// The last offset it covers, whether or not the record is still there.
     pub fn last_offset(&self) -> Offset {
         self.base_offset().saturating_add(i64::from(self.last_offset_delta()))
     }
@@ -220,7 +231,7 @@ impl Batch {
         self.attributes() & LOG_APPEND_TIME != 0
     }
 
-    /// Offset of the last record less that of the first.
+    /// The last offset it covers less the first.
     pub fn last_offset_delta(&self) -> i32 {
         i32::from_be_bytes(self.array(23))
     }
@@ -250,7 +261,7 @@ impl Batch {
         i32::from_be_bytes(self.array(53))
     }
 
-    /// Number of records.
+    /// Number of records that are there.
     pub fn record_count(&self) -> i32 {
         i32::from_be_bytes(self.array(57))
     }
@@ -266,6 +277,8 @@ impl Batch {
         let packed = self.0.slice(HEADER_BYTES..);
         let bytes = match self.compression() {
             Compression::None => packed,
+            // Nothing was compressed where compaction left nothing.
+            _ if packed.is_empty() && self.record_count() == 0 => packed,
             codec => unpack(codec, &packed, bytes_max)?,
         };
         if bytes.len() > bytes_max {
@@ -618,6 +631,8 @@ pub fn seal(batches: &[Batch], compression: Compression, gap: Option<(Offset, Of
         if batch.base_offset() != next {
             return Err(BatchError::Malformed("batches do not adjoin"));
         }
+        // Records are numbered anew: a hole would move those after it.
+        batch.check_entry()?;
         next = batch.last_offset() + 1;
         let mut records = batch.records(crate::limits::BATCH_UNPACKED_BYTES_MAX)?;
         while let Some(raw) = records.next_raw()? {

@@ -118,7 +118,8 @@ impl Cold {
     async fn read_now(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
         let before = self.readers.lock().get(&(partition, from)).copied().unwrap_or(0);
         let (mut read, mut bytes) = (ColdRead { batches: Vec::new(), next: from }, 0);
-        for number in 0..RUNS_MAX as u32 {
+        let mut number = 0;
+        while number < RUNS_MAX as u32 {
             let (is_first, bytes_max) = (number == 0, limits.bytes_max.saturating_sub(bytes));
             if bytes_max == 0 && !is_first {
                 break;
@@ -137,6 +138,8 @@ impl Cold {
                 break;
             }
             bytes += more_bytes;
+            // A run of which compaction left nothing is stepped over, however many there are.
+            number += u32::from(!more.batches.is_empty());
             read.batches.extend(more.batches);
             read.next = more.next;
             // Short of the run's end: the limit allows no more, or it is in a chunk that is not worth waiting for.
@@ -150,7 +153,8 @@ impl Cold {
         Ok(read)
     }
 
-    /// Reads from one run, which has records at or after `from`, for a reader who has read so many times before.
+    /// Reads from one run, which covers offsets at or after `from`, for a reader who has read so many times before. No batches: there
+    /// are none any more in what it covers from there on.
     async fn read_run(
         &self,
         partition: Partition,
@@ -175,12 +179,14 @@ impl Cold {
                 self.fetch_ahead(partition, held, &(stretch.start..end), before);
             }
             // Records in a hole before the next batch: the stretch after this one has it.
-            if let Some(read) = self.runs.span(held, stretch.start..end).await?.read(from, limits) {
-                return Ok(read);
+            let span = self.runs.span(held, stretch.start..end).await?;
+            if let Some(read) = span.read(from, limits) {
+                let is_last = end == held.run.length && span.batches.last().is_some_and(|last| last.last < read.next);
+                // Compaction may have left nothing of what the run covers behind its last batch.
+                return Ok(ColdRead { next: if is_last { held.run.next } else { read.next }, ..read });
             }
         }
-        let path = self.runs.keys.segment(&held.object);
-        Err(ReadError::Corrupt(format!("{path} has no batch at {from}, its manifest says it has")))
+        Ok(ColdRead { batches: Vec::new(), next: held.run.next })
     }
 
     /// Fetches what a reader that has read `read` of `held`, after so many reads before, wants next: as many chunks after

@@ -13,12 +13,13 @@ mod merge;
 mod sweep;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use object_store::path::Path;
-use shared::name::{Partition, TimestampMs};
+use shared::name::{Offset, Partition, TimestampMs};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -49,7 +50,28 @@ const PRESSURE: u64 = 4;
 /// How often a round that waits looks whether the log fills.
 const PRESSURE_LOOK: Duration = Duration::from_millis(50);
 
-type Slices = Vec<(Bytes, TimestampMs)>;
+#[derive(Default)]
+struct Slices {
+    /// The offsets that they cover, whatever batches are left in them.
+    covered: Range<Offset>,
+    /// Whole batches, each with its block's append time.
+    parts: Vec<(Bytes, TimestampMs)>,
+}
+
+impl Slices {
+    /// What covers the offsets after those that there are.
+    fn push(&mut self, covered: Range<Offset>, bytes: Bytes, appended_ms: TimestampMs) {
+        if self.parts.is_empty() {
+            self.covered.start = covered.start;
+        }
+        self.covered.end = covered.end;
+        self.parts.push((bytes, appended_ms));
+    }
+
+    fn bytes(&self) -> u64 {
+        self.parts.iter().map(|(bytes, _)| bytes.len() as u64).sum()
+    }
+}
 
 /// Splits one shard's blocks.
 pub(super) struct Splitter<'a> {
@@ -370,8 +392,12 @@ impl<'a> Splitter<'a> {
                 let block = Block::parse(stored.bytes.clone()).map_err(|error| damaged(&error))?;
                 last = Some((crc32c::crc32c(&stored.bytes), block.header().append_ms));
                 for entry in block.entries() {
-                    let slice = (block.data(entry), block.header().append_ms);
-                    parts.entry(entry.partition).or_default().push(slice);
+                    let covered = entry.base..entry.last.saturating_add(1);
+                    parts.entry(entry.partition).or_default().push(
+                        covered,
+                        block.data(entry),
+                        block.header().append_ms,
+                    );
                 }
                 from += 1;
             }
@@ -390,7 +416,7 @@ impl<'a> Splitter<'a> {
         for (partition, slices) in parts {
             // Deleted since: its bytes need not be written to be dropped.
             let Some(retained) = self.source.retained(partition) else { continue };
-            let bytes: u64 = slices.iter().map(|(slice, _)| slice.len() as u64).sum();
+            let bytes = slices.bytes();
             if bytes >= segment_bytes / 2 {
                 groups.push(vec![(partition, slices)]);
                 continue;
@@ -433,7 +459,9 @@ impl<'a> Splitter<'a> {
     ) -> Result<(SegmentId, Segment), ArchiveError> {
         let build = move || {
             let mut writer = SegmentWriter::default();
-            group.into_iter().try_for_each(|(partition, slices)| writer.run(partition, slices))?;
+            group
+                .into_iter()
+                .try_for_each(|(partition, slices)| writer.run(partition, slices.covered, slices.parts))?;
             Ok::<_, SegmentError>(writer.finish())
         };
         // Every batch's checksum is computed again: tens of milliseconds for a full segment.

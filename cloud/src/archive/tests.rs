@@ -219,7 +219,7 @@ async fn a_full_wal_refuses_producers_until_the_bucket_is_back() {
     let task = tokio::spawn(archive.clone().run(shard.clone(), std::future::pending()));
     let name = shared::name::TopicName::parse("t").unwrap();
     let topic = Topic { id: partition(1).topic, name, partitions: 1, configs: Default::default(), created_ms: 0 };
-    shard.commit(vec![Change::TopicCreated(topic)]).await.unwrap();
+    shard.commit(vec![Change::created(topic)]).await.unwrap();
     let append = || shard.append(from_producer(partition(1), sized(50_000)));
     for _ in 0..3 {
         store.plan.lock().down = true;

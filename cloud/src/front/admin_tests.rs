@@ -57,7 +57,7 @@ impl StateLog for Silent {
 impl StateLog for Store {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
         for change in &changes {
-            if let Change::TopicCreated(topic) = change {
+            if let Change::TopicCreated { topic, .. } = change {
                 (0..topic.partitions).for_each(|index| self.log.create(Partition { topic: topic.id, index }));
             }
         }

@@ -2,8 +2,8 @@
 //!
 //! - `acks` 1 and -1 mean the same here, the log has one durable copy before anything is answered. 0 has no answer;
 //!   a failure then closes the connection.
-//! - One batch per partition, RecordBatch v2. Its header, length and CRC are checked, its records are not looked into:
-//!   they pass through as the producer sealed them.
+//! - One batch per partition, RecordBatch v2, its base offset 0. Its header, length and CRC are checked
+//!   ([`Batch::check_entry`]), its records are not looked into: they pass through as the producer sealed them.
 //! - v0 to v2 carry older formats: each partition is answered UNSUPPORTED_VERSION.
 //! - The request's own time-out bounds how long its answer waits for a slow disk or store: REQUEST_TIMED_OUT, which clients
 //!   retry. The batch may still become durable; an idempotent producer's repeat is then recognised.
@@ -127,6 +127,10 @@ fn check(version: i16, route: &Route, mut records: Bytes) -> Result<Batch, Refus
     let batch = batch.ok_or_else(|| invalid("no batch"))?;
     if !records.is_empty() {
         return Err(invalid("more than one batch"));
+    }
+    batch.check_entry().map_err(refuse_batch)?;
+    if batch.base_offset() != 0 {
+        return Err(invalid("the base offset of a producer's batch is 0, the broker sets it"));
     }
     if batch.is_control() {
         return Err(invalid("control batches are written by brokers only"));

@@ -37,7 +37,7 @@ impl StateLog for Shard {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
         for change in &changes {
             match change {
-                Change::TopicCreated(topic) => create(&self.log, topic.id, topic.partitions),
+                Change::TopicCreated { topic, .. } => create(&self.log, topic.id, topic.partitions),
                 Change::PartitionsAdded { id, count } => create(&self.log, *id, *count),
                 _ => {}
             }

@@ -117,7 +117,7 @@ pub fn produced_by(batch: &Batch, producer: (i64, i16), sequence: i32) -> Bytes 
 
 /// The sequence number after a batch: they wrap from the greatest i32 to 0.
 pub fn sequence_after(sequence: i32, batch: &Batch) -> i32 {
-    ((i64::from(sequence) + i64::from(batch.record_count())) % (1 << 31)) as i32
+    ((i64::from(sequence) + i64::from(batch.last_offset_delta()) + 1) % (1 << 31)) as i32
 }
 
 #[cfg(test)]

@@ -253,7 +253,13 @@ impl Core {
                 // Perhaps they moved to the archive between the two looks.
                 Plan::Missing => cold = true,
                 Plan::Cold => {
-                    let found = self.cold.read(partition, from, limits).await?;
+                    let found = self.cold.read(partition, wish.from, limits).await?;
+                    if found.batches.is_empty() && found.next > wish.from {
+                        // Compaction left nothing of what the archive covers from there on.
+                        wish = Wish { from: found.next, end: None, ..wish };
+                        begun = None;
+                        continue;
+                    }
                     if !found.batches.is_empty() {
                         // The archive may have grown meanwhile, beyond what was durable when this began.
                         let high_watermark = self.inner.lock().bounds(partition)?.high_watermark;

@@ -49,7 +49,7 @@ fn open(wal: impl BlockLog) -> Arc<Shard> {
 fn shard() -> (Arc<Shard>, MemoryWal) {
     let wal = MemoryWal::new(WAL_BYTES);
     let shard = open(wal.clone());
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     (shard, wal)
 }
 
@@ -88,7 +88,7 @@ impl Engine for UnderTest {
 
     fn create(&mut self) -> Partition {
         self.topics += 1;
-        block_on(self.shard().commit(vec![Change::TopicCreated(topic(self.topics, 1))])).unwrap();
+        block_on(self.shard().commit(vec![Change::created(topic(self.topics, 1))])).unwrap();
         partition(self.topics)
     }
 
@@ -185,6 +185,8 @@ struct ColdBlocks {
     blocks: Mutex<Vec<Block>>,
     /// What the next read waits for.
     gate: Mutex<Option<tokio::sync::oneshot::Receiver<()>>>,
+    /// Batches below are covered, and compaction left nothing of them.
+    compacted: AtomicI64,
 }
 
 impl ColdBlocks {
@@ -232,7 +234,9 @@ impl ColdTier for ColdBlocks {
                     break;
                 }
                 read.next = batch.last_offset() + 1;
-                read.batches.push(batch.into_bytes());
+                if read.next > self.compacted.load(Ordering::SeqCst) {
+                    read.batches.push(batch.into_bytes());
+                }
             }
             Ok(read)
         })
@@ -267,7 +271,7 @@ fn a_reader_cannot_tell_where_the_archive_ends() {
         clock(),
     )
     .unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     (0..30).for_each(|n| {
         append(&shard, batch(3, 100 * n)).unwrap();
     });
@@ -315,7 +319,7 @@ async fn retention_goes_by_append_time_and_size() {
     let settings = ShardSettings { retention_ms: 500, ..ShardSettings::default() };
     let wal = MemoryWal::new(WAL_BYTES);
     let shard = Shard::open(settings, Box::new(wal), Recovered::default(), None, clock()).unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     for _ in 0..3 {
         tokio::time::advance(Duration::from_millis(200)).await;
         // Whatever the device's clock says.
@@ -377,7 +381,7 @@ async fn retention_looks_at_the_oldest_run_alone_until_that_may_go() {
     let settings = ShardSettings { retention_ms: 500, ..ShardSettings::default() };
     let wal = Box::new(MemoryWal::new(WAL_BYTES));
     let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     append(&shard, batch(10, 1)).unwrap();
     let begun = Instant::now();
     for (at, moved, walks) in [(1_200, 0, 0), (1_500, 0, 0), (1_750, 1, 1), (1_760, 0, 1), (1_850, 1, 2)] {
@@ -490,7 +494,7 @@ fn a_damaged_block_is_named_and_the_rest_is_served() {
     let wal = MemoryWal::new(WAL_BYTES);
     let settings = ShardSettings { tail_bytes_max: 0, ..ShardSettings::default() };
     let shard = Shard::open(settings, Box::new(Damaged(wal)), Recovered::default(), None, clock()).unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     (0..3).for_each(|_| {
         append(&shard, batch(1, 1)).unwrap();
     });

@@ -82,7 +82,7 @@ fn topic(n: u8, partitions: u32) -> Topic {
 }
 
 fn placed(n: u8, partitions: u32, shards: &[u32], own: u32) -> Change {
-    Change::TopicPlaced { topic: topic(n, partitions), shards: shards.to_vec(), own, from: 0 }
+    Change::TopicCreated { topic: topic(n, partitions), shards: shards.to_vec(), own, from: 0 }
 }
 
 fn at(n: u8, index: u32) -> Partition {
@@ -131,7 +131,7 @@ fn several_shards_keep_the_contract_of_one_log() {
 fn partitions_lie_where_the_catalogue_says_and_stay_there() {
     let disks = Disks::new();
     let shards = disks.start();
-    block_on(shards.commit(vec![Change::TopicCreated(topic(1, 2))])).unwrap();
+    block_on(shards.commit(vec![Change::created(topic(1, 2))])).unwrap();
     shards.place(2, 3, &[0, 1, 2]);
     for index in 0..3 {
         assert_eq!(shards.append(at(2, index), 5), 0);
@@ -196,7 +196,7 @@ fn a_node_of_one_shard_knows_its_streams_as_well() {
     let disks = Disks::new();
     let start = || Shards::new(vec![disks.open(0)], BTreeMap::new());
     let shards = start();
-    block_on(shards.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shards.commit(vec![Change::created(topic(1, 1))])).unwrap();
     let key = stream(1, 1);
     block_on(Log::append(&shards, from_edge(at(1, 0), &key, 0, 9))).unwrap();
     let next = |shards: &Shards| StateLog::stream(shards, &key).map(|stream| stream.next);
@@ -359,7 +359,7 @@ fn a_name_that_a_shard_still_holds_is_free_for_a_new_topic() {
     let shards = disks.start();
     block_on(shards.member(1).commit(vec![placed(1, 1, &[1], 1)])).unwrap();
     let again = Topic { id: TopicId([9; 16]), ..topic(1, 1) };
-    let placed = Change::TopicPlaced { topic: again, shards: vec![1], own: CATALOGUE, from: 0 };
+    let placed = Change::TopicCreated { topic: again, shards: vec![1], own: CATALOGUE, from: 0 };
     block_on(shards.commit(vec![placed])).unwrap();
     assert_eq!(shards.append(at(9, 0), 3), 0);
     shards.close();
@@ -412,7 +412,7 @@ fn shards_become_more_and_never_fewer() {
 #[test]
 fn a_deleted_topic_leaves_no_route() {
     let shards = Disks::new().start();
-    block_on(shards.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shards.commit(vec![Change::created(topic(1, 1))])).unwrap();
     shards.place(2, 1, &[1]);
     for n in [1, 2] {
         shards.append(at(n, 0), 1);

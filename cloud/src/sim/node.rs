@@ -376,11 +376,9 @@ impl Node {
                 configs: Default::default(),
                 created_ms: 0,
             };
-            let alone = self.shards.len() == 1 || shard.number == CATALOGUE;
-            changes.push(match alone {
-                true => Change::TopicCreated(topic),
-                false => Change::TopicPlaced { topic, shards: vec![shard.number], own: CATALOGUE, from: 0 },
-            });
+            // A shard that is alone has the catalogue, whatever its number.
+            let home = if self.shards.len() == 1 { CATALOGUE } else { shard.number };
+            changes.push(Change::TopicCreated { topic, shards: vec![home], own: CATALOGUE, from: 0 });
         }
         state.commit(changes).await.map_err(|error| error.to_string())
     }

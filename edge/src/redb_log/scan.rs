@@ -206,8 +206,8 @@ pub fn current(file: &Arc<File>, cache_bytes: usize) -> Result<Current, LogError
         let mut found = Current::default();
         for row in transaction.open_table(STREAMS).map_err(failed)?.iter()? {
             let (key, value) = row?;
-            if let Ok(row) = decode::<StreamRow>(value.value(), "a stream") {
-                found.records.insert(key.value(), row.into_record());
+            if let Ok(StreamRow::V1(record)) = decode(value.value(), "a stream") {
+                found.records.insert(key.value(), record);
             }
         }
         for row in transaction.open_table(ROWS).map_err(failed)?.iter()? {
@@ -339,8 +339,7 @@ impl Scan {
         for (key, _, value) in values(bytes, entries, 4) {
             let Some(stream) = u32_at(key, 0) else { return false };
             // All of the page or nothing: these records have no checksum of their own.
-            let Ok((row, [])) = postcard::take_from_bytes::<StreamRow>(value) else { return false };
-            let record = row.into_record();
+            let Ok((StreamRow::V1(record), [])) = postcard::take_from_bytes(value) else { return false };
             let sound = 0 <= record.first && record.first <= record.next && record.confirmed <= record.next;
             if !sound || record.safe > record.next || record.renewed_at > record.next {
                 return false;

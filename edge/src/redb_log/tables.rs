@@ -48,9 +48,8 @@
 //!                    +---------+-----------------------+------------------+
 //! ```
 //!
-//! Each postcard row begins with its version: the variant number, one byte. `StreamRow` is V1, a [`StreamRecord`]; V2, with
-//! the offset where the stream's incarnation began; or V3, with that and the stream's [`Ages`]. V3 is written. The others
-//! are V1. A database of another format is not opened.
+//! Each postcard row begins with its version: the variant number, one byte, 0 so far. `StreamRow` is a [`StreamRecord`]. A
+//! database of another format is not opened.
 //!
 //! Integers of rows, parts and entries are big-endian, as in RecordBatch v2. `bytes before` counts the bytes of all
 //! entries that were ever stored in the stream before this row, trimmed ones included, so that two reads say how much
@@ -71,7 +70,7 @@ use shared::name::{Incarnation, Offset, StreamName, TimestampMs, TopicName};
 use crate::retention::Ages;
 
 /// What this build reads and writes. A database with another number is not opened.
-pub(super) const FORMAT: u32 = 3;
+pub(super) const FORMAT: u32 = 4;
 
 pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 pub(super) const STREAMS: TableDefinition<'_, u32, &[u8]> = TableDefinition::new("streams");
@@ -97,28 +96,6 @@ pub(super) enum ClockRow {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum StreamRow {
     V1(StreamRecord),
-    /// With [`StreamRecord::renewed_at`].
-    V2(StreamRecord, Offset),
-    /// With [`StreamRecord::ages`] too.
-    V3(StreamRecord, Offset, Ages),
-}
-
-impl StreamRow {
-    /// The record, whatever the variant. What an older one does not say is 0.
-    pub(super) fn into_record(self) -> StreamRecord {
-        match self {
-            Self::V1(record) => record,
-            Self::V2(record, renewed_at) => StreamRecord { renewed_at, ..record },
-            Self::V3(record, renewed_at, ages) => StreamRecord { renewed_at, ages, ..record },
-        }
-    }
-}
-
-impl From<StreamRecord> for StreamRow {
-    fn from(record: StreamRecord) -> Self {
-        let (renewed_at, ages) = (record.renewed_at, record.ages.clone());
-        Self::V3(record, renewed_at, ages)
-    }
 }
 
 /// What is known of a stream beside its rows.
@@ -150,12 +127,9 @@ pub struct StreamRecord {
     pub safe: Offset,
     /// Records that were dropped and that the cloud was not told of yet (end exclusive).
     pub gap: Option<(Offset, Offset)>,
-    /// Where the life began, if it is not the first: what lies below was safe under the one before. Stored beside these
-    /// fields, see [`StreamRow`].
-    #[serde(skip)]
+    /// Where the life began, if it is not the first: what lies below was safe under the one before.
     pub renewed_at: Offset,
-    /// How old its records are, for `retention_age`. Stored beside these fields too.
-    #[serde(skip)]
+    /// How old its records are, for `retention_age`.
     pub ages: Ages,
 }
 
@@ -449,36 +423,25 @@ mod tests {
     fn stream_rows_have_their_published_bytes() {
         let name = |text| (StreamName::parse(text).unwrap(), TopicName::parse(text).unwrap());
         let (stream, topic) = name("s");
-        let record = StreamRecord {
+        let mut record = StreamRecord {
             safe: 3,
             gap: Some((1, 2)),
             renewed_at: 5,
             ..StreamRecord::new(stream, topic, Incarnation([7; 16]))
         };
-        let bytes = |row: &StreamRow| postcard::to_stdvec(row).unwrap();
-        let fields = [
-            &[1, b's', 1, b's'][..],
+        assert!(record.ages.note(1_700_000_000_000, 64, 60_000));
+        let golden = [
+            &[0, 1, b's', 1, b's'][..],
             &[7; 16],
             &[0; 6],
             &[255, 255, 255, 255, 255, 255, 255, 255, 255, 1],
-            &[0, 6, 1, 2, 4],
+            &[0, 6, 1, 2, 4, 10],
+            &[1, 0x80, 0xa0, 0xab, 0xfe, 0xf9, 0x62, 0x80, 1],
         ]
         .concat();
-        let v1 = bytes(&StreamRow::V1(record.clone()));
-        assert_eq!(v1, [&[0][..], &fields].concat());
-        let read: StreamRow = postcard::from_bytes(&v1).unwrap();
-        assert_eq!(read.into_record(), StreamRecord { renewed_at: 0, ..record.clone() });
-        let v2 = bytes(&StreamRow::V2(record.clone(), 5));
-        assert_eq!(v2, [&[1][..], &fields, &[10]].concat());
-        let read: StreamRow = postcard::from_bytes(&v2).unwrap();
-        assert_eq!(read.into_record(), record);
-        let mut record = record;
-        assert!(record.ages.note(1_700_000_000_000, 64, 60_000));
-        let v3 = bytes(&StreamRow::from(record.clone()));
-        let ages = [1, 0x80, 0xa0, 0xab, 0xfe, 0xf9, 0x62, 0x80, 1];
-        assert_eq!(v3, [&[2][..], &fields, &[10], &ages].concat());
-        let read: StreamRow = postcard::from_bytes(&v3).unwrap();
-        assert_eq!(read.into_record(), record);
+        assert_eq!(postcard::to_stdvec(&StreamRow::V1(record.clone())).unwrap(), golden);
+        let StreamRow::V1(read) = postcard::from_bytes(&golden).unwrap();
+        assert_eq!(read, record);
         let clock = ClockRow::V1(ClockState { counted_ms: 1_700_000_000_000, ahead_ms: -1 });
         assert_eq!(postcard::to_stdvec(&clock).unwrap(), [0, 0x80, 0xa0, 0xab, 0xfe, 0xf9, 0x62, 1]);
     }

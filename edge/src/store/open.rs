@@ -191,7 +191,7 @@ impl EdgeStore {
         let opened = opened.map_err(|error| {
             let remedy = match &error {
                 LogError::OtherFormat { .. } => {
-                    "install the version that wrote it; or move the file away, start with an empty database, and send what the old one holds with tributary-edge salvage FILE"
+                    "install the version that wrote it; or move the file away, start with an empty database, and send what the old one holds with salvage FILE of the tributary-edge that wrote it"
                 }
                 LogError::Full(_) => "free some space on that disk, or raise [storage] disk_budget; nothing was deleted",
                 _ => "look at the system log for disk errors, check the file's permissions, and start again; nothing was deleted",

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::log::conformance;
 
 const UNPACKED_MAX: usize = 1 << 20;
 
@@ -138,6 +139,59 @@ fn a_placed_batch_keeps_its_checksum() {
     Batch::place(&mut bytes, 1 << 40, 9);
     let batch = Batch::parse(bytes.into()).unwrap();
     assert_eq!((batch.base_offset(), batch.leader_epoch()), (1 << 40, 9));
+}
+
+/// A batch with another number of records and last offset delta in its header, under a good checksum.
+fn counted(batch: &Batch, records: i32, last_offset_delta: i32) -> Result<Batch, BatchError> {
+    let mut bytes = batch.bytes().to_vec();
+    bytes[23..27].copy_from_slice(&last_offset_delta.to_be_bytes());
+    bytes[57..61].copy_from_slice(&records.to_be_bytes());
+    let crc = crc32c::crc32c(&bytes[CRC_FROM..]);
+    bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+    Batch::parse(bytes.into())
+}
+
+#[test]
+fn a_thinned_batch_may_be_stored_and_not_sent() {
+    let whole = conformance::batch(5, 1_000);
+    assert_eq!(whole.check_entry(), Ok(()));
+    for keep in [&[0, 1, 2, 3][..], &[1, 3], &[4], &[]] {
+        let batch = conformance::thinned(&whole, keep);
+        assert_eq!((batch.base_offset(), batch.last_offset()), (0, 4), "it covers what it covered");
+        assert_eq!(Batch::parse(batch.bytes().clone()), Ok(batch.clone()));
+        let records = batch.records(UNPACKED_MAX).unwrap().map(|record| record.unwrap());
+        let expected: Vec<_> = keep.iter().map(|n| (*n as i64, 1_000 + *n as i64)).collect();
+        assert_eq!(records.map(|record| (record.offset, record.timestamp)).collect::<Vec<_>>(), expected);
+        assert!(matches!(batch.check_entry(), Err(BatchError::Malformed(_))), "{batch:?}");
+        assert!(seal(&[batch], Compression::None, None).is_err(), "sealing would number the records anew");
+    }
+}
+
+#[test]
+fn an_emptied_batch_that_was_compressed_has_no_records() {
+    let mut bytes = conformance::thinned(&conformance::batch(3, 1), &[]).bytes().to_vec();
+    bytes[22] = 4;
+    let crc = crc32c::crc32c(&bytes[CRC_FROM..]);
+    bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+    let batch = Batch::parse(bytes.into()).unwrap();
+    assert_eq!(batch.compression(), Compression::Zstd);
+    assert_eq!(batch.records(UNPACKED_MAX).unwrap().count(), 0);
+}
+
+#[test]
+fn counts_that_contradict_each_other_are_refused() {
+    let whole = conformance::batch(5, 1_000);
+    for (records, last_offset_delta) in [(-1, 4), (i32::MIN, 4), (6, 4), (i32::MAX, 4), (1, -1), (0, i32::MIN)] {
+        let refused = counted(&whole, records, last_offset_delta);
+        assert!(matches!(refused, Err(BatchError::Malformed(_))), "{records} {last_offset_delta}");
+    }
+    // A header that says more than there is: the records are what it is found by.
+    let long = counted(&whole, 5, i32::MAX).unwrap();
+    assert_eq!(long.last_offset(), i64::from(i32::MAX));
+    assert!(long.check_entry().is_err());
+    let all = counted(&whole, i32::MAX, i32::MAX - 1).unwrap();
+    assert_eq!(all.check_entry(), Ok(()), "only reading them tells");
+    assert!(all.records(UNPACKED_MAX).unwrap().any(|record| record.is_err()));
 }
 
 #[test]

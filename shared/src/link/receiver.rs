@@ -341,6 +341,7 @@ fn check_batch(entry: &AppendEntry, bytes: Bytes, batch_bytes_max: usize) -> Res
         return Err(format!("a batch of {} bytes, at most {batch_bytes_max} are taken", bytes.len()));
     }
     let batch = Batch::parse(bytes).map_err(|error| error.to_string())?;
+    batch.check_entry().map_err(|error| error.to_string())?;
     if batch.base_offset() != entry.first || batch.last_offset().checked_add(1) != Some(entry.end.next) {
         return Err(format!("{batch:?} does not hold the offsets {} .. {}", entry.first, entry.end.next));
     }

@@ -105,6 +105,26 @@ pub fn produced(batch: &Batch, producer_id: i64, epoch: i16, sequence: i32) -> B
     Batch::parse(bytes.freeze()).expect("a sealed batch")
 }
 
+/// What compaction leaves of an uncompressed batch of small records: those that it keeps, by their number, with their offsets.
+pub fn thinned(batch: &Batch, keep: &[usize]) -> Batch {
+    let (header, mut rest) = batch.bytes().split_at(crate::batch::HEADER_BYTES);
+    let mut bytes = BytesMut::from(header);
+    for number in 0..batch.record_count() as usize {
+        assert!(rest[0] < 0x80, "a record of less than 64 bytes has a length of one byte");
+        let (record, behind) = rest.split_at(1 + usize::from(rest[0] / 2));
+        if keep.contains(&number) {
+            bytes.extend_from_slice(record);
+        }
+        rest = behind;
+    }
+    let length = bytes.len() as i32 - 12;
+    bytes[8..12].copy_from_slice(&length.to_be_bytes());
+    bytes[57..61].copy_from_slice(&(keep.len() as i32).to_be_bytes());
+    let crc = crc32c::crc32c(&bytes[21..]);
+    bytes[17..21].copy_from_slice(&crc.to_be_bytes());
+    Batch::parse(bytes.freeze()).expect("a thinned batch may be stored")
+}
+
 /// A stream of edge `gw-{edge}` in its incarnation `life`.
 pub fn stream(edge: u8, life: u8) -> StreamKey {
     StreamKey {

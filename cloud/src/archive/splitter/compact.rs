@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::merge::{Choice, Output, Part};
-use super::{Splitter, Work};
+use super::{Slices, Splitter, Work};
 use crate::archive::{ArchiveError, StoreError};
 use crate::manifest::{HeldRun, Index, SegmentId};
 
@@ -138,11 +138,14 @@ impl Splitter<'_> {
     async fn carry_out(&mut self, index: &mut Index, output: Output, work: &mut Work) -> Result<(), ArchiveError> {
         let runs = output.parts.iter().flat_map(|part| &part.runs);
         let bytes = self.read_runs(runs.copied().collect()).await?;
-        let slice = |held: &HeldRun| {
-            let bytes = bytes.get(&(held.object, held.run.position)).cloned().unwrap_or_default();
-            (bytes, held.run.appended_ms)
-        };
-        let group = output.parts.iter().map(|part| (part.partition, part.runs.iter().map(slice).collect()));
+        let group = output.parts.iter().map(|part| {
+            let mut slices = Slices::default();
+            for held in &part.runs {
+                let bytes = bytes.get(&(held.object, held.run.position)).cloned().unwrap_or_default();
+                slices.push(held.run.base..held.run.next, bytes, held.run.appended_ms);
+            }
+            (part.partition, slices)
+        });
         let group: Vec<_> = group.collect();
         let (id, segment) = self.put_segment(group, self.root.trim, work).await?;
         if segment.runs.len() != output.parts.len() {
@@ -197,18 +200,17 @@ impl Splitter<'_> {
     }
 }
 
-/// Whether `bytes` are the batches of the run.
+/// Whether `bytes` are batches that the run may have: ascending, within the offsets that it covers.
 fn check(held: &HeldRun, bytes: Bytes) -> Result<(), String> {
     let mut rest = bytes;
-    let mut span: Option<(i64, i64)> = None;
+    let mut next = held.run.base;
     while let Some(batch) = Batch::split_first(&mut rest).map_err(|error| error.to_string())? {
-        let next = batch.last_offset().saturating_add(1);
-        span = Some((span.map_or(batch.base_offset(), |(base, _)| base), next));
+        if batch.base_offset() < next || batch.last_offset() >= held.run.next {
+            return Err(format!("a run of {} to {} has {batch:?} at {next}", held.run.base, held.run.next));
+        }
+        next = batch.last_offset().saturating_add(1);
     }
-    match span {
-        Some(found) if found == (held.run.base, held.run.next) => Ok(()),
-        found => Err(format!("a run of {} to {} holds {found:?}", held.run.base, held.run.next)),
-    }
+    Ok(())
 }
 
 /// What is read at a time: neighbours within one object.

@@ -1,5 +1,6 @@
 //! What a read costs: requests counted by the store, and virtual time.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,8 +54,12 @@ impl Bucket {
         for (partition, batches) in runs {
             let base = self.index.next(*partition).unwrap_or(0);
             let slices = (0..*batches as i64).map(|n| (batch(base + n * RECORDS), 0));
-            writer.run(*partition, slices).unwrap();
+            writer.run(*partition, base..base + *batches as i64 * RECORDS, slices).unwrap();
         }
+        self.put(writer).await;
+    }
+
+    async fn put(&mut self, writer: SegmentWriter) {
         let segment = writer.finish();
         let object = SegmentId { seq: self.objects, epoch: 1, number: 0, nonce: 99 };
         self.objects += 1;
@@ -188,6 +193,41 @@ async fn small_runs_in_one_object_share_its_chunks() {
 }
 
 #[tokio::test]
+async fn a_reader_is_led_over_runs_of_which_compaction_left_nothing() {
+    let mut bucket = Bucket::new();
+    let run = |covered: Range<Offset>, bases: &[Offset]| (covered, bases.iter().map(|b| (batch(*b), 0)).collect());
+    let end = 100 * RECORDS;
+    let mut runs: Vec<(_, Vec<_>)> = vec![run(0..RECORDS, &[]), run(RECORDS..10 * RECORDS, &[5 * RECORDS])];
+    // More of them than a read takes runs with batches.
+    runs.extend((10..99).map(|n| run(n * RECORDS..(n + 1) * RECORDS, &[])));
+    runs.push(run(99 * RECORDS..end, &[99 * RECORDS]));
+    runs.push(run(end..end + 7, &[]));
+    for (covered, slices) in runs {
+        let mut writer = SegmentWriter::default();
+        writer.run(partition(1), covered, slices).unwrap();
+        bucket.put(writer).await;
+    }
+    let cold = bucket.cold(64 * MIB);
+    let bases = |read: &ColdRead| {
+        let batches = read.batches.iter().map(|bytes| Batch::parse(bytes.clone()).unwrap());
+        batches.map(|batch| batch.base_offset()).collect::<Vec<_>>()
+    };
+    for (from, bytes_max, expected, next) in [
+        (0, MIB, vec![5 * RECORDS, 99 * RECORDS], end + 7),
+        (0, 1, vec![5 * RECORDS], 10 * RECORDS),
+        (6 * RECORDS, 1, vec![99 * RECORDS], end),
+        (50 * RECORDS, MIB, vec![99 * RECORDS], end + 7),
+        (end + 3, MIB, vec![], end + 7),
+    ] {
+        let read = cold.read(partition(1), from, ReadLimits { bytes_max }).await.unwrap();
+        assert_eq!((bases(&read), read.next), (expected, next), "from {from}, {bytes_max} bytes");
+    }
+    let found = cold.find_time(partition(1), 0, 60 * RECORDS * 10).await.unwrap().unwrap();
+    assert_eq!(found.offset, 99 * RECORDS);
+    assert_eq!(cold.max_time(partition(1), 0).await.unwrap().unwrap().offset, end - 1);
+}
+
+#[tokio::test]
 async fn a_read_takes_as_many_batches_as_its_limit_allows_wherever_it_begins() {
     let store = Faulty::new();
     let slices = (0..60).map(|base| {
@@ -196,7 +236,7 @@ async fn a_read_takes_as_many_batches_as_its_limit_allows_wherever_it_begins() {
         (builder.finish(base, Compression::None).into_bytes(), 0)
     });
     let mut writer = SegmentWriter::default();
-    writer.run(partition(1), slices).unwrap();
+    writer.run(partition(1), 0..60, slices).unwrap();
     let segment = writer.finish();
     let object = SegmentId { seq: 0, epoch: 1, number: 0, nonce: 1 };
     store.inner.put(&keys().segment(&object), segment.chunks.concat().into()).await.unwrap();
@@ -461,7 +501,7 @@ async fn a_bucket_that_does_not_answer_delays_no_producer_and_no_reader_at_the_e
     let task = tokio::spawn(archive.clone().run(shard.clone(), std::future::pending()));
     let name = shared::name::TopicName::parse("t").unwrap();
     let topic = Topic { id: partition(1).topic, name, partitions: 1, configs: Default::default(), created_ms: 0 };
-    shard.commit(vec![Change::TopicCreated(topic)]).await.unwrap();
+    shard.commit(vec![Change::created(topic)]).await.unwrap();
     let append = || shard.append(from_producer(partition(1), sized(50_000)));
     // Many times what the tail holds.
     for _ in 0..100 {

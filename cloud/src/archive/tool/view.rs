@@ -174,7 +174,7 @@ impl ShardView {
                 let index_end = run.index_position.checked_add(u64::from(run.index_length));
                 let inside = data_end.is_some_and(|end| end <= run.index_position)
                     && index_end.is_some_and(|end| end <= object_bytes);
-                if !inside || run.next <= run.base || run.length == 0 {
+                if !inside || run.next <= run.base {
                     findings.push(Finding::new(key, format!("a run of {partition} contradicts its object or itself")));
                     continue;
                 }

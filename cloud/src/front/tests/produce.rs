@@ -75,6 +75,8 @@ async fn what_is_not_one_good_batch_is_refused_and_not_stored() {
         ("a bit flipped", flip(bytes.len() - 1), ErrorCode::CORRUPT_MESSAGE),
         ("old magic", flip(16), ErrorCode::INVALID_RECORD),
         ("another count", with_bytes(&good, 57, &[0, 0, 0, 9]), ErrorCode::INVALID_RECORD),
+        ("a hole", with_bytes(&good, 23, &[0, 0, 0, 99]), ErrorCode::INVALID_RECORD),
+        ("a base offset", with_bytes(&good, 0, &7_i64.to_be_bytes()), ErrorCode::INVALID_RECORD),
         ("no records", with_bytes(&good, 57, &[0, 0, 0, 0]), ErrorCode::INVALID_RECORD),
         ("a control batch", with_bytes(&good, 21, &[0, 1 << 5]), ErrorCode::INVALID_RECORD),
         ("a transaction", with_bytes(&good, 21, &[0, 1 << 4]), ErrorCode::INVALID_TXN_STATE),

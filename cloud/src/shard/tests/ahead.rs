@@ -20,7 +20,7 @@ impl Steps {
         let writer = Box::pin(async move { core.write_blocks().await });
         let encoder = Box::pin(async move { beside.encode_ahead().await });
         let mut steps = Self { shard, wal, writer, encoder };
-        let mut made = steps.shard.commit(vec![Change::TopicCreated(topic(1, 1))]);
+        let mut made = steps.shard.commit(vec![Change::created(topic(1, 1))]);
         steps.ends(Ok(()));
         assert_eq!(poll_once(&mut made), Some(Ok(())));
         steps

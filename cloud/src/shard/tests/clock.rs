@@ -28,7 +28,7 @@ impl Machine {
         let (wal, begun, wrong_by) = (MemoryWal::new(WAL_BYTES), Instant::now(), Arc::new(AtomicI64::new(0)));
         let (shard, groups) = Self::start(&wal, begun, &wrong_by);
         let short = Topic { configs: [("retention.ms".to_owned(), HOUR_MS.to_string())].into(), ..topic(1, 1) };
-        shard.commit(vec![Change::TopicCreated(short), Change::TopicCreated(topic(2, 1))]).await.unwrap();
+        shard.commit(vec![Change::created(short), Change::created(topic(2, 1))]).await.unwrap();
         Self { wal, begun, wrong_by, shard, groups }
     }
 

@@ -81,7 +81,7 @@ pub fn held() -> (Arc<Shard>, HeldWal) {
     let wal = HeldWal::new();
     let shard = open(wal.clone());
     wal.order(Ok(()));
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     (shard, wal)
 }
 
@@ -222,7 +222,7 @@ fn too_much_in_flight_is_refused() {
     let settings = ShardSettings { in_flight_bytes_max: 4_000, block_bytes_max: 1_500, ..ShardSettings::default() };
     let shard = Shard::open(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
     wal.order(Ok(()));
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     let send = || shard.append(from_producer(partition(1), sized(1_000)));
     let calls: Vec<_> = (0..3).map(|_| send()).collect();
     assert!(matches!(block_on(send()), Err(AppendError::Full(_))));

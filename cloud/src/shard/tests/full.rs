@@ -118,7 +118,7 @@ fn clients_commits_leave_room_for_a_start() {
     for wal in wals {
         let start = || Shard::open(ShardSettings::default(), wal(), Recovered::default(), None, clock()).unwrap();
         let shard = start();
-        block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+        block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
         while append(&shard, sized(10_000)).is_ok() {}
         let mut commits = 0;
         while block_on(shard.commit(offset(commits))).is_ok() {
@@ -151,7 +151,7 @@ async fn a_full_disk_refuses_records_before_they_enter_a_block_and_nothing_else(
     let settings = ShardSettings::default();
     let (shard, commits) = Shard::open_driven(settings, Box::new(wal), Recovered::default(), None, clock()).unwrap();
     tokio::spawn(commits);
-    shard.commit(vec![Change::TopicCreated(topic(1, 1))]).await.unwrap();
+    shard.commit(vec![Change::created(topic(1, 1))]).await.unwrap();
     let send = || shard.append(from_producer(partition(1), sized(5_000)));
     for _ in 0..10 {
         send().await.unwrap();

@@ -59,7 +59,7 @@ fn what_becomes_durable_too_late_is_stored_and_not_acknowledged() {
     at(100);
     let wal = GatedWal::new(WAL_BYTES);
     let shard = open(wal.clone());
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     let confirmation = leased(&shard);
     confirmation.confirm(uptime());
     let first = produced(&batch(1, 1), 7, 0, 0);

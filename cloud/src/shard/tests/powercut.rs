@@ -36,7 +36,7 @@ struct Acknowledged {
 
 /// Bursts of appends from a producer and an edge, with commits of a group and trims between.
 fn work(shard: &Shard, random: &mut Random, acknowledged: &mut Acknowledged) -> Result<(), AppendError> {
-    block_on(shard.commit(vec![Change::TopicCreated(topic(TOPIC, 2))]))?;
+    block_on(shard.commit(vec![Change::created(topic(TOPIC, 2))]))?;
     acknowledged.topic = true;
     for _ in 0..12 {
         let mut position = acknowledged.position;

@@ -28,7 +28,7 @@ async fn snapshot_and_rest_are_the_state() {
         let (shard, commits) =
             Shard::open_driven(settings(), Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
         tokio::spawn(commits);
-        shard.commit(vec![Change::TopicCreated(topic(1, 1)), Change::TopicCreated(topic(2, 1))]).await.unwrap();
+        shard.commit(vec![Change::created(topic(1, 1)), Change::created(topic(2, 1))]).await.unwrap();
         let (mut snapshot, mut positions) = (None, [0; 3]);
         let producers = |state: &State| state.partitions().map(|(_, at)| at.producers.len()).sum::<usize>();
         for _ in 0..60 {

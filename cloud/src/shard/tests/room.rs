@@ -56,7 +56,7 @@ fn a_full_disk_is_known_before_a_batch_is_refused_and_ends_with_it() {
     let settings =
         FileWalSettings { file_bytes: FILE_BYTES, hasty_file_bytes: FILE_BYTES, bytes_max: 1 << 30, background: false };
     let shard = open(FileWal::open(Box::new(disk), settings, 1).unwrap());
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     append(&shard, sized(100_000)).unwrap();
     assert_eq!(shard.produce_room(ROOM_BYTES), Ok(()));
     assert!(shard.status().full_ratio < 0.1);
@@ -107,7 +107,7 @@ fn a_log_of_small_blocks_that_refuses_says_that_it_is_full() {
     let settings =
         FileWalSettings { file_bytes: 16 << 10, hasty_file_bytes: 16 << 10, bytes_max: 256 << 10, background: false };
     let shard = open(FileWal::open(Box::new(CutDisk::default()), settings, 1).unwrap());
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     while append(&shard, batch(1, 1)).is_ok() {}
     let durable = shard.durable();
     let (taken, bound) = (durable.wal_bytes, durable.wal_bytes_max);
@@ -122,7 +122,7 @@ fn a_log_that_takes_nothing_for_another_reason_is_not_full() {
     let settings = ShardSettings { in_flight_bytes_max: 4_000, ..ShardSettings::default() };
     let shard = Shard::open(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
     wal.order(Ok(()));
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     let send = shard.append(from_producer(partition(1), sized(3_000)));
     let look = || (shard.produce_room(ROOM_BYTES).unwrap_err(), shard.status());
     let flying = look();
@@ -163,7 +163,7 @@ async fn blocks_from_before_a_start_are_as_old_as_they_say() {
             Shard::open(ShardSettings::default(), Box::new(wal.clone()), Recovered::default(), None, clock).unwrap()
         };
         let shard = open(at(then));
-        block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+        block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
         shard.close();
         let shard = open(at(now));
         let status = shard.status();

@@ -14,7 +14,7 @@ fn readers_follow_while_the_archive_takes_the_wal_away() {
     let settings = ShardSettings { tail_bytes_max: 2_000, read_cache_bytes_max: 5_000, ..ShardSettings::default() };
     let wal = Box::new(file_wal(&directory));
     let shard = Shard::open(settings, wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let (shard, cold, done) = (&shard, &cold, &done);
@@ -45,7 +45,7 @@ fn a_slow_archive_returns_nothing_above_the_bounds_it_tells() {
     let cold = Arc::new(ColdBlocks::default());
     let wal = Box::new(MemoryWal::new(WAL_BYTES));
     let shard = Shard::open(ShardSettings::default(), wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
-    block_on(shard.commit(vec![Change::TopicCreated(topic(1, 1))])).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
     let grow = || {
         (0..2).for_each(|_| {
             append(&shard, batch(10, 1)).unwrap();
@@ -74,6 +74,32 @@ fn what_is_in_no_tier_is_not_skipped() {
     let read = |from| block_on(shard.read(partition(1), from, ReadLimits { bytes_max: 1 }));
     assert!(matches!(read(5), Err(ReadError::Corrupt(text)) if text.contains("offset 5")));
     assert_eq!(split(&read(10).unwrap())[0].base_offset(), 10);
+}
+
+#[test]
+fn a_reader_is_led_over_what_was_compacted_away_and_no_further() {
+    let cold = Arc::new(ColdBlocks::default());
+    let wal = Box::new(MemoryWal::new(WAL_BYTES));
+    let shard = Shard::open(ShardSettings::default(), wal, Recovered::default(), Some(cold.clone()), clock()).unwrap();
+    block_on(shard.commit(vec![Change::created(topic(1, 1))])).unwrap();
+    let read = |from| block_on(shard.read(partition(1), from, ReadLimits { bytes_max: 1 << 20 })).unwrap();
+    let bases = |read: &Read| split(read).iter().map(Batch::base_offset).collect::<Vec<_>>();
+    for _ in 0..4 {
+        append(&shard, batch(10, 1)).unwrap();
+    }
+    archive(&shard, &cold);
+    append(&shard, batch(10, 1)).unwrap();
+    cold.compacted.store(20, Ordering::SeqCst);
+    assert_eq!((bases(&read(5)), read(5).next), (vec![20, 30], 40));
+    // Nothing is left in the archive: what is still in the WAL comes next.
+    cold.compacted.store(40, Ordering::SeqCst);
+    for from in [0, 15, 29] {
+        assert_eq!((bases(&read(from)), read(from).next), (vec![40], 50), "{from}");
+    }
+    // All of it is archived, and nothing is left.
+    archive(&shard, &cold);
+    cold.compacted.store(50, Ordering::SeqCst);
+    assert_eq!((read(5).batches.len(), read(5).next), (0, 50));
 }
 
 /// Takes over all durable blocks but the newest.

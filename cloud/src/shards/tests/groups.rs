@@ -63,7 +63,7 @@ fn groups_of_an_older_build_are_found_where_they_are() {
     let disks = Disks::new();
     let old = disks.open(0);
     let group = group_in(1, 3);
-    let changes = vec![Change::TopicCreated(topic(1, 1)), committed(&group, at(1, 0), 7)];
+    let changes = vec![Change::created(topic(1, 1)), committed(&group, at(1, 0), 7)];
     block_on(old.shard.commit(changes)).unwrap();
     old.shard.close();
     for _ in 0..2 {
@@ -146,7 +146,7 @@ async fn a_restore_from_the_archive_brings_the_groups_of_every_shard() {
         let shards = Shards::new(members, BTreeMap::new());
         shards.reconcile().await.unwrap();
         if life == 0 {
-            StateLog::commit(&shards, vec![Change::TopicCreated(topic(1, 1))]).await.unwrap();
+            StateLog::commit(&shards, vec![Change::created(topic(1, 1))]).await.unwrap();
         }
         for (group, offset) in groups.iter().zip(5..) {
             if life == 0 {
@@ -178,7 +178,7 @@ async fn a_shard_that_does_not_answer_holds_up_its_own_groups_alone() {
     let member = |number, shard| Member { number, engine: Engine::Object, shard };
     let shards = Arc::new(Shards::new(vec![member(0, near), member(1, far)], BTreeMap::new()));
     shards.reconcile().await.unwrap();
-    StateLog::commit(&*shards, vec![Change::TopicCreated(topic(1, 1))]).await.unwrap();
+    StateLog::commit(&*shards, vec![Change::created(topic(1, 1))]).await.unwrap();
     let settings = GroupSettings { initial_rebalance_delay_ms: 0, ..GroupSettings::default() };
     let patience = settings.commit_timeout;
     let groups = Groups::new(shards.clone(), settings);

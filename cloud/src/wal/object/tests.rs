@@ -104,7 +104,7 @@ impl Engine for UnderTest {
 
     fn create(&mut self) -> Partition {
         self.topics += 1;
-        self.runtime.block_on(self.shard().commit(vec![Change::TopicCreated(topic(self.topics))])).unwrap();
+        self.runtime.block_on(self.shard().commit(vec![Change::created(topic(self.topics))])).unwrap();
         partition(self.topics)
     }
 
@@ -267,7 +267,7 @@ impl Owner {
 
     async fn start(store: &Faulty) -> Self {
         let owner = Self::try_start(store, shard_settings()).await.unwrap();
-        owner.shard.commit(vec![Change::TopicCreated(topic(1))]).await.unwrap();
+        owner.shard.commit(vec![Change::created(topic(1))]).await.unwrap();
         owner
     }
 
@@ -497,7 +497,7 @@ async fn appends_are_paced_but_for_the_first_after_a_pause() {
     let store = Faulty::new();
     let settings = ShardSettings { linger: Duration::from_millis(100), ..shard_settings() };
     let owner = Owner::try_start(&store, settings).await.unwrap();
-    owner.shard.commit(vec![Change::TopicCreated(topic(1))]).await.unwrap();
+    owner.shard.commit(vec![Change::created(topic(1))]).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
     let puts = || owner.archive.status().puts;
     let (before, began) = (puts(), tokio::time::Instant::now());
@@ -546,7 +546,7 @@ fn reads_come_back_whole_whatever_the_limit() {
         Box::new(move || Store::new(Arc::new(store.clone()), Path::default(), requests())),
     );
     let (log, shard) = (under_test.log(), under_test.shard());
-    runtime.block_on(shard.commit(vec![Change::TopicCreated(topic(1))])).unwrap();
+    runtime.block_on(shard.commit(vec![Change::created(topic(1))])).unwrap();
     for records in 1..20 {
         runtime.block_on(shard.append(from_producer(partition(1), batch(records, 1)))).unwrap();
     }

@@ -152,7 +152,7 @@ impl Node {
     pub async fn create(&self, topic: u8, partitions: u32) {
         let name = TopicName::parse(&format!("topic-{topic}")).unwrap();
         let topic = Topic { id: TopicId([topic; 16]), name, partitions, configs: Default::default(), created_ms: 0 };
-        self.shard.commit(vec![Change::TopicCreated(topic)]).await.unwrap();
+        self.shard.commit(vec![Change::created(topic)]).await.unwrap();
     }
 
     pub async fn append(&self, append: Append) {
