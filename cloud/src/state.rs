@@ -349,7 +349,8 @@ pub struct PartitionState {
     pub log_start: Offset,
     /// The offset after the last durable record.
     pub high_watermark: Offset,
-    /// Leader epochs, ascending. Never empty.
+    /// Leader epochs from the one that the log start is in, ascending, and only those that anything was written in but for the
+    /// last. Never empty.
     pub epochs: Vec<EpochStart>,
     /// Idempotent producers by id.
     pub producers: BTreeMap<i64, Producer>,
@@ -359,6 +360,21 @@ impl PartitionState {
     fn new(epoch: i32, from: Offset) -> Self {
         let epochs = vec![EpochStart { epoch, start: from, before: from }];
         Self { log_start: from, high_watermark: from, epochs, ..Self::default() }
+    }
+
+    /// A leader epoch begins `skip` offsets above the end. One in which nothing was written is replaced: nothing can be of it.
+    fn start_epoch(&mut self, epoch: i32, skip: i64) {
+        let end = self.high_watermark;
+        let before = self.epochs.pop_if(|last| last.start == end).map_or(end, |empty| empty.before);
+        self.high_watermark = end.saturating_add(skip);
+        self.epochs.push(EpochStart { epoch, start: self.high_watermark, before });
+    }
+
+    /// Records below `offset` are gone, and leader epochs that ended there.
+    fn move_log_start(&mut self, offset: Offset) {
+        self.log_start = self.log_start.max(offset).min(self.high_watermark);
+        let ended = self.epochs.iter().skip(1).take_while(|next| next.start <= self.log_start).count();
+        self.epochs.drain(..ended);
     }
 
     /// The leader epoch in force.
@@ -618,7 +634,7 @@ impl State {
             Change::ProducerIdsReserved { next } => self.next_producer_id = self.next_producer_id.max(*next),
             Change::LogStartMoved { partition, offset } => {
                 if let Some(partition) = self.partitions.get_mut(partition) {
-                    partition.log_start = partition.log_start.max(*offset).min(partition.high_watermark);
+                    partition.move_log_start(*offset);
                 }
             }
             Change::EdgeSeen { edge, seen_ms, detail } => {
@@ -718,11 +734,13 @@ impl State {
                 shard.epoch = shard.epoch.saturating_add(1);
             }
         }
-        for partition in self.partitions.values_mut() {
-            let before = partition.high_watermark;
-            partition.high_watermark = before.saturating_add(skip);
-            partition.epochs.push(EpochStart { epoch, start: partition.high_watermark, before });
-        }
+        self.partitions.values_mut().for_each(|partition| partition.start_epoch(epoch, skip));
+    }
+
+    /// Another process owns the shard from here on: a leader epoch begins, so that clients see that it moved (KIP-320). Called
+    /// by whoever folds a fence in.
+    pub fn change_owner(&mut self) {
+        self.start_epoch(self.leader_epoch.saturating_add(1), 0);
     }
 
     /// Records of a partition became durable up to `next`. Called by whoever folds a block in, before its changes.

@@ -475,7 +475,7 @@ fn offsets_of_lives_that_left_no_more_than_a_fence_are_not_used_either() {
         let again = Shard::open(ShardSettings::default(), wal, recovered, None, clock()).unwrap();
         let bounds = again.bounds(partition(1)).unwrap();
         let begun = 10 + (i64::from(life) << 32);
-        assert_eq!((bounds.high_watermark, bounds.leader_epoch), (begun + 1, life as i32));
+        assert_eq!((bounds.high_watermark, bounds.leader_epoch), (begun + 1, 2 * life as i32));
         assert_eq!(again.epoch_end(partition(1), 0).unwrap().unwrap().end, begun);
     }
 }

@@ -116,7 +116,7 @@ fn golden_bytes_of_a_snapshot() {
         format!("05 02 d08f808020 02 {t1}{t1}0174 03 01016b0176 0a {t2}{t2}0175 03 00 0a 02 0174{t1} 0175{t2}"),
         // Partitions: log start, end, epochs, no producers.
         "05".into(),
-        (0..3).map(|n| format!("{t1}0{n} 00 8080808020 02 000000 02808080802000 00")).collect(),
+        (0..3).map(|n| format!("{t1}0{n} 00 8080808020 01 02808080802000 00")).collect(),
         [0, 2].map(|n| format!("{t2}0{n} 10 10 01 021010 00")).concat(),
         // Groups, edges, streams' placements and positions.
         format!("01 0167 08636f6e73756d6572 0108 01 {t1}00 0e 06 016d 12"),
@@ -226,6 +226,47 @@ fn an_epoch_begins_above_what_may_have_been_lost() {
     assert!(found.left_out(10, 210) && found.left_out(150, 210) && !found.left_out(9, 210));
     state.apply(&Change::created(topic(2, "u", 1)));
     assert_eq!(state.partition(partition(2, 0)).unwrap().leader_epoch(), 1);
+}
+
+#[test]
+fn an_epoch_in_which_nothing_was_written_is_replaced() {
+    let mut state = State::default();
+    state.apply(&Change::created(topic(1, "t", 1)));
+    let epochs = |state: &State| {
+        let epochs = &state.partition(partition(1, 0)).unwrap().epochs;
+        epochs.iter().map(|epoch| (epoch.epoch, epoch.start, epoch.before)).collect::<Vec<_>>()
+    };
+    state.change_owner();
+    assert_eq!((state.leader_epoch(), epochs(&state)), (1, vec![(1, 0, 0)]));
+    state.advance(partition(1, 0), 10);
+    for _ in 0..3 {
+        state.change_owner();
+    }
+    assert_eq!((state.leader_epoch(), epochs(&state)), (4, vec![(1, 0, 0), (4, 10, 10)]));
+    // What is left out stays left out, and more with it.
+    state.apply(&Change::EpochStarted { epoch: 5, skip: 100 });
+    state.apply(&Change::EpochStarted { epoch: 7, skip: 100 });
+    state.change_owner();
+    assert_eq!(epochs(&state), [(1, 0, 0), (8, 210, 10)]);
+    let found = state.partition(partition(1, 0)).unwrap();
+    assert!(found.left_out(10, 210) && !found.left_out(9, 210) && found.high_watermark == 210);
+}
+
+#[test]
+fn epochs_that_ended_below_the_log_start_go() {
+    let mut state = State::default();
+    state.apply(&Change::created(topic(1, "t", 1)));
+    for end in [10, 20, 30] {
+        state.advance(partition(1, 0), end);
+        state.change_owner();
+    }
+    for (offset, expected) in
+        [(9, vec![0, 1, 2, 3]), (10, vec![1, 2, 3]), (19, vec![1, 2, 3]), (29, vec![2, 3]), (99, vec![3])]
+    {
+        state.apply(&Change::LogStartMoved { partition: partition(1, 0), offset });
+        let epochs = &state.partition(partition(1, 0)).unwrap().epochs;
+        assert_eq!(epochs.iter().map(|epoch| epoch.epoch).collect::<Vec<_>>(), expected, "log start {offset}");
+    }
 }
 
 #[test]

@@ -321,7 +321,9 @@ async fn a_node_with_nothing_local_goes_on_where_the_last_one_was() {
     let second = Owner::start(&store).await;
     assert_eq!(second.records().await, 7);
     assert_eq!(second.append(1).await.unwrap().base_offset, 7, "nothing was lost, so nothing is left out");
-    assert_eq!(second.shard.bounds(partition(1)).unwrap().leader_epoch, 0);
+    assert_eq!(second.shard.bounds(partition(1)).unwrap().leader_epoch, 2, "clients see that it moved");
+    let ends = [1, 2].map(|epoch| second.shard.epoch_end(partition(1), epoch).unwrap().unwrap().end);
+    assert_eq!(ends, [7, 8], "what the first owner wrote is of its epoch");
     let key = stream(1, 1);
     second.shard.append(from_edge(partition(1), &key, 0, 3)).await.unwrap();
     assert_eq!(second.shard.safe(&key), Some(4), "what is durable is in the bucket");

@@ -40,7 +40,7 @@ async fn a_node_comes_up_on_a_copy_and_goes_on() {
     assert_eq!(node.archive.cluster_id(), cluster_id);
     assert_eq!(content(&node).await, expected);
     assert_eq!(node.shard.safe(&shared::log::conformance::stream(1, 1)), position);
-    assert_eq!(node.shard.status().leader_epoch, leader_epoch + 1, "what was acknowledged may have been lost");
+    assert_eq!(node.shard.status().leader_epoch, leader_epoch + 2, "its fence, and what may have been lost");
     let end = node.shard.bounds(partition(1, 0)).unwrap().high_watermark;
     node.produce(4).await;
     node.split().await;
