@@ -250,7 +250,10 @@ impl Catalogue {
                     if !validate_only {
                         let (claims, changes) = commits.entry(shards.clone()).or_default();
                         claims.push(self.claims.claim_in(&mut held, topic.name.clone(), (1, partitions)));
-                        let (topic, shards) = (topic.clone(), shards.clone());
+                        let (topic, mut shards) = (topic.clone(), shards.clone());
+                        // The first partitions of all topics are not to lie in one shard: most topics have few.
+                        let first = usize::from(topic.id.0[15]) % shards.len().max(1);
+                        shards.rotate_left(first);
                         changes.push(Change::TopicCreated { topic, shards, own: CATALOGUE, from: 0 });
                     }
                 }
@@ -576,11 +579,9 @@ mod tests {
             configs: vec![(ENGINE_SETTING.to_owned(), Some(engine.to_owned()))],
             ..new(name, 4)
         };
-        for (wanted, engine, placed) in [
-            (new("plain", 4), "file", vec![0, 0, 0, 0]),
-            (new("cache.a", 4), "memory", vec![3, 3, 3, 3]),
-            (with("cache.b", "object"), "object", vec![1, 2, 1, 2]),
-        ] {
+        for (wanted, engine, placed) in
+            [(new("plain", 4), "file", vec![0, 0, 0, 0]), (new("cache.a", 4), "memory", vec![3, 3, 3, 3])]
+        {
             let topic = catalogue.create(wanted).await.unwrap();
             let described = configs::describe(&topic.configs, catalogue.settings());
             let shown = described.iter().find(|entry| entry.name == ENGINE_SETTING).unwrap();
@@ -588,6 +589,14 @@ mod tests {
             let shard = |index| read_state(&*log, |state| state.shard_of(Partition { topic: topic.id, index }));
             assert_eq!((0..4).map(shard).collect::<Vec<_>>(), placed);
         }
+        // Partitions take turns, and which shard has the first is the topic's own.
+        let wanted = (0..40).map(|n| with(&format!("object.{n}"), "object")).collect();
+        let made = join_all(catalogue.create_all(wanted, false)).await;
+        let placed = made.into_iter().map(|topic| {
+            let id = topic.unwrap().id;
+            (0..4).map(|index| read_state(&*log, |state| state.shard_of(Partition { topic: id, index }))).collect()
+        });
+        assert_eq!(placed.collect::<BTreeSet<Vec<u32>>>(), BTreeSet::from([vec![1, 2, 1, 2], vec![2, 1, 2, 1]]));
         assert!(matches!(catalogue.create(with("t", "tape")).await, Err(CatalogueError::InvalidConfig(_))));
         let few = super::Catalogue::new(log, CatalogueSettings::default());
         assert!(matches!(few.create(with("t", "memory")).await, Err(CatalogueError::InvalidConfig(_))));

@@ -3,6 +3,7 @@
 //! Rules are tried in the order of the configuration and the first that matches wins. The record of a PUBLISH is decided
 //! here and nowhere else: key, value, headers. This file knows nothing of how streams are stored.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use mqtt::store::Publish;
@@ -153,6 +154,13 @@ pub enum OnFull {
 
 /// Prefix of the headers that carry MQTT 5 user properties.
 pub const USER_PREFIX: &str = "mqtt.user.";
+/// User properties that keep their names as headers: those of W3C Trace Context, which tracing software of Kafka clients looks for.
+const TRACE_CONTEXT: [&str; 2] = ["traceparent", "tracestate"];
+
+/// The header that carries the user property of that name.
+fn user_header(name: &str) -> Cow<'_, str> {
+    if TRACE_CONTEXT.contains(&name) { name.into() } else { format!("{USER_PREFIX}{name}").into() }
+}
 
 const TOPIC: u16 = 1 << 0;
 const RETAIN: u16 = 1 << 1;
@@ -344,8 +352,8 @@ impl Rule {
             let at = publish.now_ms.saturating_add(i64::from(secs) * 1000);
             at.to_string()
         });
-        let user_names: Vec<String> = if has(USER | SOME_USER) && !properties.user.is_empty() {
-            properties.user.iter().map(|(name, _)| format!("{USER_PREFIX}{name}")).collect()
+        let user_names: Vec<Cow<'_, str>> = if has(USER | SOME_USER) && !properties.user.is_empty() {
+            properties.user.iter().map(|(name, _)| user_header(name)).collect()
         } else {
             Vec::new()
         };
@@ -511,6 +519,13 @@ mod tests {
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         let user = [pair("mqtt.user.unit", "C"), pair("mqtt.user.unit", "K")];
         assert_eq!(headers(&r), [&[pair("mqtt.retain", "1"), pair("tributary.edge", "gw-1")][..], &user].concat());
+
+        let mut traced = publish("factory/3/t", b"");
+        traced.properties.user = vec![("traceparent", "00-1-2-01"), ("tracestate", "a=b"), ("Traceparent", "x")];
+        let trace = [pair("traceparent", "00-1-2-01"), pair("tracestate", "a=b"), pair("mqtt.user.Traceparent", "x")];
+        assert_eq!(headers(&record(&minimal, &traced))[1..], trace);
+        let some = rule("name = \"s\"\nfilters = [\"#\"]\nheaders = [\"mqtt.user.tracestate\"]");
+        assert_eq!(headers(&record(&some, &traced)), [pair("tracestate", "a=b")]);
 
         let all = rule("name = \"s\"\nfilters = [\"#\"]\nkey = 2\nheaders = \"all\"");
         let r = record(&all, &p);
