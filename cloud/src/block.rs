@@ -535,6 +535,7 @@ impl BlockBuilder {
 
 #[cfg(test)]
 mod tests {
+    use crate::state::ProducerChange;
     use proptest::prelude::*;
     use shared::log::conformance::{batch, produced};
 
@@ -560,7 +561,7 @@ mod tests {
     }
 
     fn example() -> Block {
-        let change = Change::ProducerIdsReserved { next: 1000 };
+        let change = Change::Producers(ProducerChange::IdsReserved { next: 1000 });
         build(9, vec![placed(1, 10, batch(1, 7)), placed(0, 4, batch(2, 5)), placed(1, 11, batch(1, 3))], vec![change])
     }
 
@@ -590,9 +591,9 @@ mod tests {
     fn golden_bytes() {
         let block = example();
         let bytes = block.bytes();
-        let expected_header = "5452424b 0001 0000 00000001 00000002 0102030405060708 0000000000000009 0000018bcfe56800 000000fb 00000005 00000002";
+        let expected_header = "5452424b 0001 0000 00000001 00000002 0102030405060708 0000000000000009 0000018bcfe56800 000000fb 00000008 00000002";
         assert_eq!(hex(&bytes[..52]), expected_header.replace(' ', ""));
-        assert_eq!(hex(&bytes[307..312]), "020108d00f");
+        assert_eq!(hex(&bytes[307..315]), "030103010300d00f");
         let topic = "aa".repeat(16);
         let first = format!(
             "{topic} 00000000 00000000 0000000000000004 0000000000000005 0000000000000006 00000038 0000005f 00000001"
@@ -600,11 +601,11 @@ mod tests {
         let second = format!(
             "{topic} 00000001 00000000 000000000000000a 000000000000000b 0000000000000007 00000097 0000009c 00000002"
         );
-        assert_eq!(hex(&bytes[312..372]), first.replace(' ', ""));
-        assert_eq!(hex(&bytes[372..432]), second.replace(' ', ""));
-        assert_eq!(bytes.len(), 436);
-        assert_eq!(hex(&bytes[52..56]), "1edbecf0");
-        assert_eq!(hex(&bytes[432..]), "417d7596");
+        assert_eq!(hex(&bytes[315..375]), first.replace(' ', ""));
+        assert_eq!(hex(&bytes[375..435]), second.replace(' ', ""));
+        assert_eq!(bytes.len(), 439);
+        assert_eq!(hex(&bytes[52..56]), "03e8367d");
+        assert_eq!(hex(&bytes[435..]), "533e6af4");
     }
 
     #[test]
@@ -618,7 +619,7 @@ mod tests {
             let checked = Batch::parse(batch.into_bytes()).unwrap();
             assert_eq!(checked.leader_epoch(), 5);
         }
-        assert_eq!(block.changes().unwrap(), [Change::ProducerIdsReserved { next: 1000 }]);
+        assert_eq!(block.changes().unwrap(), [Change::Producers(ProducerChange::IdsReserved { next: 1000 })]);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use claims::{Claim, Claims, Held};
 
-use crate::state::{CATALOGUE, Change, StateLog, TOPIC_PARTITIONS_MAX, Topic, read_state};
+use crate::state::{CATALOGUE, Change, StateLog, TOPIC_PARTITIONS_MAX, Topic, TopicChange, read_state};
 
 mod claims;
 pub mod configs;
@@ -254,7 +254,7 @@ impl Catalogue {
                         // The first partitions of all topics are not to lie in one shard: most topics have few.
                         let first = usize::from(topic.id.0[15]) % shards.len().max(1);
                         shards.rotate_left(first);
-                        changes.push(Change::TopicCreated { topic, shards, own: CATALOGUE, from: 0 });
+                        changes.push(Change::Topics(TopicChange::Created { topic, shards, own: CATALOGUE, from: 0 }));
                     }
                 }
                 plans.push((topic, plan));
@@ -348,7 +348,7 @@ impl Catalogue {
         let find = || self.topic_by_id(id).ok_or(CatalogueError::UnknownTopicId(id));
         let claim = self.claims.claim(&find()?.name).await;
         let topic = find()?;
-        self.commit(vec![claim], vec![Change::TopicDeleted { id }]).await?;
+        self.commit(vec![claim], vec![Change::Topics(TopicChange::Deleted { id })]).await?;
         limited!(info, topic = %topic.name, "topic deleted");
         Ok(topic)
     }
@@ -374,7 +374,8 @@ impl Catalogue {
         if validate_only {
             return Ok(());
         }
-        self.commit(vec![claim], vec![Change::PartitionsAdded { id: topic.id, count: total }]).await?;
+        self.commit(vec![claim], vec![Change::Topics(TopicChange::PartitionsAdded { id: topic.id, count: total })])
+            .await?;
         limited!(info, topic = %topic.name, partitions = total, "partitions added");
         Ok(())
     }
@@ -396,7 +397,11 @@ impl Catalogue {
             return Ok(());
         }
         // What is so already is told again: a shard may have refused it.
-        self.commit(vec![claim], vec![Change::TopicConfigured { id: topic.id, configs: configs.clone() }]).await?;
+        self.commit(
+            vec![claim],
+            vec![Change::Topics(TopicChange::Configured { id: topic.id, configs: configs.clone() })],
+        )
+        .await?;
         limited!(info, topic = %topic.name, ?configs, "topic settings changed");
         Ok(())
     }

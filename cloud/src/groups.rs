@@ -22,7 +22,9 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tracing::warn;
 
-use crate::state::{Change, CommittedOffset, State, StateLog, coordinator_log, coordinator_logs, read_state};
+use crate::state::{
+    Change, CommittedOffset, GroupChange, State, StateLog, coordinator_log, coordinator_logs, read_state,
+};
 
 pub mod coordinator;
 pub mod group;
@@ -243,17 +245,20 @@ impl Groups {
             let now_ms = log.now_ms();
             if touch {
                 let empty_since_ms = (!has_members).then_some(now_ms);
-                changes.push(Change::GroupTouched { group: group.to_owned(), protocol_type, empty_since_ms });
+                changes.push(GroupChange::Touched { group: group.to_owned(), protocol_type, empty_since_ms }.into());
             }
-            changes.extend(offsets.into_values().map(|commit| Change::OffsetCommitted {
-                group: group.to_owned(),
-                partition: commit.partition,
-                committed: CommittedOffset {
-                    offset: commit.offset,
-                    leader_epoch: commit.leader_epoch,
-                    metadata: commit.metadata,
-                    commit_ms: now_ms,
-                },
+            changes.extend(offsets.into_values().map(|commit| {
+                GroupChange::OffsetCommitted {
+                    group: group.to_owned(),
+                    partition: commit.partition,
+                    committed: CommittedOffset {
+                        offset: commit.offset,
+                        leader_epoch: commit.leader_epoch,
+                        metadata: commit.metadata,
+                        commit_ms: now_ms,
+                    },
+                }
+                .into()
             }));
             *inner.committing.entry(group.to_owned()).or_default() += 1;
             (log.commit(changes), Committing { groups: self, group })
@@ -306,7 +311,7 @@ impl Groups {
                 return Ok(());
             }
             let group = group.to_owned();
-            let delete = |partition| Change::OffsetDeleted { group: group.clone(), partition };
+            let delete = |partition| GroupChange::OffsetDeleted { group: group.clone(), partition }.into();
             log.commit(partitions.into_iter().map(delete).collect())
         };
         self.stored(stored).await
@@ -326,7 +331,7 @@ impl Groups {
             if !durable {
                 return Ok(());
             }
-            log.commit(vec![Change::GroupDeleted { group: group.to_owned() }])
+            log.commit(vec![GroupChange::Deleted { group: group.to_owned() }.into()])
         };
         self.stored(stored).await
     }
@@ -427,7 +432,7 @@ impl Groups {
             return;
         }
         let protocol_type = coordinator.get(&group).map(|listed| listed.protocol_type).unwrap_or_default();
-        let change = Change::GroupTouched { group: group.clone(), protocol_type, empty_since_ms };
+        let change = GroupChange::Touched { group: group.clone(), protocol_type, empty_since_ms }.into();
         let stored = log.commit(vec![change]);
         tokio::spawn(async move {
             if let Err(error) = stored.await {
@@ -486,7 +491,7 @@ impl Groups {
             let mut left = group.offsets.len();
             for (partition, committed) in &group.offsets {
                 if over(empty_since.max(committed.commit_ms), retention) {
-                    expired.push(Change::OffsetDeleted { group: name.clone(), partition: *partition });
+                    expired.push(GroupChange::OffsetDeleted { group: name.clone(), partition: *partition }.into());
                     left -= 1;
                 }
                 if expired.len() >= EXPIRED_PER_COMMIT {
@@ -494,7 +499,7 @@ impl Groups {
                 }
             }
             if left == 0 && over(empty_since, kept) {
-                expired.push(Change::GroupDeleted { group: name.clone() });
+                expired.push(GroupChange::Deleted { group: name.clone() }.into());
             }
         }
         expired

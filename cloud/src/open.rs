@@ -14,7 +14,7 @@ use cloud::archive::{
 use cloud::config::CloudConfig;
 use cloud::shard::{Clock, LocalWal, Shard, ShardSettings};
 use cloud::shards::{Member, Shards, assign, reserve_offsets};
-use cloud::state::{CATALOGUE, Change, Engine, read_state};
+use cloud::state::{CATALOGUE, Engine, SlotChange, read_state};
 use cloud::wal::BlockLog;
 use cloud::wal::disk::Directory;
 use cloud::wal::file::{FileWal, FileWalSettings};
@@ -113,7 +113,7 @@ pub async fn open(
     let mut known: Vec<(u32, Engine)> =
         read_state(&*catalogue, |state| state.shards().map(|(number, entry)| (number, entry.engine)).collect());
     if known.is_empty() {
-        catalogue.commit_own(vec![Change::ShardAdded { shard: CATALOGUE, engine: first }]).await?;
+        catalogue.commit_own(vec![SlotChange::ShardAdded { shard: CATALOGUE, engine: first }.into()]).await?;
         known.push((CATALOGUE, first));
     }
     let was = known.iter().find(|(number, _)| *number == CATALOGUE).map_or(first, |(_, engine)| *engine);
@@ -125,7 +125,7 @@ pub async fn open(
     );
     let all = assign(&known, &wanted).map_err(|text| anyhow!(text))?;
     let added = all.iter().filter(|shard| !known.contains(shard));
-    let added = added.map(|(shard, engine)| Change::ShardAdded { shard: *shard, engine: *engine }).collect();
+    let added = added.map(|(shard, engine)| SlotChange::ShardAdded { shard: *shard, engine: *engine }.into()).collect();
     catalogue.commit_own(added).await?;
     let (mut members, mut ceilings) = (Vec::new(), BTreeMap::new());
     for (number, engine) in all {

@@ -32,7 +32,7 @@ use crate::archive::{
 use crate::block::Block;
 use crate::config::CloudConfig;
 use crate::shard::{LocalWal, fold};
-use crate::state::{Change, State};
+use crate::state::{Change, GroupChange, Groups, State, TopicChange};
 use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
 use batches::{BatchContent, BatchOrigin, batches, produced_by, sequence_after};
@@ -302,11 +302,13 @@ impl Salvage {
     fn hear(&mut self, state: &mut State, block: &Block) -> anyhow::Result<()> {
         for change in fold(state, block)? {
             match change {
-                Change::OffsetCommitted { group, .. } => {
-                    self.words.commits += 1;
-                    self.words.groups.insert(group);
+                Change::Guest(change) => {
+                    if let Some(GroupChange::OffsetCommitted { group, .. }) = change.read::<Groups>() {
+                        self.words.commits += 1;
+                        self.words.groups.insert(group);
+                    }
                 }
-                Change::TopicCreated { topic, .. } => {
+                Change::Topics(TopicChange::Created { topic, .. }) => {
                     self.words.created.insert(topic.name.to_string());
                 }
                 _ => {}

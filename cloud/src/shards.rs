@@ -32,7 +32,8 @@ use crate::ingest::Safety;
 use crate::planted::{Bug, planted};
 use crate::shard::Shard;
 use crate::state::{
-    CATALOGUE, Change, CoordinatorSlot, Engine, Hosting, State, StateLog, StreamState, Topic, read_state,
+    CATALOGUE, Change, CoordinatorSlot, Engine, Hosting, LogChange, SlotChange, State, StateLog, StreamState, Topic,
+    TopicChange, read_state,
 };
 
 mod slots;
@@ -93,8 +94,8 @@ pub async fn reserve_offsets(catalogue: &Shard, number: u32) -> Result<(Change, 
     let (epoch, from) = known.map_or((1, 0), |entry| (entry.epoch.saturating_add(1), entry.ceiling));
     let from = if planted(Bug::LifeForgotten) { 0 } else { from };
     let ceiling = from.saturating_add(OFFSETS_RESERVED);
-    catalogue.commit_own(vec![Change::OffsetsReserved { shard: number, epoch, ceiling }]).await?;
-    Ok((Change::EpochStarted { epoch, skip: from }, ceiling))
+    catalogue.commit_own(vec![SlotChange::OffsetsReserved { shard: number, epoch, ceiling }.into()]).await?;
+    Ok((Change::Logs(LogChange::EpochStarted { epoch, skip: from }), ceiling))
 }
 
 impl Shards {
@@ -166,7 +167,7 @@ impl Shards {
             let host = HostView::of(member);
             let missing = read_state(&**self.catalogue(), |state| for_catalogue(state, &host, member.number));
             for change in &missing {
-                if let Change::TopicCreated { topic, .. } = change {
+                if let Change::Topics(TopicChange::Created { topic, .. }) = change {
                     warn!(topic = %topic.name, shard = member.number, "a topic that the catalogue had lost is back");
                 }
             }
@@ -182,7 +183,7 @@ impl Shards {
             member.shard.commit_own(missing).await?;
         }
         let gone = read_state(&**self.catalogue(), |state| {
-            state.leaving().map(|(id, _)| Change::TopicGone { id }).collect::<Vec<_>>()
+            state.leaving().map(|(id, _)| Change::Topics(TopicChange::Gone { id })).collect::<Vec<_>>()
         });
         self.catalogue().commit_own(gone).await?;
         self.place_slots().await?;
@@ -212,7 +213,10 @@ impl Shards {
                 let committed = state.groups().flat_map(|(_, group)| group.offsets.keys());
                 committed.map(|partition| partition.topic).filter(|id| !known.contains(id)).collect()
             });
-            member.shard.commit_own(gone.into_iter().map(|id| Change::TopicDeleted { id }).collect()).await?;
+            member
+                .shard
+                .commit_own(gone.into_iter().map(|id| Change::Topics(TopicChange::Deleted { id })).collect())
+                .await?;
         }
         Ok(())
     }
@@ -232,7 +236,9 @@ impl Shards {
             }
             let ceiling = ceiling.saturating_add(OFFSETS_RESERVED);
             let epoch = read_state(&**shard, State::leader_epoch);
-            self.catalogue().commit_own(vec![Change::OffsetsReserved { shard: number, epoch, ceiling }]).await?;
+            self.catalogue()
+                .commit_own(vec![SlotChange::OffsetsReserved { shard: number, epoch, ceiling }.into()])
+                .await?;
             self.ceilings.write().insert(number, ceiling);
             shard.allow_offsets_below(ceiling);
         }
@@ -244,23 +250,25 @@ impl Shards {
         let mut steps = Steps::default();
         for change in changes {
             match &change {
-                Change::TopicCreated { topic, shards, from, .. } => {
+                Change::Topics(TopicChange::Created { topic, shards, from, .. }) => {
                     for own in shards.iter().filter(|shard| **shard != CATALOGUE) {
-                        let placed = Change::TopicCreated {
+                        let placed = Change::Topics(TopicChange::Created {
                             topic: topic.clone(),
                             shards: shards.clone(),
                             own: *own,
                             from: *from,
-                        };
+                        });
                         steps.before.entry(*own).or_default().push(placed);
                     }
                 }
-                Change::PartitionsAdded { id, .. } => self.tell_hosts(*id, &change, &mut steps.before),
-                Change::TopicConfigured { id, .. } => self.tell_hosts(*id, &change, &mut steps.after),
-                Change::TopicDeleted { id } => {
+                Change::Topics(TopicChange::PartitionsAdded { id, .. }) => {
+                    self.tell_hosts(*id, &change, &mut steps.before)
+                }
+                Change::Topics(TopicChange::Configured { id, .. }) => self.tell_hosts(*id, &change, &mut steps.after),
+                Change::Topics(TopicChange::Deleted { id }) => {
                     self.tell_hosts(*id, &change, &mut steps.after);
                     if steps.after.values().flatten().any(|told| *told == change) {
-                        steps.last.push(Change::TopicGone { id: *id });
+                        steps.last.push(Change::Topics(TopicChange::Gone { id: *id }));
                     }
                     let slots = read_state(&**self.catalogue(), slots::shards);
                     for shard in slots.into_iter().filter(|shard| *shard != CATALOGUE) {
@@ -364,24 +372,24 @@ fn for_catalogue(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
     let mut changes = Vec::new();
     for (id, (hosted, hosting)) in &host.topics {
         match catalogue.topic(*id) {
-            Some(topic) if topic.partitions < hosted.partitions => changes.push(Change::TopicCreated {
+            Some(topic) if topic.partitions < hosted.partitions => changes.push(Change::Topics(TopicChange::Created {
                 topic: Topic { partitions: hosted.partitions, ..topic.clone() },
                 shards: hosting.shards.clone(),
                 own: CATALOGUE,
                 from: catalogue.skipped(),
-            }),
+            })),
             Some(_) => {}
             None if leaving.contains(id) => {}
             None if catalogue.topic_named(&hosted.name).is_some() => {
                 warn!(topic = %hosted.name, %id, shard = own, "records of an older topic of this name stay unreachable");
             }
-            None => changes.push(Change::TopicCreated {
+            None => changes.push(Change::Topics(TopicChange::Created {
                 topic: hosted.clone(),
                 shards: hosting.shards.clone(),
                 own: CATALOGUE,
                 // What the catalogue's shard had of it may have been lost with the catalogue.
                 from: catalogue.skipped(),
-            }),
+            })),
         }
     }
     changes
@@ -390,7 +398,7 @@ fn for_catalogue(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
 /// What shard `own` lacks of what the catalogue says, and what it must let go of.
 fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
     let left = catalogue.leaving().filter(|(id, _)| host.topics.contains_key(id));
-    let mut changes: Vec<Change> = left.map(|(id, _)| Change::TopicDeleted { id }).collect();
+    let mut changes: Vec<Change> = left.map(|(id, _)| Change::Topics(TopicChange::Deleted { id })).collect();
     for topic in catalogue.topics() {
         let Some(hosting) = catalogue.hosting(topic.id).filter(|hosting| hosting.shards.contains(&own)) else {
             continue;
@@ -400,10 +408,10 @@ fn for_host(catalogue: &State, host: &HostView, own: u32) -> Vec<Change> {
             let (topic, shards) = (topic.clone(), hosting.shards.clone());
             // Lost here, or by a catalogue that has forgotten since that it was deleted.
             let from = host.skipped.max(catalogue.skipped());
-            changes.push(Change::TopicCreated { topic, shards, own, from });
+            changes.push(Change::Topics(TopicChange::Created { topic, shards, own, from }));
         }
         if hosted.is_some_and(|hosted| hosted.configs != topic.configs) {
-            changes.push(Change::TopicConfigured { id: topic.id, configs: topic.configs.clone() });
+            changes.push(Change::Topics(TopicChange::Configured { id: topic.id, configs: topic.configs.clone() }));
         }
     }
     changes
@@ -467,12 +475,14 @@ impl StateLog for Shards {
             return self.catalogue().commit(changes);
         }
         let Steps { before, catalogue, after, beside, last } = self.steps(changes);
-        let deleted = |change: &Change| if let Change::TopicDeleted { id } = change { Some(*id) } else { None };
+        let deleted =
+            |change: &Change| if let Change::Topics(TopicChange::Deleted { id }) = change { Some(*id) } else { None };
         let deleted: Vec<TopicId> = catalogue.iter().filter_map(deleted).collect();
         if before.is_empty() && after.is_empty() && beside.is_empty() && deleted.is_empty() {
             return self.catalogue().commit(catalogue);
         }
-        let is_setting = catalogue.iter().any(|change| matches!(change, Change::TopicConfigured { .. }));
+        let is_setting =
+            catalogue.iter().any(|change| matches!(change, Change::Topics(TopicChange::Configured { .. })));
         let begun = commit_in(&self.members, before);
         let routes = self.routes.clone();
         let (members, catalogue_shard) = (self.members.clone(), self.catalogue().clone());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use cloud::archive::{Archive, ArchiveSettings, RequestSettings, Store};
 use cloud::shard::{LocalWal, Shard, ShardSettings};
-use cloud::state::{Change, CommittedOffset, StateLog, Topic, read_state};
+use cloud::state::{Change, CommittedOffset, GroupChange, StateLog, Topic, read_state};
 use cloud::wal::disk::Directory;
 use cloud::wal::file::{FileWal, FileWalSettings};
 use object_store::memory::InMemory;
@@ -238,11 +238,10 @@ fn with_the_bucket_alone_everything_that_was_shipped_is_back_and_offsets_go_on_a
     }
     node.split();
     let committed = CommittedOffset { offset: 17, leader_epoch: 0, metadata: "m".into(), commit_ms: 5 };
-    node.commit(vec![Change::OffsetCommitted {
-        group: "g".into(),
-        partition: partition(1),
-        committed: committed.clone(),
-    }]);
+    node.commit(vec![
+        GroupChange::OffsetCommitted { group: "g".into(), partition: partition(1), committed: committed.clone() }
+            .into(),
+    ]);
     block_on(node.shard.append(from_edge(partition(2), &key, 40, 44))).unwrap();
     while node.shard.safe(&key) != Some(45) {
         block_on(node.shard.safety_changed());

@@ -103,12 +103,18 @@ def read_page(shard, name, kind):
 
 
 def read_topics(shard, root):
-    """Names and ids: they stand near the beginning of the snapshot."""
+    """Names and ids, which the section of topics begins with."""
     if root["snapshot"] is None:
         return {}
     r = read_page(shard, root["snapshot"], 2)
-    assert r.take(1) == b"\x05", "the snapshot has another form"
-    r.i(), r.i()  # leader epoch, next producer id
+    assert r.take(1) == b"\x06", "the snapshot has another form"
+    sections = {}
+    for _ in range(r.u()):
+        tag, version = r.take(2)
+        sections[tag] = version, r.take(r.u())
+    version, topics_section = sections[1]
+    assert version == 1, "the section of topics has another form"
+    r = Postcard(topics_section)
     topics = {}
     for _ in range(r.u()):
         r.take(16)  # the key of the map is the id once more

@@ -28,7 +28,7 @@ use super::*;
 use crate::catalogue::CatalogueSettings;
 use crate::groups::GroupSettings;
 use crate::state::memory::MemoryStateLog;
-use crate::state::{Change, CoordinatorSlot, State};
+use crate::state::{Change, CoordinatorSlot, GroupChange, State, TopicChange};
 
 /// A state log in memory that gives the log in memory its partitions, as a shard would. Groups are in a log of their own.
 struct Store {
@@ -57,7 +57,7 @@ impl StateLog for Silent {
 impl StateLog for Store {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
         for change in &changes {
-            if let Change::TopicCreated { topic, .. } = change {
+            if let Change::Topics(TopicChange::Created { topic, .. }) = change {
                 (0..topic.partitions).for_each(|index| self.log.create(Partition { topic: topic.id, index }));
             }
         }
@@ -513,10 +513,8 @@ async fn groups_are_listed_described_and_deleted() {
 async fn what_a_silent_shard_does_not_store_is_answered_in_time_and_together() {
     use kafka_wire::delete_groups::DeleteGroupsRequest;
     let names = ["a", "b", "c"].map(str::to_owned);
-    let touched = names.clone().map(|group| Change::GroupTouched {
-        group,
-        protocol_type: "consumer".to_owned(),
-        empty_since_ms: Some(1),
+    let touched = names.clone().map(|group| {
+        GroupChange::Touched { group, protocol_type: "consumer".to_owned(), empty_since_ms: Some(1) }.into()
     });
     let broker = broker_with(Silent(MemoryStateLog::with(&touched)));
     create(&broker, vec![topic("t", 1, 1)]).await;

@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 
 use super::produce::refuse_append;
 use super::{Broker, RequestContext};
-use crate::state::{Change, read_state};
+use crate::state::{Change, ProducerChange, read_state};
 
 /// Ids reserved in one append.
 const RANGE: i64 = 1000;
@@ -50,7 +50,8 @@ async fn next(broker: &Broker) -> Result<i64, ErrorCode> {
     let mut free = broker.producer_ids.free.lock().await;
     if free.is_empty() {
         let first = read_state(&*broker.state, |state| state.next_producer_id());
-        let reserved = broker.state.commit(vec![Change::ProducerIdsReserved { next: first + RANGE }]).await;
+        let reserved =
+            broker.state.commit(vec![Change::Producers(ProducerChange::IdsReserved { next: first + RANGE })]).await;
         reserved.map_err(|error| match refuse_append(&error).code {
             // The two that clients try again on this API.
             ErrorCode::NOT_LEADER_OR_FOLLOWER => ErrorCode::NOT_COORDINATOR,

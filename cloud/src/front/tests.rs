@@ -19,7 +19,7 @@ use super::{Broker, FrontSettings, Listener};
 use crate::catalogue::{Catalogue, CatalogueSettings, NewTopic};
 use crate::groups::{GroupSettings, Groups};
 use crate::state::memory::MemoryStateLog;
-use crate::state::{Change, State, StateLog};
+use crate::state::{Change, State, StateLog, TopicChange};
 
 mod clients;
 mod connections;
@@ -37,8 +37,8 @@ impl StateLog for Shard {
     fn commit(&self, changes: Vec<Change>) -> BoxFuture<'static, Result<(), AppendError>> {
         for change in &changes {
             match change {
-                Change::TopicCreated { topic, .. } => create(&self.log, topic.id, topic.partitions),
-                Change::PartitionsAdded { id, count } => create(&self.log, *id, *count),
+                Change::Topics(TopicChange::Created { topic, .. }) => create(&self.log, topic.id, topic.partitions),
+                Change::Topics(TopicChange::PartitionsAdded { id, count }) => create(&self.log, *id, *count),
                 _ => {}
             }
         }

@@ -6,6 +6,7 @@ use shared::log::AppendError;
 use shared::name::TopicId;
 
 use super::*;
+use crate::state::GroupChange;
 use crate::state::memory::MemoryStateLog;
 
 const GROUP: &str = "readers";
@@ -780,18 +781,17 @@ async fn retention_begins_when_the_group_is_empty_and_after_each_commit() {
     let day = 24 * 3600 * 1000;
     let now = 100 * day;
     let committed = |commit_ms| CommittedOffset { offset: 1, leader_epoch: -1, metadata: String::new(), commit_ms };
-    let touched = |group: &str, empty_since_ms| Change::GroupTouched {
-        group: group.into(),
-        protocol_type: "consumer".into(),
-        empty_since_ms,
+    let touched = |group: &str, empty_since_ms| {
+        GroupChange::Touched { group: group.into(), protocol_type: "consumer".into(), empty_since_ms }.into()
     };
     let changes =
         [("emptied late", 1, 99), ("committed late", 99, 1), ("long gone", 1, 2)].map(|(group, commit, empty)| {
-            let offset = Change::OffsetCommitted {
+            let offset = GroupChange::OffsetCommitted {
                 group: group.into(),
                 partition: partition(0),
                 committed: committed(commit * day),
-            };
+            }
+            .into();
             [touched(group, Some(empty * day)), offset]
         });
     let log = Arc::new(MemoryStateLog::with(&changes.concat()));

@@ -11,7 +11,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Ingest, IngestError, count};
 use crate::catalogue::{Catalogue, CatalogueError};
-use crate::state::{Change, read_state};
+use crate::state::{Change, EdgeChange, read_state};
 
 /// Makes topics.
 pub trait Topics: Send + Sync + 'static {
@@ -95,7 +95,7 @@ impl Ingest {
             ("software".to_owned(), hello.software.clone()),
             ("streams".to_owned(), hello.streams.len().to_string()),
         ]);
-        let mut changes = vec![Change::EdgeSeen { edge: hello.edge.clone(), seen_ms: now_ms, detail }];
+        let mut changes = vec![EdgeChange::Seen { edge: hello.edge.clone(), seen_ms: now_ms, detail }];
         let mut targets = Vec::with_capacity(hello.streams.len());
         for (stream, topic) in hello.streams.iter().zip(topics) {
             let (topic, partitions) = match topic {
@@ -110,17 +110,17 @@ impl Ingest {
             let (index, is_new) = self.index(&key, topic, partitions, &changes);
             if is_new {
                 let stream = (hello.edge.clone(), stream.name.clone());
-                changes.push(Change::StreamPlaced { stream, topic, index });
+                changes.push(EdgeChange::StreamPlaced { stream, topic, index });
             }
             targets.push(Ok(Partition { topic, index }));
         }
-        let committed = self.state.commit(changes).await;
+        let committed = self.state.commit(changes.into_iter().map(Change::from).collect()).await;
         committed.map_err(|error| IngestError::Unavailable(error.to_string()))?;
         Ok(targets)
     }
 
     /// The partition a stream has in a topic, or else the one with the fewest streams; and whether it is a new one.
-    fn index(&self, key: &StreamKey, topic: TopicId, partitions: u32, placing: &[Change]) -> (u32, bool) {
+    fn index(&self, key: &StreamKey, topic: TopicId, partitions: u32, placing: &[EdgeChange]) -> (u32, bool) {
         let placed = read_state(&*self.state, |state| state.placement(&key.edge, &key.stream));
         if let Some(placed) = placed.filter(|placed| placed.topic == topic && placed.index < partitions) {
             // A known place but an unknown incarnation: the edge's data were restored, copied or set aside.
@@ -138,7 +138,7 @@ impl Ingest {
             let mut load: BTreeMap<u32, usize> = BTreeMap::new();
             let placed = state.placements().filter(|(_, at)| at.topic == topic).map(|(_, at)| at.index);
             let coming = placing.iter().filter_map(|change| match change {
-                Change::StreamPlaced { topic: other, index, .. } if *other == topic => Some(*index),
+                EdgeChange::StreamPlaced { topic: other, index, .. } if *other == topic => Some(*index),
                 _ => None,
             });
             placed.chain(coming).for_each(|index| *load.entry(index).or_default() += 1);

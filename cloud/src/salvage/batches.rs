@@ -11,7 +11,7 @@ use shared::link::GAPS_TOPIC;
 use shared::name::{Offset, Partition};
 
 use crate::block::{Block, BlockError};
-use crate::state::{Change, State};
+use crate::state::{Change, State, StreamChange};
 
 /// What one record of a batch may unpack to when it is looked at.
 const UNPACKED_BYTES_MAX: usize = 64 << 20;
@@ -63,7 +63,7 @@ fn positions(state: &State, block: &Block) -> Result<BTreeMap<Partition, Option<
     let mut positions: BTreeMap<Partition, Option<Offset>> = BTreeMap::new();
     let mut newest = BTreeMap::new();
     for change in block.changes()? {
-        let Change::StreamPosition { key, partition, next, .. } = change else { continue };
+        let Change::Streams(StreamChange::Position { key, partition, next, .. }) = change else { continue };
         let before = newest.insert(key.clone(), next).or_else(|| state.stream(&key).map(|stream| stream.next));
         let rise = before.map(|before| next.saturating_sub(before));
         let sum = positions.entry(partition).or_insert(Some(0));
@@ -141,7 +141,7 @@ mod tests {
         }
         for (key, next) in positions {
             let (key, next) = (key.clone(), *next);
-            builder.change(Change::StreamPosition { key, partition: P, next, chain: Chain(0) });
+            builder.change(Change::Streams(StreamChange::Position { key, partition: P, next, chain: Chain(0) }));
         }
         builder.finish(BlockHeader { shard: 0, epoch: 1, nonce: 1, seq: 0, append_ms: 0 })
     }
@@ -162,7 +162,14 @@ mod tests {
     fn clients_batches_are_told_from_gateways() {
         let (key, client, idempotent) = (stream(1, 1), batch(2, 1), produced(&batch(2, 1), 7, 0, 0));
         let mut known = State::default();
-        known.apply(&Change::StreamPosition { key: key.clone(), partition: P, next: 10, chain: Chain(0) });
+        known
+            .apply(&Change::Streams(StreamChange::Position {
+                key: key.clone(),
+                partition: P,
+                next: 10,
+                chain: Chain(0),
+            }))
+            .unwrap();
         let unknown = State::default();
         for (state, batches, position, expected) in [
             (&unknown, vec![client.clone(), idempotent.clone()], None, vec![BatchOrigin::Client, BatchOrigin::Client]),

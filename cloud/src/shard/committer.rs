@@ -20,7 +20,7 @@ use super::fold::fold;
 use super::{Core, Refused, ShardSettings};
 use crate::block::{Block, BlockError, BlockHeader};
 use crate::planted::{Bug, planted};
-use crate::state::Change;
+use crate::state::{Change, LogChange, StreamChange, TopicChange};
 use crate::wal::WalError;
 
 /// How often it is told that the WAL is full.
@@ -189,7 +189,7 @@ impl Core {
     fn encode(&self, header: BlockHeader, mut open: OpenBlock) -> Encoded {
         let positions = std::mem::take(&mut open.adopted).into_iter().chain(std::mem::take(&mut open.streams));
         for (key, (partition, next, chain)) in positions {
-            open.builder.change(Change::StreamPosition { key, partition, next, chain });
+            open.builder.change(Change::Streams(StreamChange::Position { key, partition, next, chain }));
         }
         let dropped = self.drop_oldest(&mut open);
         let batches = open.builder.batches() as u64;
@@ -281,7 +281,7 @@ impl Core {
         for (partition, start) in inner.index.starts_without(below) {
             let end = || inner.state.partition(partition).map(|partition| partition.high_watermark);
             if let Some(offset) = start.or_else(end) {
-                open.builder.change(Change::LogStartMoved { partition, offset });
+                open.builder.change(Change::Logs(LogChange::StartMoved { partition, offset }));
             }
         }
         Some(below)
@@ -435,19 +435,19 @@ impl Inner {
     /// What a change means beside the state.
     fn note(&mut self, change: Change, seq: u64, settings: &ShardSettings) {
         match change {
-            Change::LogStartMoved { partition, .. } => {
+            Change::Logs(LogChange::StartMoved { partition, .. }) => {
                 if let Some(state) = self.state.partition(partition) {
                     self.index.trim_partition(partition, state.log_start);
                 }
             }
-            Change::TopicDeleted { id } => {
+            Change::Topics(TopicChange::Deleted { id }) => {
                 self.index.remove_topic(id);
                 self.overlay.deleting.remove(&id);
                 let gone = |partition: &Partition| partition.topic == id;
                 self.waiters.iter().filter(|(partition, _)| gone(partition)).for_each(|(_, w)| w.notify_waiters());
                 self.waiters.retain(|partition, _| !gone(partition));
             }
-            Change::StreamPosition { key, next, .. } => {
+            Change::Streams(StreamChange::Position { key, next, .. }) => {
                 if self.overlay.streams.get(&key).is_some_and(|(_, newest)| *newest == seq) {
                     self.overlay.streams.remove(&key);
                 }
@@ -455,7 +455,9 @@ impl Inner {
                     self.unsafe_positions.push_back((seq, key, next));
                 }
             }
-            Change::EpochStarted { .. } => self.waiters.values().for_each(|waiter| waiter.notify_waiters()),
+            Change::Logs(LogChange::EpochStarted { .. }) => {
+                self.waiters.values().for_each(|waiter| waiter.notify_waiters())
+            }
             _ => {}
         }
     }

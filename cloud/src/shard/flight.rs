@@ -23,7 +23,7 @@ use super::waits::DiskWaits;
 use super::{Core, PartitionStatus, Refused, ShardSettings, ShardStatus};
 use crate::block::{Block, BlockBuilder, Placed};
 use crate::planted::{Bug, planted};
-use crate::state::{Change, PartitionMap, State, StreamState};
+use crate::state::{Change, LogChange, PartitionMap, State, StreamState, TopicChange};
 use crate::wal::{NoRoom, Usage};
 
 /// What a block takes beside its batches, generously.
@@ -359,7 +359,7 @@ impl Inner {
             block.outcome.complete(Err(error.clone()));
             block.committed.complete(Err(error.clone()));
             for change in block.changes.iter() {
-                if let Change::TopicDeleted { id } = change {
+                if let Change::Topics(TopicChange::Deleted { id }) = change {
                     deleting.remove(id);
                 }
             }
@@ -392,7 +392,7 @@ impl Inner {
 
     fn recent(&self, partition: Partition, batch: &Batch) -> (Vec<Sequenced>, Option<u64>) {
         let id = batch.producer_id();
-        let durable = self.state.partition(partition).and_then(|partition| partition.producers.get(&id));
+        let durable = self.state.producer(partition, id);
         let mut recent: Vec<Sequenced> = durable
             .iter()
             .flat_map(|producer| producer.batches.iter().map(|batch| (producer.epoch, batch)))
@@ -626,7 +626,9 @@ impl Core {
         let after = Some(block.committed.clone());
         let deleted: Vec<TopicId> = changes
             .iter()
-            .filter_map(|change| if let Change::TopicDeleted { id } = change { Some(*id) } else { None })
+            .filter_map(
+                |change| if let Change::Topics(TopicChange::Deleted { id }) = change { Some(*id) } else { None },
+            )
             .collect();
         block.changes.extend(changes);
         inner.overlay.deleting.extend(deleted);
@@ -646,6 +648,6 @@ impl Core {
         if before <= bounds.log_start {
             return Ok(Admitted::now(Ok(())));
         }
-        Ok(self.admit_changes(vec![Change::LogStartMoved { partition, offset: before }], false))
+        Ok(self.admit_changes(vec![Change::Logs(LogChange::StartMoved { partition, offset: before })], false))
     }
 }

@@ -22,7 +22,7 @@ pub fn fold(state: &mut State, block: &Block) -> Result<Vec<Change>, BlockError>
             }
         }
     }
-    changes.iter().for_each(|change| state.apply(change));
+    changes.iter().try_for_each(|change| state.apply(change))?;
     Ok(changes)
 }
 

@@ -19,7 +19,7 @@ use super::{Clock, Core, OpenError, ShardSettings, read_clock};
 use crate::archive::{ColdTier, Recovered, Snapshot, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockError, BlockHeader, Placed};
 use crate::planted::{Bug, planted};
-use crate::state::{Change, State};
+use crate::state::{Change, LogChange, State};
 use crate::wal::BlockLog;
 
 /// Offsets left out after a loss: more than any shard can have acknowledged and lost (design decision 10).
@@ -171,7 +171,7 @@ impl Recovery<'_> {
         let mut builder = BlockBuilder::default();
         let epoch = self.inner.state.leader_epoch().saturating_add(lives);
         let skip = if planted(Bug::OffsetsReused) { 0 } else { OFFSETS_SKIPPED.saturating_mul(i64::from(lives)) };
-        builder.change(Change::EpochStarted { epoch, skip });
+        builder.change(Change::Logs(LogChange::EpochStarted { epoch, skip }));
         let seq = self.inner.next_seq;
         let ShardSettings { shard, nonce, .. } = *self.settings;
         let block = builder.finish(BlockHeader { shard, epoch: self.epoch, nonce, seq, append_ms: now });

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::flight::Inner;
 use super::{Core, ShardSettings};
 use crate::archive::ColdRun;
-use crate::state::{Change, Topic};
+use crate::state::{Change, LogChange, ProducerChange, Topic};
 
 /// In how many steps producers expire, as parts of the time that they are remembered.
 const PRODUCER_EXPIRY_STEPS: i64 = 24;
@@ -88,7 +88,7 @@ impl Core {
             let Some(state) = inner.state.partition(partition) else { continue };
             let parts = inner.parts(partition, &cold, state.log_start);
             if let Some(offset) = new_start(&parts, kept, now).filter(|offset| *offset > state.log_start) {
-                moves.push(Change::LogStartMoved { partition, offset: offset.min(state.high_watermark) });
+                moves.push(Change::Logs(LogChange::StartMoved { partition, offset: offset.min(state.high_watermark) }));
             }
         }
         moves
@@ -99,7 +99,11 @@ impl Core {
         let expiry = self.settings.producer_expiry_ms;
         let step = (expiry / PRODUCER_EXPIRY_STEPS).max(1);
         let before_ms = self.now().saturating_sub(expiry).div_euclid(step).saturating_mul(step);
-        self.inner.lock().state.has_producers_before(before_ms).then_some(Change::ProducersExpired { before_ms })
+        self.inner
+            .lock()
+            .state
+            .has_producers_before(before_ms)
+            .then_some(Change::Producers(ProducerChange::Expired { before_ms }))
     }
 
     /// Stores the count of running time, where there is something that ages and no block has told the count for a part of what
@@ -114,7 +118,8 @@ impl Core {
         let due = |shortest: i64| since >= (shortest / COUNTED_PARTS).clamp(COUNTED_MS.0, COUNTED_MS.1);
         // Not looked through where blocks come all the time.
         let idle = since >= COUNTED_MS.0;
-        (moved || idle && inner.shortest_kept(&self.settings).is_some_and(due)).then_some(Change::TimeCounted(counted))
+        (moved || idle && inner.shortest_kept(&self.settings).is_some_and(due))
+            .then_some(Change::Logs(LogChange::TimeCounted(counted)))
     }
 
     /// Whether the oldest part is too old. Parts go from the front, so that nothing else need be looked at if it is not.

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tracing::warn;
 
-use crate::state::{Change, CoordinatorSlot, State};
+use crate::state::{Change, CoordinatorSlot, SlotChange, State};
 
 /// The slots that a shard holds something of. Whatever comes to belong to slots is to be counted here.
 pub fn held(state: &State) -> BTreeSet<CoordinatorSlot> {
@@ -43,7 +43,7 @@ pub fn place(catalogue: &State, held: &BTreeMap<u32, BTreeSet<CoordinatorSlot>>,
             }
         };
         if shard != was {
-            moved.push(Change::SlotPlaced { slot, shard });
+            moved.push(SlotChange::Placed { slot, shard }.into());
         }
     }
     moved
@@ -63,7 +63,7 @@ mod tests {
 
     /// Where slots 0 to 5 are after a start.
     fn start(catalogue: &mut State, held: &[(u32, &[u8])], spread: &[u32]) -> Vec<u32> {
-        place(catalogue, &holding(held), spread).iter().for_each(|change| catalogue.apply(change));
+        place(catalogue, &holding(held), spread).iter().for_each(|change| catalogue.apply(change).unwrap());
         assert_eq!(place(catalogue, &holding(held), spread), [], "once is enough");
         (0..6).map(|number| catalogue.slot_shard(slot(number))).collect()
     }
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn of_two_shards_that_hold_a_slot_the_one_it_was_placed_in_counts() {
         let mut catalogue = State::default();
-        catalogue.apply(&Change::SlotPlaced { slot: slot(1), shard: 2 });
+        catalogue.apply(&SlotChange::Placed { slot: slot(1), shard: 2 }.into()).unwrap();
         assert_eq!(start(&mut catalogue, &[(0, &[1]), (2, &[1])], &[0])[1], 2);
         assert_eq!(start(&mut State::default(), &[(2, &[1]), (3, &[1])], &[0])[1], 2);
     }

@@ -7,6 +7,7 @@ use shared::name::TopicName;
 use super::*;
 use crate::archive::Recovered;
 use crate::shard::ShardSettings;
+use crate::state::{LogChange, ProducerChange, SlotChange, TopicChange};
 use crate::wal::memory::MemoryWal;
 
 mod groups;
@@ -34,7 +35,7 @@ impl Disks {
         let mut members: Vec<Member> = self.0.keys().map(|number| self.open(*number)).collect();
         let catalogue = members[0].shard.clone();
         let engines = [(0, Engine::File), (1, Engine::File), (2, Engine::File), (3, Engine::Memory)];
-        let added = engines.map(|(shard, engine)| Change::ShardAdded { shard, engine });
+        let added = engines.map(|(shard, engine)| SlotChange::ShardAdded { shard, engine }.into());
         block_on(catalogue.commit(added.to_vec())).unwrap();
         let (begins, ceiling) = block_on(reserve_offsets(&catalogue, 3)).unwrap();
         let settings = ShardSettings { shard: 3, archived: false, drops_oldest: true, ..ShardSettings::default() };
@@ -82,7 +83,7 @@ fn topic(n: u8, partitions: u32) -> Topic {
 }
 
 fn placed(n: u8, partitions: u32, shards: &[u32], own: u32) -> Change {
-    Change::TopicCreated { topic: topic(n, partitions), shards: shards.to_vec(), own, from: 0 }
+    Change::Topics(TopicChange::Created { topic: topic(n, partitions), shards: shards.to_vec(), own, from: 0 })
 }
 
 fn at(n: u8, index: u32) -> Partition {
@@ -141,7 +142,8 @@ fn partitions_lie_where_the_catalogue_says_and_stay_there() {
     }
     assert_eq!(shards.append(at(1, 1), 1), 0);
     assert!(shards.member(0).bounds(at(1, 1)).is_ok(), "without a placement in the catalogue's shard");
-    block_on(shards.commit(vec![Change::PartitionsAdded { id: at(2, 0).topic, count: 5 }])).unwrap();
+    block_on(shards.commit(vec![Change::Topics(TopicChange::PartitionsAdded { id: at(2, 0).topic, count: 5 })]))
+        .unwrap();
     assert_eq!(shards.append(at(2, 4), 1), 0);
     assert!(shards.member(1).bounds(at(2, 4)).is_ok());
     shards.close();
@@ -149,7 +151,7 @@ fn partitions_lie_where_the_catalogue_says_and_stay_there() {
     for (index, end) in [5, 5, 5, 0, 1].into_iter().enumerate() {
         assert_eq!(shards.end(at(2, index as u32)), end);
     }
-    block_on(shards.commit(vec![Change::TopicDeleted { id: at(2, 0).topic }])).unwrap();
+    block_on(shards.commit(vec![Change::Topics(TopicChange::Deleted { id: at(2, 0).topic })])).unwrap();
     assert!((0..5).all(|index| shards.bounds(at(2, index)).is_err()));
     assert!(shards.members.iter().all(|member| member.shard.bounds(at(2, 1)).is_err()));
     assert_eq!(read_state(&shards, |state| state.leaving().count()), 0);
@@ -170,20 +172,21 @@ fn a_stop_between_two_shards_leaves_nothing_wrong() {
     let shards = disks.start();
     assert_eq!((shards.end(at(1, 0)), names(&shards)), (3, vec!["topic-1".to_owned()]));
     // More partitions in the shards than in the catalogue.
-    block_on(shards.member(2).commit(vec![Change::PartitionsAdded { id, count: 4 }])).unwrap();
+    block_on(shards.member(2).commit(vec![Change::Topics(TopicChange::PartitionsAdded { id, count: 4 })])).unwrap();
     shards.close();
     let shards = disks.start();
     assert_eq!((shards.end(at(1, 2)), shards.end(at(1, 3))), (0, 0), "in both");
     // Settings in the catalogue and not in the shards.
     let configs = BTreeMap::from([("retention.ms".to_owned(), "5".to_owned())]);
-    block_on(shards.catalogue().commit(vec![Change::TopicConfigured { id, configs: configs.clone() }])).unwrap();
+    block_on(shards.catalogue().commit(vec![Change::Topics(TopicChange::Configured { id, configs: configs.clone() })]))
+        .unwrap();
     shards.close();
     let shards = disks.start();
     for own in [1, 2] {
         assert_eq!(read_state(&**shards.member(own), |state| state.topic(id).unwrap().configs.clone()), configs);
     }
     // Deleted in the catalogue and not in the shards.
-    block_on(shards.catalogue().commit(vec![Change::TopicDeleted { id }])).unwrap();
+    block_on(shards.catalogue().commit(vec![Change::Topics(TopicChange::Deleted { id })])).unwrap();
     shards.close();
     let shards = disks.start();
     assert!(names(&shards).is_empty());
@@ -213,7 +216,7 @@ fn a_setting_that_a_shard_did_not_take_is_not_answered_as_done() {
     let shards = disks.start();
     shards.place(1, 1, &[1]);
     let configs = BTreeMap::from([("retention.ms".to_owned(), "5".to_owned())]);
-    let configured = || vec![Change::TopicConfigured { id: at(1, 0).topic, configs: configs.clone() }];
+    let configured = || vec![Change::Topics(TopicChange::Configured { id: at(1, 0).topic, configs: configs.clone() })];
     block_on(shards.commit(configured())).unwrap();
     shards.member(1).close();
     assert!(block_on(shards.commit(configured())).is_err());
@@ -230,7 +233,7 @@ fn a_shard_that_lost_a_topic_does_not_use_its_offsets_again() {
     let mut lost = disks.clone();
     lost.0.insert(1, MemoryWal::new(WAL_BYTES));
     let restored = lost.open(1);
-    block_on(restored.shard.commit(vec![Change::EpochStarted { epoch: 1, skip: 1 << 32 }])).unwrap();
+    block_on(restored.shard.commit(vec![Change::Logs(LogChange::EpochStarted { epoch: 1, skip: 1 << 32 })])).unwrap();
     restored.shard.close();
     let shards = lost.start();
     let bounds = shards.bounds(at(1, 0)).unwrap();
@@ -359,13 +362,13 @@ fn a_name_that_a_shard_still_holds_is_free_for_a_new_topic() {
     let shards = disks.start();
     block_on(shards.member(1).commit(vec![placed(1, 1, &[1], 1)])).unwrap();
     let again = Topic { id: TopicId([9; 16]), ..topic(1, 1) };
-    let placed = Change::TopicCreated { topic: again, shards: vec![1], own: CATALOGUE, from: 0 };
+    let placed = Change::Topics(TopicChange::Created { topic: again, shards: vec![1], own: CATALOGUE, from: 0 });
     block_on(shards.commit(vec![placed])).unwrap();
     assert_eq!(shards.append(at(9, 0), 3), 0);
     shards.close();
     let shards = disks.start();
     assert_eq!((shards.end(at(9, 0)), names(&shards)), (3, vec!["topic-1".to_owned()]));
-    block_on(shards.commit(vec![Change::TopicDeleted { id: TopicId([9; 16]) }])).unwrap();
+    block_on(shards.commit(vec![Change::Topics(TopicChange::Deleted { id: TopicId([9; 16]) })])).unwrap();
     assert!(shards.bounds(at(9, 0)).is_err());
 }
 
@@ -379,15 +382,17 @@ fn a_restored_catalogue_uses_nothing_twice() {
     shards.append(at(1, 0), 5);
     shards.append(at(1, 1), 5);
     shards.append(at(2, 0), 5);
-    block_on(shards.commit(vec![Change::ProducerIdsReserved { next: 1000 }])).unwrap();
+    block_on(shards.commit(vec![Change::Producers(ProducerChange::IdsReserved { next: 1000 })])).unwrap();
     shards.close();
     let mut lost = disks.clone();
     lost.0.insert(0, MemoryWal::new(WAL_BYTES));
     let restored = lost.open(0);
     let engines = [(0, Engine::File), (1, Engine::File), (2, Engine::File), (3, Engine::Memory)];
-    let mut known: Vec<Change> =
-        engines.iter().map(|(shard, engine)| Change::ShardAdded { shard: *shard, engine: *engine }).collect();
-    known.push(Change::EpochStarted { epoch: 1, skip: 1 << 32 });
+    let mut known: Vec<Change> = engines
+        .iter()
+        .map(|(shard, engine)| SlotChange::ShardAdded { shard: *shard, engine: *engine }.into())
+        .collect();
+    known.push(Change::Logs(LogChange::EpochStarted { epoch: 1, skip: 1 << 32 }));
     block_on(restored.shard.commit(known)).unwrap();
     restored.shard.close();
     let shards = lost.start();
@@ -416,7 +421,7 @@ fn a_deleted_topic_leaves_no_route() {
     shards.place(2, 1, &[1]);
     for n in [1, 2] {
         shards.append(at(n, 0), 1);
-        let mut deletion = shards.commit(vec![Change::TopicDeleted { id: at(n, 0).topic }]);
+        let mut deletion = shards.commit(vec![Change::Topics(TopicChange::Deleted { id: at(n, 0).topic })]);
         // Whoever still sees the topic finds its shard, and leaves it behind.
         assert_eq!(shards.shard_of(at(n, 0)).status().shard, u32::from(n) - 1);
         let _ = conformance::poll_once(&mut deletion);

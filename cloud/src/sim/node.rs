@@ -20,7 +20,7 @@ use crate::block::Block;
 use crate::ingest::{Ingest, IngestSettings, Safety, TopicError, Topics};
 use crate::shard::{LocalWal, Shard, ShardSettings};
 use crate::shards::{Member, Shards, reserve_offsets};
-use crate::state::{CATALOGUE, Change, Engine, StateLog, Topic, read_state};
+use crate::state::{CATALOGUE, Change, Engine, LogChange, SlotChange, StateLog, Topic, TopicChange, read_state};
 use crate::wal::BlockLog;
 use crate::wal::file::{FileWal, FileWalSettings};
 use crate::wal::memory::MemoryWal;
@@ -283,14 +283,14 @@ impl Node {
                 let catalogue = &members.first().ok_or("no catalogue")?.shard;
                 let reserved = reserve_offsets(catalogue, hosted.number).await;
                 let (begins, ceiling) = reserved.map_err(|error| error.to_string())?;
-                if let Change::EpochStarted { skip, .. } = begins {
+                if let Change::Logs(LogChange::EpochStarted { skip, .. }) = begins {
                     world.judge().begins_anew(hosted.id, skip);
                 }
                 ceilings.insert(hosted.number, ceiling);
                 shard.commit(vec![begins]).await.map_err(|error| error.to_string())?;
             } else if hosted.number == CATALOGUE && self.shards.len() > 1 {
                 let known = read_state(&*shard, |state| state.shards().count());
-                let added = |one: &Hosted| Change::ShardAdded { shard: one.number, engine: one.engine };
+                let added = |one: &Hosted| SlotChange::ShardAdded { shard: one.number, engine: one.engine }.into();
                 let added = self.shards.iter().skip(known).map(added).collect();
                 shard.commit(added).await.map_err(|error| error.to_string())?;
             }
@@ -378,7 +378,7 @@ impl Node {
             };
             // A shard that is alone has the catalogue, whatever its number.
             let home = if self.shards.len() == 1 { CATALOGUE } else { shard.number };
-            changes.push(Change::TopicCreated { topic, shards: vec![home], own: CATALOGUE, from: 0 });
+            changes.push(Change::Topics(TopicChange::Created { topic, shards: vec![home], own: CATALOGUE, from: 0 }));
         }
         state.commit(changes).await.map_err(|error| error.to_string())
     }

@@ -20,6 +20,12 @@ struct Inner {
     now_ms: TimestampMs,
 }
 
+impl Inner {
+    fn apply(&mut self, change: &Change) {
+        self.state.apply(change).expect("a change of a guest in the list");
+    }
+}
+
 impl MemoryStateLog {
     /// An empty one.
     pub fn new() -> Self {
@@ -29,7 +35,7 @@ impl MemoryStateLog {
     /// One that begins with these changes applied.
     pub fn with(changes: &[Change]) -> Self {
         let log = Self::new();
-        changes.iter().for_each(|change| log.inner.lock().state.apply(change));
+        changes.iter().for_each(|change| log.inner.lock().apply(change));
         log
     }
 
@@ -55,7 +61,7 @@ impl StateLog for MemoryStateLog {
         let result = match inner.refuse.clone() {
             Some(error) => Err(error),
             None => {
-                changes.iter().for_each(|change| inner.state.apply(change));
+                changes.iter().for_each(|change| inner.apply(change));
                 inner.commits.push(changes);
                 Ok(())
             }

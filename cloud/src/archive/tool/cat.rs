@@ -17,7 +17,8 @@ use super::{CLEAN, FINDINGS, Finding, ToolError};
 use crate::archive::Store;
 use crate::block::Block;
 use crate::manifest::HeldRun;
-use crate::state::{Change, State};
+use crate::shard::fold;
+use crate::state::State;
 
 /// How records are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -91,13 +92,9 @@ pub(super) async fn run(store: &Store, wanted: &Wanted<'_>, out: &mut dyn Write)
 async fn state_at_end(store: &Store, shard: &ShardView, findings: &mut Vec<Finding>) -> Result<State, ToolError> {
     let mut state = shard.state.clone();
     let each = |key: &Path, position: u64, block: &Block, _: &mut Vec<Finding>| {
-        let changes: Vec<Change> =
-            block.changes().map_err(|error| ToolError::Damaged(Finding::at(key, position, error).to_string()))?;
-        for entry in block.entries() {
-            state.advance(entry.partition, entry.last.saturating_add(1));
-        }
-        changes.iter().for_each(|change| state.apply(change));
-        Ok(())
+        fold(&mut state, block)
+            .map(drop)
+            .map_err(|error| ToolError::Damaged(Finding::at(key, position, error).to_string()))
     };
     walk(store, shard, findings, each, |_| {}).await?;
     Ok(state)

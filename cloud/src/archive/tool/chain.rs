@@ -12,7 +12,8 @@ use super::{Finding, ToolError};
 use crate::archive::Store;
 use crate::block::{Block, Entry};
 use crate::manifest::OBJECT_BYTES_MAX;
-use crate::state::{Change, State};
+use crate::shard::fold;
+use crate::state::{Change, State, StreamChange};
 
 /// What was walked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -124,14 +125,13 @@ impl<'a> Follower<'a> {
             if let Some(what) = check_entry(self.state, block, entry) {
                 wrong(position + u64::from(entry.position), what);
             }
-            self.state.advance(entry.partition, entry.last.saturating_add(1));
         }
-        let changes = match block.changes() {
+        let changes = match fold(self.state, block) {
             Ok(changes) => changes,
             Err(error) => return wrong(position, error.to_string()),
         };
         for change in &changes {
-            if let Change::StreamPosition { key, next, chain, .. } = change {
+            if let Change::Streams(StreamChange::Position { key, next, chain, .. }) = change {
                 let before = self.streams.insert(key.clone(), (*next, *chain));
                 let rises = before.is_none_or(|(at, had)| *next > at || (*next == at && *chain == had));
                 if !rises || *next < 0 {
@@ -140,7 +140,6 @@ impl<'a> Follower<'a> {
                     wrong(position, format!("stream {stream} of {edge} goes from position {before} to {next}"));
                 }
             }
-            self.state.apply(change);
         }
     }
 }

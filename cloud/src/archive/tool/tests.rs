@@ -195,7 +195,12 @@ async fn what_was_deleted_is_not_shown() {
     let node = rich(&place).await;
     node.shard.trim(partition(1, 0), 30).await.unwrap();
     let id = partition(2, 0).topic;
-    crate::state::StateLog::commit(node.shard.as_ref(), vec![crate::state::Change::TopicDeleted { id }]).await.unwrap();
+    crate::state::StateLog::commit(
+        node.shard.as_ref(),
+        vec![crate::state::Change::Topics(crate::state::TopicChange::Deleted { id })],
+    )
+    .await
+    .unwrap();
     node.shipped().await;
     let (_, out) = place.tool("cat topic-1 --partition 0").await.unwrap();
     let first: Value = serde_json::from_str(out.lines().next().unwrap()).unwrap();

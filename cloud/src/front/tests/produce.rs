@@ -10,6 +10,7 @@ use shared::log::Log as _;
 use shared::name::Partition;
 
 use super::*;
+use crate::state::ProducerChange;
 
 pub(super) fn request(topic: &str, acks: i16, partitions: &[(i32, Bytes)]) -> ProduceRequest {
     let data = |(index, records): &(i32, Bytes)| PartitionProduceData { index: *index, records: Some(records.clone()) };
@@ -173,8 +174,13 @@ async fn producer_ids_are_never_given_out_twice_not_even_after_a_restart() {
     given.sort_unstable();
     given.dedup();
     assert_eq!(given.len(), count);
-    let reserved =
-        shard.state.commits().iter().flatten().filter(|c| matches!(c, Change::ProducerIdsReserved { .. })).count();
+    let reserved = shard
+        .state
+        .commits()
+        .iter()
+        .flatten()
+        .filter(|c| matches!(c, Change::Producers(ProducerChange::IdsReserved { .. })))
+        .count();
     assert_eq!(reserved, 2, "a range at a time");
 }
 

@@ -2,6 +2,7 @@
 
 use super::flight::HeldWal;
 use super::*;
+use crate::state::GroupChange;
 
 struct Steps {
     shard: Arc<Shard>,
@@ -124,7 +125,7 @@ fn commits_in_blocks_put_together_ahead_are_written_again_in_their_order() {
     let offset = |offset| {
         let committed =
             crate::state::CommittedOffset { offset, leader_epoch: -1, metadata: String::new(), commit_ms: 0 };
-        vec![Change::OffsetCommitted { group: "g".into(), partition: partition(1), committed }]
+        vec![GroupChange::OffsetCommitted { group: "g".into(), partition: partition(1), committed }.into()]
     };
     let (mut records, mut commits) = (Vec::new(), Vec::new());
     for n in 1..=3 {

@@ -77,7 +77,7 @@ impl Machine {
     }
 
     fn knows_producer(&self) -> bool {
-        read_state(&*self.shard, |state| state.partition(partition(2)).unwrap().producers.contains_key(&7))
+        read_state(&*self.shard, |state| state.producer(partition(2), 7).is_some())
     }
 }
 

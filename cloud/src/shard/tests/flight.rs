@@ -6,6 +6,7 @@ use std::time::Duration;
 use parking_lot::Condvar;
 
 use super::*;
+use crate::state::ProducerChange;
 use crate::wal::gated::{Gate, Gated};
 
 type Hook = Box<dyn FnOnce() + Send>;
@@ -240,7 +241,7 @@ fn too_many_changes_in_flight_are_refused() {
     let wal = HeldWal::new();
     let settings = ShardSettings { in_flight_changes_max: 3, ..ShardSettings::default() };
     let shard = Shard::open(settings, Box::new(wal.clone()), Recovered::default(), None, clock()).unwrap();
-    let commit = |count| shard.commit(vec![Change::ProducerIdsReserved { next: 1 }; count]);
+    let commit = |count| shard.commit(vec![Change::Producers(ProducerChange::IdsReserved { next: 1 }); count]);
     let only = commit(4);
     wal.wait_entered(1);
     assert!(matches!(block_on(commit(1)), Err(AppendError::Full(text)) if text.contains("at most 3")));

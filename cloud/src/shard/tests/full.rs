@@ -4,11 +4,12 @@ use super::flight::{HeldWal, held};
 use super::*;
 use crate::shards::{Member, Shards, reserve_offsets};
 use crate::state::CommittedOffset;
+use crate::state::{GroupChange, TopicChange};
 use crate::wal::powercut::{CutDisk, Trouble};
 
 fn offset(offset: Offset) -> Vec<Change> {
     let committed = CommittedOffset { offset, leader_epoch: -1, metadata: String::new(), commit_ms: 0 };
-    vec![Change::OffsetCommitted { group: "g".into(), partition: partition(1), committed }]
+    vec![GroupChange::OffsetCommitted { group: "g".into(), partition: partition(1), committed }.into()]
 }
 
 fn committed(shard: &Shard) -> Option<Offset> {
@@ -74,7 +75,7 @@ fn a_commit_without_room_fails_and_a_later_one_does_not() {
     let (shard, wal) = held();
     let first = shard.commit(offset(1));
     wal.wait_entered(2);
-    let deleted = shard.commit(vec![Change::TopicDeleted { id: TopicId([1; 16]) }]);
+    let deleted = shard.commit(vec![Change::Topics(TopicChange::Deleted { id: TopicId([1; 16]) })]);
     wal.order(Err(WalError::Full("test".into())));
     assert!(matches!(block_on(first), Err(AppendError::Full(_))));
     wal.order(Err(WalError::Full("test".into())));

@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicU64;
 
 use super::*;
+use crate::state::GroupChange;
 use crate::wal::gated::GatedWal;
 
 thread_local! {
@@ -41,7 +42,7 @@ fn without_a_confirmation_nothing_is_acknowledged_and_reads_go_on() {
     assert_eq!(shard.holds_back(), None);
     at(111);
     assert_eq!(append(&shard, batch(1, 1)), Err(unconfirmed(11, false)));
-    let group = Change::GroupDeleted { group: "g".into() };
+    let group = GroupChange::Deleted { group: "g".into() }.into();
     assert_eq!(block_on(shard.commit(vec![group])), Err(unconfirmed(11, false)));
     let edge = from_edge(partition(1), &stream(1, 1), 0, 1);
     assert_eq!(block_on(shard.append(edge)), Err(unconfirmed(11, false)), "gateways are held");

@@ -4,6 +4,7 @@ use shared::log::conformance::{batch, block_on, from_edge, from_producer, produc
 
 use super::*;
 use crate::state::CommittedOffset;
+use crate::state::GroupChange;
 use crate::wal::powercut::{CutDisk, Random};
 
 const TOPIC: u8 = 1;
@@ -64,7 +65,7 @@ fn work(shard: &Shard, random: &mut Random, acknowledged: &mut Acknowledged) -> 
         let offset = acknowledged.position;
         let committed = CommittedOffset { offset, leader_epoch: -1, metadata: String::new(), commit_ms: 0 };
         let group = "g".to_owned();
-        block_on(shard.commit(vec![Change::OffsetCommitted { group, partition: at(1), committed }]))?;
+        block_on(shard.commit(vec![GroupChange::OffsetCommitted { group, partition: at(1), committed }.into()]))?;
         acknowledged.committed = offset;
         if random.below(3) == 0 {
             let before = random.below(acknowledged.position as u64 + 1) as i64;

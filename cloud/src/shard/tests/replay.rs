@@ -30,7 +30,6 @@ async fn snapshot_and_rest_are_the_state() {
         tokio::spawn(commits);
         shard.commit(vec![Change::created(topic(1, 1)), Change::created(topic(2, 1))]).await.unwrap();
         let (mut snapshot, mut positions) = (None, [0; 3]);
-        let producers = |state: &State| state.partitions().map(|(_, at)| at.producers.len()).sum::<usize>();
         for _ in 0..60 {
             let n = 1 + random.below(2) as u8;
             match random.below(8) {
@@ -55,9 +54,9 @@ async fn snapshot_and_rest_are_the_state() {
                 5 if random.below(3) == 0 => snapshot = Some(Source::snapshot(&*shard).await.unwrap()),
                 _ => {
                     tokio::time::advance(MINUTE * random.below(90) as u32).await;
-                    let before = producers(&state_of(&shard));
+                    let before = State::producer_count(&state_of(&shard));
                     shard.apply_retention().await.unwrap();
-                    forgotten += before - producers(&state_of(&shard));
+                    forgotten += before - State::producer_count(&state_of(&shard));
                 }
             }
         }

@@ -9,6 +9,7 @@ use crate::archive::{Archive, ArchiveSettings};
 use crate::groups::{GroupError, GroupSettings, Groups, OffsetCommit};
 use crate::shard::LocalWal;
 use crate::state::{CommittedOffset, coordinator_log};
+use crate::state::{GroupChange, SlotChange, TopicChange};
 
 /// A group whose slot comes to this shard when slots are spread over so many, the first being 0.
 fn group_in(shard: u32, shards: u32) -> String {
@@ -18,7 +19,7 @@ fn group_in(shard: u32, shards: u32) -> String {
 
 fn committed(group: &str, partition: Partition, offset: Offset) -> Change {
     let committed = CommittedOffset { offset, leader_epoch: -1, metadata: String::new(), commit_ms: 1 };
-    Change::OffsetCommitted { group: group.to_owned(), partition, committed }
+    GroupChange::OffsetCommitted { group: group.to_owned(), partition, committed }.into()
 }
 
 impl Shards {
@@ -82,8 +83,10 @@ fn a_restored_catalogue_finds_the_groups_of_other_shards() {
     let shards = disks.start();
     // What two shards of three held when there were two, so that spreading anew would miss it.
     let group = (0..).map(|n| format!("g-{n}")).find(|group| CoordinatorSlot::of(group).number() == 3).unwrap();
-    block_on(shards.catalogue().commit(vec![Change::SlotPlaced { slot: CoordinatorSlot::of(&group), shard: 1 }]))
-        .unwrap();
+    block_on(
+        shards.catalogue().commit(vec![SlotChange::Placed { slot: CoordinatorSlot::of(&group), shard: 1 }.into()]),
+    )
+    .unwrap();
     shards.place(1, 1, &[1]);
     shards.commit_offset(&group, at(1, 0), 9);
     assert_eq!(shards.stored(1), 1);
@@ -104,14 +107,14 @@ fn a_deleted_topic_takes_its_offsets_along_in_every_shard() {
         shards.commit_offset(group, at(1, 0), 1);
         shards.commit_offset(group, at(2, 0), 2);
     }
-    block_on(shards.commit(vec![Change::TopicDeleted { id: at(1, 0).topic }])).unwrap();
+    block_on(shards.commit(vec![Change::Topics(TopicChange::Deleted { id: at(1, 0).topic })])).unwrap();
     for number in 0..3 {
         // Nobody waits for what is told to the slots' shards; what comes after it does.
-        block_on(shards.member(number).commit(vec![Change::GroupDeleted { group: "none".into() }])).unwrap();
+        block_on(shards.member(number).commit(vec![GroupChange::Deleted { group: "none".into() }.into()])).unwrap();
         assert_eq!(shards.stored(number), 1, "only that of the other topic, in shard {number}");
     }
     // Deleted in the catalogue, and the stop comes before any other shard is told.
-    block_on(shards.catalogue().commit(vec![Change::TopicDeleted { id: at(2, 0).topic }])).unwrap();
+    block_on(shards.catalogue().commit(vec![Change::Topics(TopicChange::Deleted { id: at(2, 0).topic })])).unwrap();
     assert_eq!([1, 2].map(|number| shards.stored(number)), [1, 1]);
     shards.close();
     let shards = disks.start();
@@ -209,7 +212,7 @@ async fn a_shard_that_does_not_answer_holds_up_its_own_groups_alone() {
     assert_eq!(shards.committed(&far, at(1, 0)), Some(5));
     assert_eq!(groups.describe(&far).unwrap().state, "Empty");
     groups.delete(&near).await.unwrap();
-    StateLog::commit(&*shards, vec![Change::TopicDeleted { id: at(1, 0).topic }]).await.unwrap();
+    StateLog::commit(&*shards, vec![Change::Topics(TopicChange::Deleted { id: at(1, 0).topic })]).await.unwrap();
     assert_eq!(begun.elapsed(), Duration::ZERO);
     tokio::select! {
         _ = &mut far_commits => panic!("the committer ended"),

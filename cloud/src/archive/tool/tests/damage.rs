@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::super::{CLEAN, FINDINGS};
 use super::lab::{Node, Place, named, partition, rich};
 use crate::manifest::{Index, IndexPage, PagePointer, Root};
-use crate::state::{Change, Engine, StateLog};
+use crate::state::{Engine, SlotChange, StateLog, StreamChange};
 
 /// A small generator, so that a failing run can be made again.
 fn next(seed: &mut u64) -> usize {
@@ -72,7 +72,7 @@ async fn an_object_that_is_gone_or_cut_is_found() {
 async fn a_shard_that_names_another_engine_than_the_catalogue_is_found() {
     let place = Place::directory();
     let node = Node::start(&place).await;
-    node.shard.commit(vec![Change::ShardAdded { shard: 0, engine: Engine::File }]).await.unwrap();
+    node.shard.commit(vec![SlotChange::ShardAdded { shard: 0, engine: Engine::File }.into()]).await.unwrap();
     node.split().await;
     node.stop().await;
     assert_eq!(findings(&place).await, []);
@@ -213,7 +213,7 @@ async fn blocks_that_contradict_each_other_are_found_though_their_checksums_hold
         }
         if let Some(next) = position {
             let (key, partition) = (stream(1, 1), partition(2, 0));
-            builder.change(Change::StreamPosition { key, partition, next, chain: Chain(0) });
+            builder.change(Change::Streams(StreamChange::Position { key, partition, next, chain: Chain(0) }));
         }
         add(header, builder);
         let found = findings(&place).await;
