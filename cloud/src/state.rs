@@ -125,13 +125,13 @@ pub enum StateError {
 impl State {
     /// Folds one change in.
     pub fn apply(&mut self, change: &Change) -> Result<(), StateError> {
-        match change.clone() {
-            Change::Topics(change) => self.apply_to_topics(change),
-            Change::Logs(LogChange::EpochStarted { epoch, skip }) => self.start_epoch(epoch, skip),
-            Change::Logs(change) => self.logs.apply(change),
-            Change::Producers(change) => self.producers.apply(change),
-            Change::Streams(change) => self.streams.apply(change),
-            Change::Guest(change) => self.guests.apply(&change)?,
+        match change {
+            Change::Topics(change) => self.apply_to_topics(change.clone()),
+            Change::Logs(LogChange::EpochStarted { epoch, skip }) => self.start_epoch(*epoch, *skip),
+            Change::Logs(change) => self.logs.apply(change.clone()),
+            Change::Producers(change) => self.producers.apply(change.clone()),
+            Change::Streams(change) => self.streams.apply(change.clone()),
+            Change::Guest(change) => self.guests.apply(change)?,
         }
         Ok(())
     }
