@@ -353,7 +353,7 @@ impl Groups {
         };
         let mut listed: BTreeMap<String, Listed> = BTreeMap::new();
         for log in coordinator_logs(&*self.state) {
-            read_state(log, |state| listed.extend(state.groups().map(empty)));
+            listed.extend(read_state(log, State::clone).groups().map(empty));
         }
         listed.extend(self.inner.lock().coordinator.list());
         listed
@@ -373,7 +373,7 @@ impl Groups {
     }
 
     fn durable_groups(&self) -> usize {
-        coordinator_logs(&*self.state).into_iter().map(|log| read_state(log, |state| state.groups().count())).sum()
+        coordinator_logs(&*self.state).into_iter().map(|log| read_state(log, State::group_count)).sum()
     }
 
     /// Waits until it is durable, but not for ever: a client that tries again gets its turn behind what still waits.
@@ -463,7 +463,8 @@ impl Groups {
         loop {
             let (count, stored) = {
                 let inner = self.inner.lock();
-                let expired = read_state(log, |state| self.expired(&inner, state, now_ms));
+                // A copy costs little, and looking at all groups is not for the log's lock.
+                let expired = self.expired(&inner, &read_state(log, State::clone), now_ms);
                 if expired.is_empty() {
                     return removed;
                 }
@@ -489,7 +490,7 @@ impl Groups {
             }
             let empty_since = group.empty_since_ms.unwrap_or(began_ms);
             let mut left = group.offsets.len();
-            for (partition, committed) in &group.offsets {
+            for (partition, committed) in group.offsets.iter() {
                 if over(empty_since.max(committed.commit_ms), retention) {
                     expired.push(GroupChange::OffsetDeleted { group: name.clone(), partition: *partition }.into());
                     left -= 1;

@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use shared::log::{AppendError, BoxFuture, StreamKey};
 use shared::name::{EdgeId, Incarnation, Offset, StreamName, TimestampMs, TopicId};
 
+mod cow;
 mod edges;
 mod groups;
 mod guests;
@@ -34,6 +35,7 @@ mod slots;
 mod streams;
 mod topics;
 
+pub use cow::CowMap;
 pub use edges::{Edge, EdgeChange, Edges};
 pub use groups::{CommittedOffset, Group, GroupChange, Groups};
 pub use guests::GuestChange;

@@ -87,7 +87,7 @@ fn some(
 
 /// All that a group committed, partitions of one topic together.
 fn all(state: &State, group: &str) -> Vec<(TopicId, OffsetFetchResponsePartition)> {
-    let committed = state.group(group).into_iter().flat_map(|group| &group.offsets);
+    let committed = state.group(group).into_iter().flat_map(|group| group.offsets.iter());
     let one = |(partition, committed): (&Partition, &CommittedOffset)| {
         Some((partition.topic, answer(i32::try_from(partition.index).ok()?, Some(committed))))
     };

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::flight::Inner;
 use super::{Core, ShardSettings};
 use crate::archive::ColdRun;
-use crate::state::{Change, LogChange, ProducerChange, Topic};
+use crate::state::{Change, LogChange, ProducerChange, State, Topic};
 
 /// In how many steps producers expire, as parts of the time that they are remembered.
 const PRODUCER_EXPIRY_STEPS: i64 = 24;
@@ -70,13 +70,17 @@ fn new_start(parts: &[Part], kept: Kept, now: TimestampMs) -> Option<Offset> {
 }
 
 impl Core {
+    /// A copy of the state, which costs little: to look at all of it without the lock.
+    fn state(&self) -> State {
+        self.inner.lock().state.clone()
+    }
+
     /// The log starts that retention moves now.
     pub fn retention_moves(&self) -> Vec<Change> {
         let now = self.now();
-        let partitions: Vec<(Partition, Kept)> =
-            self.inner.lock().kept_partitions(self.settings.retention_ms, self.settings.retention_bytes);
+        let state = self.state();
         let mut moves = Vec::new();
-        for (partition, kept) in partitions {
+        for (partition, kept) in kept_partitions(&state, &self.settings) {
             if kept.retention_ms < 0 && kept.retention_bytes < 0 {
                 continue;
             }
@@ -99,11 +103,7 @@ impl Core {
         let expiry = self.settings.producer_expiry_ms;
         let step = (expiry / PRODUCER_EXPIRY_STEPS).max(1);
         let before_ms = self.now().saturating_sub(expiry).div_euclid(step).saturating_mul(step);
-        self.inner
-            .lock()
-            .state
-            .has_producers_before(before_ms)
-            .then_some(Change::Producers(ProducerChange::Expired { before_ms }))
+        self.state().has_producers_before(before_ms).then_some(Change::Producers(ProducerChange::Expired { before_ms }))
     }
 
     /// Stores the count of running time, where there is something that ages and no block has told the count for a part of what
@@ -111,14 +111,14 @@ impl Core {
     pub fn time_counted(&self) -> Option<Change> {
         self.look_at_clock();
         let counted: ClockState = self.expiry.lock().state(Instant::now().into_std());
-        let inner = self.inner.lock();
-        let stored = inner.state.clock().unwrap_or_default();
+        let state = self.state();
+        let stored = state.clock().unwrap_or_default();
         let moved = counted.ahead_ms.abs_diff(stored.ahead_ms) > JUMP_MS.unsigned_abs();
         let since = counted.counted_ms.saturating_sub(stored.counted_ms);
         let due = |shortest: i64| since >= (shortest / COUNTED_PARTS).clamp(COUNTED_MS.0, COUNTED_MS.1);
         // Not looked through where blocks come all the time.
         let idle = since >= COUNTED_MS.0;
-        (moved || idle && inner.shortest_kept(&self.settings).is_some_and(due))
+        (moved || idle && shortest_kept(&state, &self.settings).is_some_and(due))
             .then_some(Change::Logs(LogChange::TimeCounted(counted)))
     }
 
@@ -133,29 +133,28 @@ impl Core {
     }
 }
 
+fn kept_partitions(state: &State, settings: &ShardSettings) -> impl Iterator<Item = (Partition, Kept)> {
+    let (retention_ms, retention_bytes) = (settings.retention_ms, settings.retention_bytes);
+    state.topics_of_any_name().flat_map(move |topic| {
+        let (id, kept) = (topic.id, kept(topic, retention_ms, retention_bytes));
+        (0..topic.partitions).map(move |index| (Partition { topic: id, index }, kept))
+    })
+}
+
+/// How long the first thing to expire is kept, as far as there is one.
+fn shortest_kept(state: &State, settings: &ShardSettings) -> Option<i64> {
+    let with_records = kept_partitions(state, settings).filter(|(partition, kept)| {
+        let state = state.partition(*partition);
+        kept.retention_ms >= 0 && state.is_some_and(|state| state.log_start < state.high_watermark)
+    });
+    let records = with_records.map(|(_, kept)| kept.retention_ms).min();
+    let producers = (state.producer_count() > 0).then_some(settings.producer_expiry_ms);
+    // How long offsets are kept is the groups' matter, and never so short that it counts here.
+    let offsets = (state.group_count() > 0).then_some(COUNTED_MS.1.saturating_mul(COUNTED_PARTS));
+    [records, producers, offsets].into_iter().flatten().min()
+}
+
 impl Inner {
-    fn kept_partitions(&self, retention_ms: i64, retention_bytes: i64) -> Vec<(Partition, Kept)> {
-        let of = |topic: &Topic| {
-            let (id, kept) = (topic.id, kept(topic, retention_ms, retention_bytes));
-            (0..topic.partitions).map(move |index| (Partition { topic: id, index }, kept))
-        };
-        self.state.topics_of_any_name().flat_map(of).collect()
-    }
-
-    /// How long the first thing to expire is kept, as far as there is one.
-    fn shortest_kept(&self, settings: &ShardSettings) -> Option<i64> {
-        let kept = self.kept_partitions(settings.retention_ms, settings.retention_bytes).into_iter();
-        let with_records = kept.filter(|(partition, kept)| {
-            let state = self.state.partition(*partition);
-            kept.retention_ms >= 0 && state.is_some_and(|state| state.log_start < state.high_watermark)
-        });
-        let records = with_records.map(|(_, kept)| kept.retention_ms).min();
-        let producers = self.state.has_producers_before(TimestampMs::MAX).then_some(settings.producer_expiry_ms);
-        // How long offsets are kept is the groups' matter, and never so short that it counts here.
-        let offsets = self.state.groups().next().map(|_| COUNTED_MS.1.saturating_mul(COUNTED_PARTS));
-        [records, producers, offsets].into_iter().flatten().min()
-    }
-
     /// The partition's parts, ascending: the archive's, then what only the WAL has.
     fn parts(&self, partition: Partition, cold: &[ColdRun], log_start: Offset) -> Vec<Part> {
         let archived = cold.last().map_or(i64::MIN, |run| run.next);

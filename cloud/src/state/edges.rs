@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use shared::name::{EdgeId, Partition, StreamName, TimestampMs, TopicId};
 
-use super::{Change, GuestChange, Section, State};
+use super::{Change, CowMap, GuestChange, Section, State};
 
 /// An edge, as it last said hello.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -42,8 +42,8 @@ pub enum EdgeChange {
 /// All edges.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Edges {
-    edges: BTreeMap<EdgeId, Edge>,
-    placements: BTreeMap<(EdgeId, StreamName), Partition>,
+    edges: CowMap<EdgeId, Edge>,
+    placements: CowMap<(EdgeId, StreamName), Partition>,
 }
 
 impl Section for Edges {
@@ -52,7 +52,7 @@ impl Section for Edges {
 
     fn apply(&mut self, change: EdgeChange) {
         match change {
-            EdgeChange::Seen { edge, seen_ms, detail } => drop(self.edges.insert(edge, Edge { seen_ms, detail })),
+            EdgeChange::Seen { edge, seen_ms, detail } => self.edges.insert(edge, Edge { seen_ms, detail }),
             EdgeChange::StreamPlaced { stream, topic, index } => {
                 self.placements.insert(stream, Partition { topic, index });
             }

@@ -1,11 +1,9 @@
 //! Consumer groups, as far as they outlive a restart. A guest of the shard.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use shared::name::{Offset, Partition, TimestampMs, TopicId};
 
-use super::{Change, GuestChange, Section, State};
+use super::{Change, CowMap, GuestChange, Section, State};
 
 /// A group's position in a partition.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +26,7 @@ pub struct Group {
     /// Since when it has no members.
     pub empty_since_ms: Option<TimestampMs>,
     /// Its positions.
-    pub offsets: BTreeMap<Partition, CommittedOffset>,
+    pub offsets: CowMap<Partition, CommittedOffset>,
 }
 
 /// What changes about groups.
@@ -68,7 +66,7 @@ pub enum GroupChange {
 
 /// All groups.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Groups(BTreeMap<String, Group>);
+pub struct Groups(CowMap<String, Group>);
 
 impl Section for Groups {
     const TAG: u8 = 16;
@@ -77,7 +75,7 @@ impl Section for Groups {
     fn apply(&mut self, change: GroupChange) {
         match change {
             GroupChange::OffsetCommitted { group, partition, committed } => {
-                self.0.entry(group).or_default().offsets.insert(partition, committed);
+                self.0.or_insert_with(group, Group::default).offsets.insert(partition, committed);
             }
             GroupChange::OffsetDeleted { group, partition } => {
                 if let Some(group) = self.0.get_mut(&group) {
@@ -86,7 +84,7 @@ impl Section for Groups {
             }
             GroupChange::Deleted { group } => drop(self.0.remove(&group)),
             GroupChange::Touched { group, protocol_type, empty_since_ms } => {
-                let group = self.0.entry(group).or_default();
+                let group = self.0.or_insert_with(group, Group::default);
                 (group.protocol_type, group.empty_since_ms) = (protocol_type, empty_since_ms);
             }
         }
@@ -94,9 +92,11 @@ impl Section for Groups {
 
     /// Groups may have committed on a topic that this shard hosts nothing of.
     fn topic_deleted(&mut self, id: TopicId) {
-        for group in self.0.values_mut() {
-            group.offsets.retain(|partition, _| partition.topic != id);
-        }
+        let of_topic = |partition: &Partition| partition.topic == id;
+        self.0.change(
+            |group| group.offsets.keys().any(of_topic),
+            |group| group.offsets.retain(|partition, _| !of_topic(partition)),
+        );
     }
 }
 
@@ -115,6 +115,11 @@ impl State {
     /// All groups, by name.
     pub fn groups(&self) -> impl Iterator<Item = (&String, &Group)> {
         self.guest::<Groups>().0.iter()
+    }
+
+    /// How many groups there are.
+    pub fn group_count(&self) -> usize {
+        self.guest::<Groups>().0.len()
     }
 
     /// A group's position in a partition.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use shared::clock::ClockState;
 use shared::name::{Offset, Partition, TimestampMs, TopicId};
 
-use super::{PartitionMap, Section, State, StateError, partition_map};
+use super::{CowMap, Section, State, StateError};
 
 /// Where a leader epoch begins in a partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,8 +96,7 @@ pub struct Logs {
     skipped: Offset,
     /// The count of running time, as of the newest block.
     clock: ClockState,
-    #[serde(serialize_with = "partition_map::serialize_ascending")]
-    partitions: PartitionMap<PartitionState>,
+    partitions: CowMap<Partition, PartitionState>,
 }
 
 impl Section for Logs {
@@ -114,7 +113,7 @@ impl Section for Logs {
             LogChange::EpochStarted { epoch, skip } => {
                 self.leader_epoch = epoch;
                 self.skipped = self.skipped.saturating_add(skip);
-                self.partitions.values_mut().for_each(|partition| partition.start_epoch(epoch, skip));
+                self.partitions.change(|_| true, |partition| partition.start_epoch(epoch, skip));
             }
             LogChange::TimeCounted(clock) => {
                 self.count_to(clock.counted_ms);
@@ -153,10 +152,8 @@ impl State {
     }
 
     /// All partitions, ascending.
-    pub fn partitions(&self) -> impl ExactSizeIterator<Item = (&Partition, &PartitionState)> {
-        let mut all: Vec<_> = self.logs.partitions.iter().collect();
-        all.sort_unstable_by_key(|(partition, _)| **partition);
-        all.into_iter()
+    pub fn partitions(&self) -> impl Iterator<Item = (&Partition, &PartitionState)> {
+        self.logs.partitions.iter()
     }
 
     /// The greatest offset after a partition's last durable record.

@@ -1,9 +1,8 @@
 //! A map by partition that is fast to look into: every batch is looked up several times on its way.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use serde::{Serialize, Serializer};
 use shared::name::Partition;
 
 /// A map by partition. Its order is the same in every run, and says nothing.
@@ -37,11 +36,6 @@ impl Hasher for PartitionHasher {
     fn finish(&self) -> u64 {
         self.0
     }
-}
-
-/// Writes a map in the order of partitions: equal maps are equal bytes.
-pub fn serialize_ascending<T: Serialize, S: Serializer>(map: &PartitionMap<T>, to: S) -> Result<S::Ok, S::Error> {
-    map.iter().collect::<BTreeMap<_, _>>().serialize(to)
 }
 
 #[cfg(test)]

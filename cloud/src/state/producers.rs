@@ -1,11 +1,9 @@
 //! Idempotent producers: which ids are used, and what each sent last to each partition.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use shared::name::{Offset, Partition, TimestampMs, TopicId};
 
-use super::{PartitionMap, Section, State, partition_map};
+use super::{CowMap, Section, State};
 
 /// Batches of one producer that are remembered, so that a repeated one is recognised (Kafka keeps five).
 pub const PRODUCER_BATCHES_KEPT: usize = 5;
@@ -69,8 +67,7 @@ pub enum ProducerChange {
 pub struct Producers {
     next_id: i64,
     /// By id. A partition without any is not in it.
-    #[serde(serialize_with = "partition_map::serialize_ascending")]
-    partitions: PartitionMap<BTreeMap<i64, Producer>>,
+    partitions: CowMap<Partition, CowMap<i64, Producer>>,
 }
 
 impl Section for Producers {
@@ -81,10 +78,12 @@ impl Section for Producers {
         match change {
             ProducerChange::IdsReserved { next } => self.next_id = self.next_id.max(next),
             // Kafka's `producer.id.expiration.ms`.
-            ProducerChange::Expired { before_ms } => self.partitions.retain(|_, producers| {
-                producers.retain(|_, producer| producer.append_ms >= before_ms);
-                !producers.is_empty()
-            }),
+            ProducerChange::Expired { before_ms } => {
+                let is_old = |producer: &Producer| producer.append_ms < before_ms;
+                let any_old = |producers: &CowMap<i64, Producer>| producers.values().any(is_old);
+                self.partitions.change(any_old, |producers| producers.retain(|_, producer| !is_old(producer)));
+                self.partitions.retain(|_, producers| !producers.is_empty());
+            }
         }
     }
 
@@ -111,12 +110,12 @@ impl State {
 
     /// How many producers are remembered, each in each partition.
     pub fn producer_count(&self) -> usize {
-        self.producers.partitions.values().map(BTreeMap::len).sum()
+        self.producers.partitions.values().map(CowMap::len).sum()
     }
 
     /// Whether any producer is remembered that appended nothing since `before_ms`.
     pub fn has_producers_before(&self, before_ms: TimestampMs) -> bool {
-        self.producers.partitions.values().flat_map(BTreeMap::values).any(|known| known.append_ms < before_ms)
+        self.producers.partitions.values().flat_map(CowMap::values).any(|known| known.append_ms < before_ms)
     }
 
     /// A batch of an idempotent producer became durable.
@@ -129,9 +128,9 @@ impl State {
         append_ms: TimestampMs,
     ) {
         if self.partition(partition).is_some() {
-            let known = self.producers.partitions.entry(partition).or_default().entry(producer_id);
+            let producers = self.producers.partitions.or_insert_with(partition, CowMap::default);
             let new = || Producer { epoch, batches: Vec::new(), append_ms };
-            known.or_insert_with(new).push(epoch, batch, append_ms);
+            producers.or_insert_with(producer_id, new).push(epoch, batch, append_ms);
         }
     }
 }

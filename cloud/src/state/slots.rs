@@ -4,12 +4,10 @@
 //! An id lies in one of 64 slots for ever: the CRC-32C of its UTF-8 bytes, modulo 64. The catalogue says which shard each
 //! slot is in. There are so many slots, and not one per id, so that the catalogue stays small and does not change with ids.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use shared::name::Offset;
 
-use super::{Change, GuestChange, Section, State, StateLog};
+use super::{Change, CowMap, GuestChange, Section, State, StateLog};
 
 /// The shard that keeps the catalogue.
 pub const CATALOGUE: u32 = 0;
@@ -137,9 +135,9 @@ pub enum SlotChange {
 /// All shards and slots.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Slots {
-    shards: BTreeMap<u32, ShardEntry>,
+    shards: CowMap<u32, ShardEntry>,
     /// Those that were placed; the others are in the catalogue's shard.
-    slots: BTreeMap<CoordinatorSlot, u32>,
+    slots: CowMap<CoordinatorSlot, u32>,
 }
 
 impl Section for Slots {
@@ -149,7 +147,7 @@ impl Section for Slots {
     fn apply(&mut self, change: SlotChange) {
         match change {
             SlotChange::ShardAdded { shard, engine } => {
-                self.shards.entry(shard).or_insert(ShardEntry { engine, epoch: 0, ceiling: 0 });
+                self.shards.or_insert_with(shard, || ShardEntry { engine, epoch: 0, ceiling: 0 });
             }
             SlotChange::OffsetsReserved { shard, epoch, ceiling } => {
                 if let Some(entry) = self.shards.get_mut(&shard) {
@@ -157,16 +155,17 @@ impl Section for Slots {
                     entry.ceiling = entry.ceiling.max(ceiling);
                 }
             }
-            SlotChange::Placed { slot, shard } => drop(self.slots.insert(slot, shard)),
+            SlotChange::Placed { slot, shard } => self.slots.insert(slot, shard),
         }
     }
 
     fn offsets_left_out(&mut self, skip: Offset) {
         // What was reserved since may have been lost with the rest.
-        for shard in self.shards.values_mut() {
+        let raise = |shard: &mut ShardEntry| {
             shard.ceiling = shard.ceiling.saturating_add(skip);
             shard.epoch = shard.epoch.saturating_add(1);
-        }
+        };
+        self.shards.change(|_| true, raise);
     }
 }
 

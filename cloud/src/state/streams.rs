@@ -1,12 +1,10 @@
 //! How far the streams of edges are stored, in the block that carries the data.
 
-use std::collections::BTreeMap;
-
 use serde::{Deserialize, Serialize};
 use shared::log::{Chain, StreamKey};
 use shared::name::{EdgeId, Incarnation, Offset, Partition, StreamName};
 
-use super::{Section, State};
+use super::{CowMap, Section, State};
 
 /// How far a stream's records are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +35,7 @@ pub enum StreamChange {
 
 /// All streams. What was stored of a topic that is deleted stays stored.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Streams(BTreeMap<StreamKey, StreamState>);
+pub struct Streams(CowMap<StreamKey, StreamState>);
 
 impl Section for Streams {
     const TAG: u8 = 4;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use shared::name::{Offset, Partition, TimestampMs, TopicId, TopicName};
 
-use super::{CATALOGUE, Change, Section, State};
+use super::{CATALOGUE, Change, CowMap, Section, State};
 
 /// Most partitions one topic may have: bounds what a damaged or hostile change can make us allocate.
 pub const TOPIC_PARTITIONS_MAX: u32 = 100_000;
@@ -94,11 +94,11 @@ impl Change {
 /// All topics.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Topics {
-    topics: BTreeMap<TopicId, Topic>,
-    topic_ids: BTreeMap<TopicName, TopicId>,
-    hosting: BTreeMap<TopicId, Hosting>,
+    topics: CowMap<TopicId, Topic>,
+    topic_ids: CowMap<TopicName, TopicId>,
+    hosting: CowMap<TopicId, Hosting>,
     /// Deleted topics that a shard may still hold.
-    leaving: BTreeMap<TopicId, Vec<u32>>,
+    leaving: CowMap<TopicId, Vec<u32>>,
 }
 
 impl Section for Topics {
