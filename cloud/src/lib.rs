@@ -6,6 +6,7 @@ pub mod block;
 mod buffers;
 pub mod catalogue;
 pub mod config;
+pub mod envelope;
 pub mod front;
 pub mod groups;
 pub mod ingest;

@@ -9,11 +9,11 @@
 //! <prefix>/shards/{shard}/segments/{seq:020}-{epoch:08}-{number:04}-{nonce:016x}
 //! <prefix>/shards/{shard}/wal/{first_seq:020}                      blocks as the shard wrote them, concatenated; one each by the object engine
 //!
-//! root      "TRBROOT\n", payload length u32, payload (postcard), crc32c u32 of all before it
-//! page      "TRBPAGE\n", payload length u32, kind u8 (1 index, 2 snapshot), payload, crc32c u32 of all before it
+//! root      envelope with magic TRBR, version 1
+//! page      envelope with magic TRBP, version 1, kind 1 index or 2 snapshot
 //! ```
-//! Envelope integers are big-endian; payloads are postcard (LEB128 varints), versioned by enum variants that are never
-//! edited. A snapshot's payload is the shard's own encoding. Everything but heartbeats is written once, by `PutMode::Create`: a root
+//! Payloads of the [`envelope`](crate::envelope)s are postcard (LEB128 varints), but a snapshot's is the shard's own
+//! encoding. Everything but heartbeats is written once, by `PutMode::Create`: a root
 //! after the pages it names, a page after the segments it names. A new root names the pages that did not change by the
 //! same pointers, so a publication writes what changed and no more.
 //!
@@ -21,12 +21,13 @@
 
 mod index;
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 use shared::name::Partition;
 
 use crate::block::{EPOCH_MAX, SEQ_MAX};
+use crate::envelope::{self, EnvelopeError, EnvelopeFormat};
 use crate::segment::Run;
 
 pub use index::{HeldRun, Index, Usage};
@@ -34,15 +35,17 @@ pub use index::{HeldRun, Index, Usage};
 /// Largest root or page that is read: a bound on what a hostile bucket can make a start allocate.
 pub const OBJECT_BYTES_MAX: u64 = 1 << 30;
 
-const ROOT_MAGIC: [u8; 8] = *b"TRBROOT\n";
-const PAGE_MAGIC: [u8; 8] = *b"TRBPAGE\n";
-const PAGE_INDEX: u8 = 1;
-const PAGE_SNAPSHOT: u8 = 2;
+const ROOT: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBR", version: 1, kind: 0 };
+const PAGE_INDEX: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBP", version: 1, kind: 1 };
+const PAGE_SNAPSHOT: EnvelopeFormat = EnvelopeFormat { kind: 2, ..PAGE_INDEX };
 
 /// Why bytes are not a root or page.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
-    /// Cut, flipped or not ours; the text says where.
+    /// Cut, flipped, not ours, or of another version.
+    #[error("manifest cannot be read: {0}")]
+    Envelope(#[from] EnvelopeError),
+    /// It contradicts itself or what names it; the text says where.
     #[error("manifest is damaged: {0}")]
     Damaged(&'static str),
     /// Written by a newer Tributary, or damaged in a way its checksum does not show.
@@ -99,7 +102,7 @@ pub struct PagePointer {
     pub nonce: u64,
     /// Size of the object.
     pub bytes: u64,
-    /// The checksum it ends with.
+    /// The checksum in its head.
     pub crc: u32,
 }
 
@@ -116,16 +119,6 @@ pub struct SegmentId {
     pub nonce: u64,
 }
 
-#[derive(Serialize, Deserialize)]
-enum RootFormat {
-    V1(Root),
-}
-
-#[derive(Serialize, Deserialize)]
-enum PageFormat {
-    V1(IndexPage),
-}
-
 /// What an index page says.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IndexPage {
@@ -138,14 +131,12 @@ pub struct IndexPage {
 impl Root {
     /// The object.
     pub fn encode(&self) -> Bytes {
-        let payload = encode(&RootFormat::V1(self.clone()));
-        envelope(ROOT_MAGIC, None, &payload)
+        ROOT.seal(&encode(self))
     }
 
     /// Reads the object.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        let payload = open(ROOT_MAGIC, bytes)?;
-        let RootFormat::V1(root) = decode(payload)?;
+        let root: Self = decode(ROOT.open(bytes)?)?;
         let fences = root.fences.iter();
         let (seqs, epochs): (Vec<_>, Vec<_>) =
             fences.map(|fence| (fence.manifest_seq.max(fence.wal_seq), fence.epoch)).unzip();
@@ -159,26 +150,25 @@ impl Root {
 }
 
 impl IndexPage {
-    /// The object and the checksum it ends with.
-    pub fn encode(self) -> (Bytes, u32) {
-        sealed(envelope(PAGE_MAGIC, Some(PAGE_INDEX), &encode(&PageFormat::V1(self))))
+    /// The object and the checksum in its head.
+    pub fn encode(&self) -> (Bytes, u32) {
+        sealed(PAGE_INDEX.seal(&encode(self)))
     }
 
     /// Reads the object that `pointer` names.
     pub fn decode(bytes: &Bytes, pointer: &PagePointer) -> Result<Self, ManifestError> {
-        let PageFormat::V1(page) = decode(&page_payload(bytes, pointer, PAGE_INDEX)?)?;
-        Ok(page)
+        decode(page_payload(bytes, pointer, PAGE_INDEX)?)
     }
 }
 
-/// A snapshot page: the object and the checksum it ends with.
+/// A snapshot page: the object and the checksum in its head.
 pub fn encode_snapshot(state: &[u8]) -> (Bytes, u32) {
-    sealed(envelope(PAGE_MAGIC, Some(PAGE_SNAPSHOT), state))
+    sealed(PAGE_SNAPSHOT.seal(state))
 }
 
 /// The state in the snapshot page that `pointer` names.
 pub fn decode_snapshot(bytes: &Bytes, pointer: &PagePointer) -> Result<Bytes, ManifestError> {
-    page_payload(bytes, pointer, PAGE_SNAPSHOT)
+    Ok(bytes.slice_ref(page_payload(bytes, pointer, PAGE_SNAPSHOT)?))
 }
 
 /// Whether `bytes` are the whole page that `pointer` names.
@@ -186,15 +176,12 @@ pub fn is_page(bytes: &Bytes, pointer: &PagePointer) -> bool {
     page_payload(bytes, pointer, PAGE_INDEX).is_ok() || page_payload(bytes, pointer, PAGE_SNAPSHOT).is_ok()
 }
 
-fn page_payload(bytes: &Bytes, pointer: &PagePointer, kind: u8) -> Result<Bytes, ManifestError> {
-    let payload = open(PAGE_MAGIC, bytes)?;
-    if bytes.len() as u64 != pointer.bytes || bytes.last_chunk::<4>() != Some(&pointer.crc.to_be_bytes()) {
+fn page_payload<'a>(bytes: &'a [u8], pointer: &PagePointer, format: EnvelopeFormat) -> Result<&'a [u8], ManifestError> {
+    let payload = format.open(bytes)?;
+    if bytes.len() as u64 != pointer.bytes || envelope::crc(bytes) != pointer.crc {
         return Err(ManifestError::Damaged("page is not the one its root names"));
     }
-    match payload.split_first() {
-        Some((found, payload)) if *found == kind => Ok(bytes.slice_ref(payload)),
-        _ => Err(ManifestError::Unknown),
-    }
+    Ok(payload)
 }
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
@@ -209,39 +196,9 @@ pub(crate) fn decode<T: for<'de> Deserialize<'de>>(payload: &[u8]) -> Result<T, 
     }
 }
 
-/// Magic, length, kind and payload, and a checksum over all of it.
-pub(crate) fn envelope(magic: [u8; 8], kind: Option<u8>, payload: &[u8]) -> Bytes {
-    let length = payload.len() + usize::from(kind.is_some());
-    let mut out = Vec::with_capacity(length + 16);
-    out.put_slice(&magic);
-    out.put_u32(length as u32);
-    out.extend(kind);
-    out.put_slice(payload);
-    let crc = crc32c::crc32c(&out);
-    out.put_u32(crc);
-    out.into()
-}
-
 fn sealed(object: Bytes) -> (Bytes, u32) {
-    let crc = object.last_chunk::<4>().map_or(0, |crc| u32::from_be_bytes(*crc));
+    let crc = envelope::crc(&object);
     (object, crc)
-}
-
-/// Kind and payload of an envelope that holds.
-pub(crate) fn open(magic: [u8; 8], bytes: &[u8]) -> Result<&[u8], ManifestError> {
-    let (mut head, rest) = bytes.split_at_checked(12).ok_or(ManifestError::Damaged("it is cut"))?;
-    let (payload, mut crc) =
-        rest.len().checked_sub(4).map(|at| rest.split_at(at)).ok_or(ManifestError::Damaged("it is cut"))?;
-    if head.copy_to_bytes(8) != magic[..] {
-        return Err(ManifestError::Damaged("magic"));
-    }
-    if head.get_u32() as usize != payload.len() {
-        return Err(ManifestError::Damaged("length"));
-    }
-    if crc.get_u32() != crc32c::crc32c(&bytes[..bytes.len() - 4]) {
-        return Err(ManifestError::Damaged("checksum"));
-    }
-    Ok(payload)
 }
 
 /// The keys of one shard.
@@ -393,7 +350,7 @@ mod tests {
         let bytes = root().encode();
         assert_eq!(
             hex(&bytes),
-            "545242524f4f540a000000210003632d31000309a222ac02a2020105010900011407010801021e08010307fa014783c2d9"
+            "54524252000100000000002032cf150a03632d31000309a222ac02a2020105010900011407010801021e08010307fa01"
         );
         assert_eq!(Root::decode(&bytes), Ok(root()));
     }
@@ -423,16 +380,17 @@ mod tests {
         let (bytes, crc) = page().encode();
         assert_eq!(
             hex(&bytes),
-            "545242504147450a00000028010001ac02030104fe0101010101010101010101010101010101010201000046463c0e108c01c601ffdd774e"
+            "545242500001000100000026de0559ab01ac02030104fe0101010101010101010101010101010101010201000046463c0e108c01c601"
         );
         let pointer = PagePointer { seq: 1, number: 0, nonce: 0, bytes: bytes.len() as u64, crc };
         assert_eq!(IndexPage::decode(&bytes, &pointer), Ok(page()));
-        assert_eq!(decode_snapshot(&bytes, &pointer), Err(ManifestError::Unknown), "a page of the other kind");
+        let other_kind = ManifestError::Envelope(EnvelopeError::Kind { expected: 2, found: 1 });
+        assert_eq!(decode_snapshot(&bytes, &pointer), Err(other_kind));
         let other = PagePointer { crc: crc ^ 1, ..pointer };
         assert!(IndexPage::decode(&bytes, &other).is_err(), "a whole page, but not the one that was named");
 
         let (bytes, crc) = encode_snapshot(b"state");
-        assert_eq!(hex(&bytes), "545242504147450a000000060273746174656c1df9c6");
+        assert_eq!(hex(&bytes), "545242500001000200000005c66d7a3c7374617465");
         let pointer = PagePointer { bytes: bytes.len() as u64, crc, ..pointer };
         assert_eq!(decode_snapshot(&bytes, &pointer), Ok(Bytes::from("state")));
     }
@@ -460,8 +418,8 @@ mod tests {
         fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100), crc in any::<u32>()) {
             let _ = Root::decode(&bytes);
             // Bytes that pass the envelope, too.
-            let _ = Root::decode(&envelope(ROOT_MAGIC, None, &bytes));
-            let page = envelope(PAGE_MAGIC, Some(PAGE_INDEX), &bytes);
+            let _ = Root::decode(&ROOT.seal(&bytes));
+            let page = PAGE_INDEX.seal(&bytes);
             let pointer = PagePointer { seq: 0, number: 0, nonce: 0, bytes: page.len() as u64, crc };
             let pointer = PagePointer { crc: sealed(page.clone()).1, ..pointer };
             if let Ok(page) = IndexPage::decode(&page, &pointer) {

@@ -9,21 +9,23 @@
 //! | run 0 | run 1 | ... | index 0 | index 1 | ... | directory | trailer |
 //! +-------+-------+-----+---------+---------+-----+-----------+---------+
 //!
-//! index      sections u16, then per section: kind u16, length u32, that many bytes; then crc32c u32 of all before it
+//! index      envelope with magic TRBI, version 1; its payload is sections: kind u16, length u32, that many bytes
 //!            kind 1 offsets   per entry: base offset i64, position within the run u64; the first is the run's first
 //!                             batch, the next begins at least 8 KiB later; none for a run without batches
 //!            kind 2 times     per entry of kind 1: greatest timestamp i64 of the batches from it to the next entry
 //!            kind 3 epochs    leader epoch i32, offset i64 of its first batch in this run
 //!            kind 4 is kept for aborted transactions; a reader skips kinds that it does not know
-//! directory  per run, 80 bytes: topic id 16, partition u32, position u64, length u64, index position u64,
-//!            index length u32, base offset i64, next offset i64, greatest timestamp i64, newest append time i64
-//! trailer    44 bytes: directory position u64, directory length u32, directory crc32c u32, runs u32, version u16 = 1,
-//!            zero u16, bytes of all runs u64, crc32c u32 of the 32 bytes before it, "TRBSEG\r\n"
+//! directory  envelope with magic TRBD, version 1; its payload is 80 bytes per run: topic id 16, partition u32,
+//!            position u64, length u64, index position u64, index length u32, base offset i64, next offset i64,
+//!            greatest timestamp i64, newest append time i64
+//! trailer    36 bytes: directory position u64, directory length u32, bytes of all runs u64, then the head of these 20
+//!            bytes with magic TRBS, version 1: an object is known by its last bytes
 //! ```
-//! All integers big-endian. A run covers the offsets from its base offset to its next offset, whatever batches compaction left
-//! in it: there may be none at either end, and none at all. A manifest names run and index by position, so a reader of one
-//! quiet partition in an object of thousands fetches its own index only; the directory is for those who have an object and no
-//! manifest.
+//! All integers big-endian. Positions and lengths of index and directory include the heads of their
+//! [`envelope`](crate::envelope)s. A run covers the offsets from its base offset to its next offset, whatever batches
+//! compaction left in it: there may be none at either end, and none at all. A manifest names run and index by position, so
+//! a reader of one quiet partition in an object of thousands fetches its own index only; the directory is for those who
+//! have an object and no manifest.
 
 use std::ops::Range;
 
@@ -31,13 +33,16 @@ use bytes::{Buf, BufMut, Bytes};
 use shared::batch::{Batch, BatchError};
 use shared::name::{Offset, Partition, TimestampMs, TopicId};
 
+use crate::envelope::{EnvelopeError, EnvelopeFormat, HEAD_BYTES};
+
 /// Bytes of runs between two entries of the sparse index, at least.
 pub const INDEX_INTERVAL_BYTES: u64 = 8 * 1024;
 /// Bytes of the trailer.
-pub const TRAILER_BYTES: usize = 44;
+pub const TRAILER_BYTES: usize = 20 + HEAD_BYTES;
 
-const MAGIC: [u8; 8] = *b"TRBSEG\r\n";
-const VERSION: u16 = 1;
+const TRAILER: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBS", version: 1, kind: 0 };
+const DIRECTORY: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBD", version: 1, kind: 0 };
+const INDEX: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBI", version: 1, kind: 0 };
 /// Bytes of one run's entry in the directory.
 pub const DIRECTORY_ENTRY_BYTES: usize = 80;
 const SECTION_OFFSETS: u16 = 1;
@@ -47,12 +52,12 @@ const SECTION_EPOCHS: u16 = 3;
 /// Why bytes are not a segment, or batches do not make one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SegmentError {
-    /// A checksum, magic or field is wrong; the text says which.
+    /// Its trailer, directory or index does not hold.
+    #[error("segment cannot be read: {0}")]
+    Envelope(#[from] EnvelopeError),
+    /// A field is wrong; the text says which.
     #[error("segment is damaged: {0}")]
     Damaged(&'static str),
-    /// Written by a newer Tributary.
-    #[error("segment has version {0}, this build reads 1: use the newer tributary-cloud")]
-    Version(u16),
     /// A batch within a run is not whole.
     #[error("segment holds a bad batch: {0}")]
     Batch(#[from] BatchError),
@@ -186,22 +191,16 @@ impl SegmentWriter {
         let mut trailer = Vec::with_capacity(TRAILER_BYTES);
         trailer.put_u64(directory_position);
         trailer.put_u32(directory.len() as u32);
-        trailer.put_u32(crc32c::crc32c(&directory));
-        trailer.put_u32(runs.len() as u32);
-        trailer.put_u16(VERSION);
-        trailer.put_u16(0);
         trailer.put_u64(self.position);
-        let crc = crc32c::crc32c(&trailer);
-        trailer.put_u32(crc);
-        trailer.put_slice(&MAGIC);
         tail.extend_from_slice(&trailer);
+        tail.extend_from_slice(&TRAILER.head(&[], &trailer));
         let bytes = self.position + tail.len() as u64;
         self.chunks.push(tail.into());
         Segment { chunks: self.chunks, runs, bytes }
     }
 }
 
-fn encode_directory(runs: &[(Partition, Run)]) -> Vec<u8> {
+fn encode_directory(runs: &[(Partition, Run)]) -> Bytes {
     let mut out = Vec::with_capacity(runs.len() * DIRECTORY_ENTRY_BYTES);
     for (partition, run) in runs {
         out.put_slice(&partition.topic.0);
@@ -215,7 +214,7 @@ fn encode_directory(runs: &[(Partition, Run)]) -> Vec<u8> {
         out.put_i64(run.max_timestamp);
         out.put_i64(run.appended_ms);
     }
-    out
+    DIRECTORY.seal(&out)
 }
 
 /// Where an object's directory lies, from its last [`TRAILER_BYTES`] bytes.
@@ -225,8 +224,6 @@ pub struct Trailer {
     pub directory_position: u64,
     /// Its bytes.
     pub directory_length: u32,
-    directory_crc: u32,
-    runs: u32,
     /// Bytes of all runs together, from the object's first byte on.
     pub data_bytes: u64,
 }
@@ -234,39 +231,28 @@ pub struct Trailer {
 impl Trailer {
     /// Reads the trailer of an object of `object_bytes` bytes.
     pub fn decode(bytes: &[u8], object_bytes: u64) -> Result<Self, SegmentError> {
-        let bytes: &[u8; TRAILER_BYTES] = bytes.try_into().map_err(|_| SegmentError::Damaged("trailer length"))?;
-        if bytes[36..] != MAGIC {
-            return Err(SegmentError::Damaged("trailer magic"));
+        let (mut fields, head) = bytes.split_at(bytes.len().saturating_sub(HEAD_BYTES));
+        TRAILER.check(head, &[], fields)?;
+        if bytes.len() != TRAILER_BYTES {
+            return Err(SegmentError::Damaged("trailer length"));
         }
-        let mut rest = &bytes[..36];
-        let directory_position = rest.get_u64();
-        let directory_length = rest.get_u32();
-        let directory_crc = rest.get_u32();
-        let runs = rest.get_u32();
-        let version = rest.get_u16();
-        let zero = rest.get_u16();
-        let data_bytes = rest.get_u64();
-        if rest.get_u32() != crc32c::crc32c(&bytes[..32]) {
-            return Err(SegmentError::Damaged("trailer checksum"));
-        }
-        if version != VERSION {
-            return Err(SegmentError::Version(version));
-        }
+        let (directory_position, directory_length) = (fields.get_u64(), fields.get_u32());
+        let data_bytes = fields.get_u64();
         let end = directory_position.checked_add(u64::from(directory_length) + TRAILER_BYTES as u64);
-        let fits = u64::from(directory_length) == u64::from(runs) * DIRECTORY_ENTRY_BYTES as u64;
-        if zero != 0 || end != Some(object_bytes) || !fits || data_bytes > directory_position {
+        if end != Some(object_bytes) || data_bytes > directory_position {
             return Err(SegmentError::Damaged("trailer fields"));
         }
-        Ok(Self { directory_position, directory_length, directory_crc, runs, data_bytes })
+        Ok(Self { directory_position, directory_length, data_bytes })
     }
 
     /// Reads the directory: every run of the object.
     pub fn directory(&self, bytes: &[u8]) -> Result<Vec<(Partition, Run)>, SegmentError> {
-        if bytes.len() != self.directory_length as usize || crc32c::crc32c(bytes) != self.directory_crc {
-            return Err(SegmentError::Damaged("directory checksum"));
+        let entries = DIRECTORY.open(bytes)?;
+        if !entries.len().is_multiple_of(DIRECTORY_ENTRY_BYTES) {
+            return Err(SegmentError::Damaged("directory length"));
         }
-        let mut runs = Vec::with_capacity(self.runs as usize);
-        for mut entry in bytes.chunks_exact(DIRECTORY_ENTRY_BYTES) {
+        let mut runs = Vec::with_capacity(entries.len() / DIRECTORY_ENTRY_BYTES);
+        for mut entry in entries.chunks_exact(DIRECTORY_ENTRY_BYTES) {
             let mut topic = [0; 16];
             entry.copy_to_slice(&mut topic);
             let partition = Partition { topic: TopicId(topic), index: entry.get_u32() };
@@ -335,9 +321,8 @@ impl RunIndex {
         }
     }
 
-    fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(24 + self.entries.len() * 24 + self.epochs.len() * 12);
-        out.put_u16(3);
+    fn encode(&self) -> Bytes {
+        let mut out = Vec::with_capacity(18 + self.entries.len() * 24 + self.epochs.len() * 12);
         out.put_u16(SECTION_OFFSETS);
         out.put_u32(self.entries.len() as u32 * 16);
         for entry in &self.entries {
@@ -353,21 +338,14 @@ impl RunIndex {
             out.put_i32(*epoch);
             out.put_i64(*start);
         }
-        let crc = crc32c::crc32c(&out);
-        out.put_u32(crc);
-        out
+        INDEX.seal(&out)
     }
 
     /// Reads the index of `run`.
     pub fn decode(bytes: &[u8], run: &Run) -> Result<Self, SegmentError> {
-        let split = bytes.len().checked_sub(4).ok_or(SegmentError::Damaged("index length"))?;
-        let (mut rest, mut crc) = bytes.split_at(split);
-        if crc.get_u32() != crc32c::crc32c(rest) {
-            return Err(SegmentError::Damaged("index checksum"));
-        }
+        let mut rest = INDEX.open(bytes)?;
         let (mut offsets, mut times, mut epochs): (&[u8], &[u8], &[u8]) = (&[], &[], &[]);
-        let sections = rest.try_get_u16().map_err(|_| SegmentError::Damaged("index is cut"))?;
-        for _ in 0..sections {
+        while !rest.is_empty() {
             let kind = rest.try_get_u16().map_err(|_| SegmentError::Damaged("index is cut"))?;
             let length = rest.try_get_u32().map_err(|_| SegmentError::Damaged("index is cut"))?;
             let section;
@@ -381,7 +359,7 @@ impl RunIndex {
             }
         }
         let whole = offsets.len().is_multiple_of(16) && times.len() * 2 == offsets.len();
-        if !rest.is_empty() || !whole || !epochs.len().is_multiple_of(12) {
+        if !whole || !epochs.len().is_multiple_of(12) {
             return Err(SegmentError::Damaged("index sections disagree"));
         }
         let entries: Vec<Entry> = offsets
@@ -605,27 +583,24 @@ mod tests {
         let segment = writer.finish();
         let object = whole(&segment);
         let tail: String = object[69..].iter().map(|b| format!("{b:02x}")).collect();
-        let index = "0003\
+        let index = "545242490001000000000036ab5c78bf\
                      00010000001000000000000000070000000000000000\
                      0002000000080000000000000046\
-                     00030000000c000000020000000000000007\
-                     1f7b051f";
-        let directory = "01010101010101010101010101010101\
+                     00030000000c000000020000000000000007";
+        let directory = "545242440001000000000050d004f737\
+                         01010101010101010101010101010101\
                          00000001\
                          0000000000000000\
                          0000000000000045\
                          0000000000000045\
-                         0000003c\
+                         00000046\
                          0000000000000007\
                          0000000000000008\
                          0000000000000046\
                          0000000000000063";
-        assert_eq!(&tail[..120], index);
-        assert_eq!(&tail[120..280], directory);
-        assert_eq!(
-            &tail[280..],
-            "000000000000008100000050076ba7750000000100010000000000000000004544d3da045452425345470d0a"
-        );
+        assert_eq!(&tail[..140], index);
+        assert_eq!(&tail[140..332], directory);
+        assert_eq!(&tail[332..], "000000000000008b000000600000000000000045545242530001000000000014c751b95b");
     }
 
     proptest! {

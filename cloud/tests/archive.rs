@@ -259,7 +259,7 @@ fn with_the_bucket_alone_everything_that_was_shipped_is_back_and_offsets_go_on_a
         assert_eq!(after, before);
         assert!(control.iter().all(|batch| batch.is_control()));
         let restored = node.shard.bounds(partition(2)).unwrap();
-        assert_eq!(restored.leader_epoch, bounds.leader_epoch + 1, "raised once");
+        assert_eq!(restored.leader_epoch, bounds.leader_epoch + 2, "a new owner, and what may have been lost");
         assert_eq!(control[1].base_offset(), bounds.high_watermark + (1 << 32));
         assert_eq!(restored.high_watermark, control[1].last_offset() + 1);
         assert_eq!(

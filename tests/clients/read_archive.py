@@ -28,10 +28,13 @@ def big(data, at, size, signed=False):
     return int.from_bytes(data[at:at + size], "big", signed=signed)
 
 
-def checked(data, what):
-    """What stands before the CRC-32C at the end."""
-    assert big(data, len(data) - 4, 4) == crc32c(data[:-4]), f"checksum of {what}"
-    return data[:-4]
+def envelope(data, magic, kind=0):
+    """The payload of the envelope that the data begins with, and what follows."""
+    assert data[:4] == magic and big(data, 4, 2) == 1, f"not {magic} of version 1"
+    end = 16 + big(data, 8, 4)
+    assert len(data) >= end and big(data, 12, 4) == crc32c(data[:12] + data[16:end]), f"checksum of {magic}"
+    assert big(data, 6, 2) == kind, f"{magic} of another kind"
+    return data[16:end], data[end:]
 
 
 class Postcard:
@@ -71,17 +74,17 @@ def file(*parts):
         return opened.read()
 
 
-def envelope(data, magic):
-    data = checked(data, magic.decode().strip())
-    assert data[:8] == magic and big(data, 8, 4) == len(data) - 12, "not an object of this kind"
-    return data[12:]
+def payload(data, magic, kind=0):
+    """The payload of the envelope that the data is."""
+    inner, rest = envelope(data, magic, kind)
+    assert not rest, "more than the head says"
+    return inner
 
 
 def read_root(shard):
     """The root in force: of all, the one with the greatest number."""
     newest = max(os.listdir(f"{shard}/manifest"))
-    r = Postcard(envelope(file(shard, "manifest", newest), b"TRBROOT\n"))
-    assert r.u() == 0, "the root has a newer form"
+    r = Postcard(payload(file(shard, "manifest", newest), b"TRBR"))
     names = ["cluster_id", "shard", "epoch", "seq", "nonce", "trim", "wal"]
     root = {name: r.text() if name == "cluster_id" else r.u() for name in names}
     root["trim_crc"] = r.option(r.u)
@@ -97,9 +100,7 @@ def read_root(shard):
 
 
 def read_page(shard, name, kind):
-    data = envelope(file(shard, "pages", name), b"TRBPAGE\n")
-    assert data[0] == kind, "a page of another kind"
-    return Postcard(data[1:])
+    return Postcard(payload(file(shard, "pages", name), b"TRBP", kind))
 
 
 def read_topics(shard, root):
@@ -129,7 +130,6 @@ def read_runs(shard, root, topic, partition):
     runs = []
     for name in root["pages"]:
         r = read_page(shard, name, 1)
-        assert r.u() == 0, "the page has a newer form"
         segment = lambda: "{:020}-{:08}-{:04}-{:016x}".format(r.u(), r.u(), r.u(), r.u())
         objects = [name for name, _size in r.list(lambda: (segment(), r.u()))]
         for _ in range(r.u()):
@@ -148,9 +148,9 @@ def read_runs(shard, root, topic, partition):
 def seek(opened, run, offset):
     """Position within the run of the batch that holds an offset, or of one shortly before it, from the sparse index."""
     opened.seek(run["index_position"])
-    index = checked(opened.read(run["index_length"]), "index")
-    at, found = 2, 0
-    for _ in range(big(index, 0, 2)):
+    index = payload(opened.read(run["index_length"]), b"TRBI")
+    at = found = 0
+    while at < len(index):
         kind, length = big(index, at, 2), big(index, at + 2, 4)
         section = index[at + 6:at + 6 + length]
         at += 6 + length
@@ -216,10 +216,11 @@ def show_log(shard, root, topic, partition, offset):
     while os.path.exists(f"{directory}/{at:020}"):
         data = file(directory, f"{at:020}")
         while data and data[:4] != b"TRBM":  # a claim mark may end the object
-            sizes = [big(data, 40 + 4 * n, 4) for n in range(3)]
-            length = 56 + sizes[0] + sizes[1] + sizes[2] * 60 + 4
-            block, data = checked(data[:length], "block"), data[length:]
-            assert block[:4] == b"TRBK" and big(block, 24, 8) == at, "not the block that was expected"
+            header, _ = envelope(data, b"TRBK")
+            sizes = [big(header, 32 + 4 * n, 4) for n in range(3)]
+            end = 60 + sizes[0] + sizes[1] + sizes[2] * 60
+            assert big(data, end, 4) == crc32c(data[:end]) and big(header, 16, 8) == at, "not the block that was expected"
+            block, data = data[:end], data[end + 4:]
             for entry in range(len(block) - 60 * sizes[2], len(block), 60):
                 place = big(block, entry + 48, 4)
                 if at >= root["trim"] and (block[entry:entry + 16], big(block, entry + 16, 4)) == (topic, partition):

@@ -187,7 +187,7 @@ pub enum ArchiveError {
         there: String,
     },
     /// An object's bytes are not what was written.
-    #[error("{key} is damaged: {reason}. Bring the object back from a copy of the archive")]
+    #[error("{key} does not hold: {reason}. If the object is damaged, bring it back from a copy of the archive")]
     Damaged {
         /// The object.
         key: String,

@@ -621,7 +621,7 @@ async fn a_damaged_object_is_named() {
     assert!(read.to_string().contains("gone"), "{read}");
     node.kill().await;
     let root = keys_under(&store, "/manifest/").await.pop().unwrap();
-    store.inner.put(&root.clone().into(), "TRBROOT\nxxxxxxxxxxxxx".into()).await.unwrap();
+    store.inner.put(&root.clone().into(), "TRBRxxxxxxxxxxxxxxxxx".into()).await.unwrap();
     let refused = Node::start(&mut home, Some(&store)).await.err().unwrap();
     assert!(refused.to_string().contains(&root), "{refused}");
 }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use shared::name::{Offset, Partition, TimestampMs};
 
 use super::{IndexPage, ManifestError, PagePointer, SegmentId};
+use crate::envelope::HEAD_BYTES;
 use crate::segment::{DIRECTORY_ENTRY_BYTES, Run, TRAILER_BYTES};
 
 /// Runs after which a page takes no more: about 200 KB as stored.
@@ -53,7 +54,7 @@ pub struct Usage {
 impl Usage {
     /// Whether most of the object is of no use any more.
     pub fn is_mostly_dead(&self) -> bool {
-        (self.live + TRAILER_BYTES as u64) * 2 < self.bytes
+        (self.live + (HEAD_BYTES + TRAILER_BYTES) as u64) * 2 < self.bytes
     }
 }
 

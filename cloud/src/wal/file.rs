@@ -6,21 +6,23 @@
 //!
 //! ```text
 //! NNNNNNNN.wal: frames, each on a multiple of 512 bytes so that no sector with an acknowledged block is ever written again
-//!  0       4     6      8        16           24     32      36       60      64
-//! +-------+-----+------+--------+------------+------+-------+--------+-------+----------------------------+
-//! | magic | ver | zero | WAL id | generation | seq  | block | zeros  | crc   | block, then up to 511      |
-//! | TRWF  | u16 | u16  | u64    | u64        | u64  | bytes |        | u32   | bytes of anything          |
-//! +-------+-----+------+--------+------------+------+-------+--------+-------+----------------------------+
+//!  0      16       24           32     40      44      64
+//! +------+--------+------------+------+-------+-------+----------------------------+
+//! | head | WAL id | generation | seq  | block | zeros | block, then up to 511      |
+//! | TRWF | u64    | u64        | u64  | bytes |       | bytes of anything          |
+//! |      |        |            |      | u32   |       |                            |
+//! +------+--------+------------+------+-------+-------+----------------------------+
 //! ring: two slots, at 0 and 512, written in turn; the one with the higher count holds
-//! +-------+-----+-------+--------+------------+------+----------------+-------+
-//! | magic | ver | flags | WAL id | count      | trim | zeros          | crc   |
-//! | TRWR  | u16 | u16   | u64    | u64        | u64  |                | u32   |
-//! +-------+-----+-------+--------+------------+------+----------------+-------+
+//!  0      16       24           32     40      42      64
+//! +------+--------+------------+------+-------+-------+
+//! | head | WAL id | count      | trim | flags | zeros |
+//! | TRWR | u64    | u64        | u64  | u16   |       |
+//! +------+--------+------------+------+-------+-------+
 //! ```
-//! Big-endian; the crc is CRC-32C over bytes 0..60. `WAL id` is random and never leaves the directory, so no payload can pass
-//! for a frame. Every block from `trim` on must be there; files wholly below are written again only when that number rests in
-//! `ring`. Flag bit 0: blocks were written before this slot; bit 1: a reset
-//! is under way, and a start throws all files away.
+//! Big-endian. The first 64 bytes are an [`envelope`](crate::envelope), of one version in both: a start that finds the ring
+//! of another looks at no frame. `WAL id` is random and never leaves the directory, so no payload can pass for a frame.
+//! Every block from `trim` on must be there; files wholly below are written again only when that number rests in `ring`.
+//! Flag bit 0: blocks were written before this slot; bit 1: a reset is under way, and a start throws all files away.
 //!
 //! Recovery reads every live file. The first frame that does not hold ends the log, and what comes behind it was never
 //! acknowledged - unless a sound block with a higher number lies behind it: that is damage, and the start is refused.
@@ -30,7 +32,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes};
 use parking_lot::Mutex;
 use shared::log::BoxFuture;
 use tracing::warn;
@@ -39,15 +41,16 @@ use super::disk::{Disk, DiskFile};
 use super::{BlockLog, NoRoom, Part, Usage, WalError};
 use crate::block::SEQ_MAX;
 use crate::buffers::Buffers;
+use crate::envelope::{EnvelopeError, EnvelopeFormat, HEAD_BYTES};
 
 mod read;
 mod recovery;
 
-const MAGIC: [u8; 4] = *b"TRWF";
-const RING_MAGIC: [u8; 4] = *b"TRWR";
+const FRAME: EnvelopeFormat = EnvelopeFormat { magic: *b"TRWF", version: 1, kind: 0 };
+const RING: EnvelopeFormat = EnvelopeFormat { magic: *b"TRWR", ..FRAME };
 const RING_FILE: &str = "ring";
-const VERSION: u16 = 1;
 const FRAME_BYTES: usize = 64;
+const FIELDS_BYTES: usize = FRAME_BYTES - HEAD_BYTES;
 const SECTOR: u64 = 512;
 static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 /// Free files that are kept for writing again.
@@ -155,22 +158,19 @@ struct Frame {
 }
 
 impl Frame {
-    fn encode(&self) -> BytesMut {
-        let mut out = BytesMut::with_capacity(FRAME_BYTES);
-        out.put_slice(&MAGIC);
-        out.put_u16(VERSION);
-        out.put_u16(0);
-        out.put_u64(self.wal_id);
-        out.put_u64(self.generation);
-        out.put_u64(self.seq);
-        out.put_u32(self.bytes);
-        sealed(out)
+    fn encode(&self) -> Bytes {
+        let mut fields = Vec::with_capacity(FIELDS_BYTES);
+        fields.put_u64(self.wal_id);
+        fields.put_u64(self.generation);
+        fields.put_u64(self.seq);
+        fields.put_u32(self.bytes);
+        fields.resize(FIELDS_BYTES, 0);
+        FRAME.seal(&fields)
     }
 
     /// `None` if these bytes are no frame. Whose it is must be asked of the fields.
     fn decode(bytes: &[u8; FRAME_BYTES]) -> Option<Self> {
-        let mut fields = unsealed(bytes, MAGIC)?;
-        fields.advance(4);
+        let mut fields = FRAME.open(bytes).ok()?;
         let frame = Self {
             wal_id: fields.get_u64(),
             generation: fields.get_u64(),
@@ -197,29 +197,23 @@ struct Slot {
 }
 
 impl Slot {
-    fn encode(&self) -> BytesMut {
-        let mut out = BytesMut::with_capacity(FRAME_BYTES);
-        out.put_slice(&RING_MAGIC);
-        out.put_u16(VERSION);
-        out.put_u16(u16::from(self.has_blocks) | u16::from(self.resetting) << 1);
-        out.put_u64(self.wal_id);
-        out.put_u64(self.count);
-        out.put_u64(self.trim);
-        sealed(out)
+    fn encode(&self) -> Bytes {
+        let mut fields = Vec::with_capacity(FIELDS_BYTES);
+        fields.put_u64(self.wal_id);
+        fields.put_u64(self.count);
+        fields.put_u64(self.trim);
+        fields.put_u16(u16::from(self.has_blocks) | u16::from(self.resetting) << 1);
+        fields.resize(FIELDS_BYTES, 0);
+        RING.seal(&fields)
     }
 
-    fn decode(bytes: &[u8; FRAME_BYTES]) -> Option<Self> {
-        let mut fields = unsealed(bytes, RING_MAGIC)?;
-        fields.advance(2);
+    /// `None` if no slot can say so.
+    fn decode(bytes: &[u8; FRAME_BYTES]) -> Result<Option<Self>, EnvelopeError> {
+        let mut fields = RING.open(bytes)?;
+        let (wal_id, count, trim) = (fields.get_u64(), fields.get_u64(), fields.get_u64());
         let flags = fields.get_u16();
-        let slot = Self {
-            has_blocks: flags & 1 != 0,
-            resetting: flags & 2 != 0,
-            wal_id: fields.get_u64(),
-            count: fields.get_u64(),
-            trim: fields.get_u64(),
-        };
-        (slot.count <= SEQ_MAX && slot.trim <= SEQ_MAX).then_some(slot)
+        let slot = Self { wal_id, count, trim, has_blocks: flags & 1 != 0, resetting: flags & 2 != 0 };
+        Ok((slot.count <= SEQ_MAX && slot.trim <= SEQ_MAX).then_some(slot))
     }
 
     /// Writes the slot that is not in force, and makes it so.
@@ -227,19 +221,6 @@ impl Slot {
         file.write_at(&self.encode(), self.count % 2 * SECTOR)?;
         file.sync()
     }
-}
-
-/// Pads to the size of a frame's head and adds the checksum.
-fn sealed(mut out: BytesMut) -> BytesMut {
-    out.put_bytes(0, FRAME_BYTES - 4 - out.len());
-    out.put_u32(crc32c::crc32c(&out));
-    out
-}
-
-/// The fields after the magic, if magic and checksum hold.
-fn unsealed(bytes: &[u8; FRAME_BYTES], magic: [u8; 4]) -> Option<&[u8]> {
-    let (head, mut crc) = bytes.split_at(FRAME_BYTES - 4);
-    (head[..4] == magic && crc32c::crc32c(head) == crc.get_u32()).then(|| &head[4..])
 }
 
 impl Ring {

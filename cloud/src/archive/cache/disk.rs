@@ -7,13 +7,9 @@
 //!
 //! ```text
 //! {shard}-{seq:020}-{epoch:08}-{number:04}-{nonce:016x}-{start:012}
-//!  0       4     6      8        12      16
-//! +-------+-----+------+--------+-------+---------------------------+
-//! | magic | ver | zero | length | crc   | the object's bytes from   |
-//! | TRBC  | u16 | u16  | u32    | u32   | `start` on, `length` many |
-//! +-------+-----+------+--------+-------+---------------------------+
 //! ```
-//! All integers big-endian; the crc32c covers the file's name and the object's bytes.
+//! A file is an [`envelope`](crate::envelope) with magic TRBC, version 1. Its payload is the object's bytes from `start`
+//! on, and its context the file's name.
 
 use std::collections::{HashSet, VecDeque};
 use std::fs::{self, File};
@@ -23,18 +19,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tracing::{info, warn};
 
 use super::super::store::off_async;
 use super::{CHUNK_BYTES, TwoQueue};
 use crate::buffers::{Buffer, Buffers};
+use crate::envelope::{EnvelopeFormat, HEAD_BYTES};
 use crate::manifest::SegmentId;
 
-const MAGIC: [u8; 4] = *b"TRBC";
-const VERSION: u16 = 1;
-const HEADER_BYTES: usize = 16;
+const FORMAT: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBC", version: 1, kind: 0 };
 /// What a file takes at least, and a multiple of what it takes.
 const DISK_UNIT_BYTES: u64 = 4096;
 /// Chunks that wait to be written; beyond it they are not kept.
@@ -121,7 +116,7 @@ impl DiskCache {
             buffers: Buffers::new(IDLE_BYTES_MAX),
         };
         for (_, length, id) in &found {
-            let gone = cache.kept.lock().insert(*id, (), disk_bytes(length.saturating_sub(HEADER_BYTES as u64)));
+            let gone = cache.kept.lock().insert(*id, (), disk_bytes(length.saturating_sub(HEAD_BYTES as u64)));
             for (id, ()) in gone {
                 fs::remove_file(cache.path(&id))?;
             }
@@ -283,23 +278,12 @@ impl DiskCache {
 
 /// What a file of so many bytes of an object takes on the disk.
 fn disk_bytes(length: u64) -> u64 {
-    (length + HEADER_BYTES as u64).next_multiple_of(DISK_UNIT_BYTES)
-}
-
-fn checksum(id: &ChunkId, bytes: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(id.file_name().as_bytes()), bytes)
+    (length + HEAD_BYTES as u64).next_multiple_of(DISK_UNIT_BYTES)
 }
 
 fn write_file(path: &Path, id: &ChunkId, bytes: &[u8]) -> io::Result<()> {
-    let length = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    let mut header = Vec::with_capacity(HEADER_BYTES);
-    header.put_slice(&MAGIC);
-    header.put_u16(VERSION);
-    header.put_u16(0);
-    header.put_u32(length);
-    header.put_u32(checksum(id, bytes));
     let mut file = File::create(path)?;
-    file.write_all(&header)?;
+    file.write_all(&FORMAT.head(id.file_name().as_bytes(), bytes))?;
     file.write_all(bytes)
 }
 
@@ -307,19 +291,15 @@ fn write_file(path: &Path, id: &ChunkId, bytes: &[u8]) -> io::Result<()> {
 fn read_file(path: &Path, id: &ChunkId, mut buffer: Buffer) -> io::Result<Bytes> {
     let mut file = File::open(path)?;
     let (length, found) = (buffer.as_ref().len(), file.metadata()?.len());
-    if found != (HEADER_BYTES + length) as u64 {
-        return Err(io::Error::other(format!("expected {} bytes, found {found}", HEADER_BYTES + length)));
+    if found != (HEAD_BYTES + length) as u64 {
+        return Err(io::Error::other(format!("expected {} bytes, found {found}", HEAD_BYTES + length)));
     }
-    let mut header = [0; HEADER_BYTES];
-    file.read_exact(&mut header)?;
+    let mut head = [0; HEAD_BYTES];
+    file.read_exact(&mut head)?;
     file.read_exact(buffer.bytes_mut())?;
-    let (bytes, mut header) = (buffer.freeze(length), &header[..]);
-    let sound = header.copy_to_bytes(4) == MAGIC[..]
-        && header.get_u16() == VERSION
-        && header.get_u16() == 0
-        && header.get_u32() as usize == length
-        && header.get_u32() == checksum(id, &bytes);
-    if sound { Ok(bytes) } else { Err(io::Error::other("header or checksum is wrong")) }
+    let bytes = buffer.freeze(length);
+    FORMAT.check(&head, id.file_name().as_bytes(), &bytes).map_err(io::Error::other)?;
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -355,7 +335,7 @@ mod tests {
         write_file(&path, &id(0xab), b"object").unwrap();
         let hex: String = fs::read(&path).unwrap().iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(id(0xab).file_name(), "3-00000000000000000007-00000002-0000-00000000000000ab-000001048576");
-        assert_eq!(hex, "54524243000100000000000656c36bd76f626a656374");
+        assert_eq!(hex, "545242430001000000000006a5bbaec56f626a656374");
         assert_eq!(ChunkId::parse(&id(9).file_name()), Some(id(9)));
         for other in ["", "3-7-2-0-ab-1", "a-b-c-d-e-f", "lost+found"] {
             assert_eq!(ChunkId::parse(other), None, "{other}");

@@ -3,7 +3,7 @@
 //! ```text
 //! <prefix>/cluster/nodes/{node id:010}
 //!
-//! "TRBNODE\n", length u32 of what comes before the checksum, version u8 = 1, payload (postcard), crc32c u32 of all before it
+//! envelope with magic TRBN, version 1; its payload is postcard
 //! ```
 //! It is the only object that is written over. Whose a shard is is said by its roots and never by this: a heartbeat that is
 //! lost, old or wrong costs a wait or a question to a person, and no record.
@@ -14,10 +14,10 @@ use bytes::Bytes;
 use object_store::path::Path;
 use serde::{Deserialize, Serialize};
 
+use crate::envelope::EnvelopeFormat;
 use crate::manifest::{self, ManifestError};
 
-const MAGIC: [u8; 8] = *b"TRBNODE\n";
-const VERSION: u8 = 1;
+const FORMAT: EnvelopeFormat = EnvelopeFormat { magic: *b"TRBN", version: 1, kind: 0 };
 /// Larger than any heartbeat: 64 shards and some listeners are less than 10 KiB.
 pub(super) const HEARTBEAT_BYTES_MAX: u64 = 64 << 10;
 
@@ -100,16 +100,12 @@ pub struct OwnedShard {
 impl Heartbeat {
     /// The object.
     pub fn encode(&self) -> Bytes {
-        let payload = postcard::to_stdvec(self).expect("plain data always encodes into memory");
-        manifest::envelope(MAGIC, Some(VERSION), &payload)
+        FORMAT.seal(&postcard::to_stdvec(self).expect("plain data always encodes into memory"))
     }
 
     /// Reads the object.
     pub fn decode(bytes: &[u8]) -> Result<Self, ManifestError> {
-        match manifest::open(MAGIC, bytes)?.split_first() {
-            Some((&VERSION, payload)) => manifest::decode(payload),
-            _ => Err(ManifestError::Unknown),
-        }
+        manifest::decode(FORMAT.open(bytes)?)
     }
 
     /// The epoch it has claimed a shard with.
@@ -143,6 +139,7 @@ pub(super) fn node(prefix: &Path, node_id: i32) -> Path {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::envelope::EnvelopeError;
     use proptest::prelude::*;
 
     pub fn heartbeat(node_id: i32, shards: &[(u32, u32)]) -> Heartbeat {
@@ -176,19 +173,15 @@ pub(super) mod tests {
         assert_eq!(Heartbeat::decode(&bytes), Ok(heartbeat(1, &[(0, 3), (4, 200)])));
     }
 
-    const GOLDEN: &str = "5452424e4f44450a0000008a010201010101010101010101010101010101ac02818181818181818181818181818181810707\
-         070707070707070707070707070705c80101067075626c6963126b61666b612e6578616d706c653a39303932011468747470\
-         733a2f2f656467652e6578616d706c65000004766d2d370a2f7661722f6c69622f7405302e312e3001000200030104c80101\
-         a1049e59";
+    const GOLDEN: &str = "5452424e000100000000008926e549210201010101010101010101010101010101ac0281818181818181818181818181\
+         8181810707070707070707070707070707070705c80101067075626c6963126b61666b612e6578616d706c653a393039320114687474\
+         70733a2f2f656467652e6578616d706c65000004766d2d370a2f7661722f6c69622f7405302e312e3001000200030104c80101";
 
     #[test]
     fn a_heartbeat_of_another_version_is_refused() {
-        let mut bytes = heartbeat(1, &[]).encode().to_vec();
-        bytes[12] = 2;
-        let end = bytes.len() - 4;
-        let crc = crc32c::crc32c(&bytes[..end]);
-        bytes[end..].copy_from_slice(&crc.to_be_bytes());
-        assert_eq!(Heartbeat::decode(&bytes), Err(ManifestError::Unknown));
+        let bytes = EnvelopeFormat { version: 2, ..FORMAT }.seal(&heartbeat(1, &[]).encode());
+        let refused = EnvelopeError::Version { expected: 1, found: 2 };
+        assert_eq!(Heartbeat::decode(&bytes), Err(ManifestError::Envelope(refused)));
     }
 
     #[test]
@@ -201,7 +194,7 @@ pub(super) mod tests {
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = Heartbeat::decode(&bytes);
-            let _ = Heartbeat::decode(&manifest::envelope(MAGIC, Some(VERSION), &bytes));
+            let _ = Heartbeat::decode(&FORMAT.seal(&bytes));
         }
     }
 }

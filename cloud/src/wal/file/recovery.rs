@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::super::disk::{Disk, DiskFile};
 use super::{
-    FRAME_BYTES, FREE_MAX, FileWalSettings, Frame, Live, Location, MAGIC, RING_FILE, Ring, SECTOR, Slot, Spare,
+    EnvelopeError, FRAME_BYTES, FREE_MAX, FileWalSettings, Frame, Live, Location, RING_FILE, Ring, SECTOR, Slot, Spare,
     WalError,
 };
 use crate::block::SEQ_MAX;
@@ -40,7 +40,6 @@ impl Run {
 type RingFile = (Ring, Arc<dyn DiskFile>, Slot);
 
 pub(super) fn recover(disk: &dyn Disk, settings: &FileWalSettings, wal_id: u64) -> Result<RingFile, WalError> {
-    let failed = |error: io::Error| WalError::Io(error.to_string());
     let (names, unfinished): (Vec<_>, Vec<_>) =
         disk.list().map_err(failed)?.into_iter().partition(|name| !name.ends_with(".new"));
     for name in &unfinished {
@@ -61,11 +60,7 @@ pub(super) fn recover(disk: &dyn Disk, settings: &FileWalSettings, wal_id: u64) 
         return Ok((Ring::empty(0), file, slot));
     }
     let ring_file = disk.open(RING_FILE).map_err(failed)?;
-    let mut slot = read_slot(&*ring_file).map_err(failed)?.ok_or_else(|| {
-        WalError::Corrupt(
-            "the WAL's `ring` is damaged: restore it, or move the directory away to start from the archive".into(),
-        )
-    })?;
+    let mut slot = read_slot(&*ring_file)?;
     if slot.resetting {
         for (_, name) in &numbered {
             disk.remove(name).map_err(failed)?;
@@ -131,16 +126,28 @@ fn begin(disk: &dyn Disk, wal_id: u64) -> io::Result<(Arc<dyn DiskFile>, Slot)> 
     Ok((file, slot))
 }
 
-fn read_slot(file: &dyn DiskFile) -> io::Result<Option<Slot>> {
+fn failed(error: io::Error) -> WalError {
+    WalError::Io(error.to_string())
+}
+
+/// The slot in force. One of another version would be: another build wrote it after the other slot.
+fn read_slot(file: &dyn DiskFile) -> Result<Slot, WalError> {
     let mut newest: Option<Slot> = None;
     for position in [0, SECTOR] {
         let mut bytes = [0; FRAME_BYTES];
-        if position + FRAME_BYTES as u64 <= file.bytes()? {
-            file.read_at(&mut bytes, position)?;
+        if position + FRAME_BYTES as u64 <= file.bytes().map_err(failed)? {
+            file.read_at(&mut bytes, position).map_err(failed)?;
         }
-        newest = newest.into_iter().chain(Slot::decode(&bytes)).max_by_key(|slot| slot.count);
+        let slot = match Slot::decode(&bytes) {
+            Err(error @ EnvelopeError::Version { .. }) => {
+                return Err(WalError::Corrupt(format!("the WAL's `ring`: {error}")));
+            }
+            slot => slot.ok().flatten(),
+        };
+        newest = newest.into_iter().chain(slot).max_by_key(|slot| slot.count);
     }
-    Ok(newest)
+    let text = "the WAL's `ring` is damaged: restore it, or move the directory away to start from the archive";
+    newest.ok_or_else(|| WalError::Corrupt(text.into()))
 }
 
 /// Joins the files' runs to one sequence, or says what is missing.
@@ -193,7 +200,7 @@ fn refuse_what_lies_behind(ring: &Ring, rest: &[Found], slot: Slot, next: Option
     let others = rest.iter().map(|file| (&file.spare, file.run.as_ref().map_or(0, |run| run.end)));
     for (spare, end) in newest.into_iter().chain(others) {
         let behind = find_sound(spare, end, slot.wal_id, next);
-        if let Some(seq) = behind.map_err(|error| WalError::Io(error.to_string()))? {
+        if let Some(seq) = behind.map_err(failed)? {
             return Err(damaged(&spare.name, end, next, seq));
         }
     }
@@ -284,8 +291,8 @@ fn find_sound(spare: &Spare, from: u64, wal_id: u64, next: u64) -> io::Result<Op
         let length = (spare.bytes - position).min(chunk.len() as u64) as usize;
         spare.file.read_at(&mut chunk[..length], position)?;
         for (sector, at) in chunk[..length].chunks(SECTOR as usize).zip((position..).step_by(SECTOR as usize)) {
-            let Some(head) = sector.first_chunk::<FRAME_BYTES>().filter(|head| head[..4] == MAGIC) else { continue };
-            let frame = Frame::decode(head).filter(|frame| frame.wal_id == wal_id && frame.seq >= next);
+            let frame = sector.first_chunk().and_then(Frame::decode);
+            let frame = frame.filter(|frame| frame.wal_id == wal_id && frame.seq >= next);
             if let Some(frame) = frame
                 && read_sound(spare, at, &frame, &mut block)?
             {

@@ -1,5 +1,6 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use bytes::BytesMut;
 use tempfile::TempDir;
 
 use super::super::disk::Directory;
@@ -31,6 +32,36 @@ fn flip(directory: &TempDir, name: &str, position: usize) {
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[position] ^= 1;
     std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn golden_frame_and_slot() {
+    let hex = |bytes: Bytes| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let frame = Frame { wal_id: 7, generation: 3, seq: 9, bytes: 1000 }.encode();
+    let fields = "0000000000000007 0000000000000003 0000000000000009".replace(' ', "");
+    assert_eq!(hex(frame), format!("545257460001000000000030237ac12a{fields}000003e8{}", "00".repeat(20)));
+    let slot = Slot { wal_id: 7, count: 3, trim: 9, has_blocks: true, resetting: true }.encode();
+    assert_eq!(hex(slot), format!("5452575200010000000000302a67f3b8{fields}0003{}", "00".repeat(22)));
+}
+
+#[test]
+fn a_ring_of_another_version_is_said_to_be_one() {
+    let directory = TempDir::new().unwrap();
+    append(&open(&directory).unwrap(), 0..3, 1000);
+    let path = directory.path().join("ring");
+    let mut ring = std::fs::read(&path).unwrap();
+    for slot in [0, 512] {
+        // The other slot was written before it, by this build.
+        let mut newer = ring.clone();
+        let bytes = EnvelopeFormat { version: 2, ..RING }.seal(&ring[slot + HEAD_BYTES..slot + FRAME_BYTES]);
+        newer[slot..slot + FRAME_BYTES].copy_from_slice(&bytes);
+        std::fs::write(&path, newer).unwrap();
+        let refused = open(&directory).err().expect("a newer build's").to_string();
+        assert!(refused.contains("has version 2, this build reads 1"), "{refused}");
+    }
+    ring[5] ^= 3;
+    std::fs::write(&path, ring).unwrap();
+    assert_eq!(open(&directory).unwrap().bounds(), Some((0, 3)), "damaged, and the other slot holds");
 }
 
 #[test]
