@@ -260,7 +260,7 @@ fn a_stream_that_moves_before_it_is_safe_is_found() {
 
 #[test]
 fn an_older_disk_that_goes_on_is_found() {
-    is_found(Bug::OlderDiskGoesOn, 30..40);
+    is_found(Bug::OlderDiskGoesOn, 130..140);
 }
 
 #[test]

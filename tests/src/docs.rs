@@ -1,7 +1,8 @@
 //! Documents that must agree with the code.
 
 /// What each file of the code draws, as `docs/formats.md` must draw it.
-const DRAWN: [(&str, &str); 8] = [
+const DRAWN: [(&str, &str); 9] = [
+    ("envelope", include_str!("../../cloud/src/envelope.rs")),
     ("batch", include_str!("../../shared/src/batch.rs")),
     ("edge database", include_str!("../../edge/src/redb_log/tables.rs")),
     ("link", include_str!("../../shared/src/link/frame.rs")),
