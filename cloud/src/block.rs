@@ -249,7 +249,7 @@ impl Block {
 
     /// Whether there is nothing in it but whose the shard is: the fence of an owner that took it over.
     pub fn is_fence(&self) -> bool {
-        self.entries.is_empty() && self.changes().is_ok_and(|changes| changes.is_empty())
+        self.entries.is_empty() && self.changes.is_empty()
     }
 
     /// All its bytes, header to checksum.

@@ -8,8 +8,10 @@ use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use mqtt::codec::encode_properties_and_payload;
 use shared::batch::{BatchBuilder, Compression, HEADER_BYTES};
 use shared::clock::{ClockJump, ClockReading, ExpiryClock};
+use shared::limited;
 
 use super::memory::{MemoryRows, Room};
 use super::sessions::SessionBooks;
@@ -572,9 +574,15 @@ impl State {
     }
 
     fn retain(&mut self, publish: &Publish<'_>, at: Instant) {
+        let mut properties_and_payload = Vec::new();
+        let encoded = encode_properties_and_payload(&publish.properties, publish.payload, &mut properties_and_payload);
+        if let Err(error) = encoded {
+            // What came off a wire fits into a packet.
+            return limited!(warn, topic = publish.topic, %error, "a message cannot be retained");
+        }
         let message = (!publish.payload.is_empty()).then(|| StoredRetained {
             topic: publish.topic.to_owned(),
-            properties_and_payload: encode_retained(publish),
+            properties_and_payload,
             qos: publish.qos,
             stored_ms: self.clock.now(at),
         });
@@ -816,53 +824,4 @@ impl Stream {
             bytes_before: self.record.next_bytes,
         })
     }
-}
-
-/// The PUBLISH in MQTT 5 form from the properties on (§3.3.2.3): what a later subscriber is sent.
-fn encode_retained(publish: &Publish<'_>) -> Vec<u8> {
-    let given = &publish.properties;
-    let mut properties = Vec::new();
-    let text = |out: &mut Vec<u8>, bytes: &[u8]| {
-        // Strings came off the wire with a length of two bytes.
-        let bytes = bytes.get(..usize::from(u16::MAX)).unwrap_or(bytes);
-        out.extend_from_slice(&(bytes.len() as u16).to_be_bytes());
-        out.extend_from_slice(bytes);
-    };
-    if let Some(is_utf8) = given.payload_is_utf8 {
-        properties.extend_from_slice(&[0x01, u8::from(is_utf8)]);
-    }
-    if let Some(secs) = given.expiry_secs {
-        properties.push(0x02);
-        properties.extend_from_slice(&secs.to_be_bytes());
-    }
-    if let Some(content_type) = given.content_type {
-        properties.push(0x03);
-        text(&mut properties, content_type.as_bytes());
-    }
-    if let Some(response_topic) = given.response_topic {
-        properties.push(0x08);
-        text(&mut properties, response_topic.as_bytes());
-    }
-    if let Some(data) = given.correlation_data {
-        properties.push(0x09);
-        text(&mut properties, data);
-    }
-    for (name, value) in &given.user {
-        properties.push(0x26);
-        text(&mut properties, name.as_bytes());
-        text(&mut properties, value.as_bytes());
-    }
-    let mut out = Vec::with_capacity(properties.len() + publish.payload.len() + 4);
-    let mut length = properties.len();
-    loop {
-        let byte = (length % 128) as u8;
-        length /= 128;
-        out.push(if length > 0 { byte | 0x80 } else { byte });
-        if length == 0 {
-            break;
-        }
-    }
-    out.extend_from_slice(&properties);
-    out.extend_from_slice(publish.payload);
-    out
 }

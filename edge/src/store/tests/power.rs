@@ -12,7 +12,7 @@ use crate::redb_log::backend::{DiskBound, OpenStorage};
 
 /// A disk in memory that records what is done to it, and fails or stalls when told to.
 #[derive(Debug, Clone, Default)]
-struct Disk(Arc<Inner>);
+struct Disk(Arc<Inner>, u64);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -34,6 +34,14 @@ struct DiskState {
     stalled: bool,
     /// Syncs that wait.
     waiting: usize,
+    /// How often its bytes were replaced. Who opened it before reads and writes nothing of what is there now.
+    replaced: u64,
+}
+
+impl DiskState {
+    fn check(&self, handle: &Disk) -> io::Result<()> {
+        if handle.1 == self.replaced { Ok(()) } else { Err(io::Error::other("the double was replaced")) }
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -68,8 +76,11 @@ impl Disk {
     }
 
     fn opener(&self) -> OpenStorage {
-        let disk = self.clone();
-        Arc::new(move || Ok(Box::new(disk.clone())))
+        let disk = self.0.clone();
+        Arc::new(move || {
+            let replaced = disk.state.lock().replaced;
+            Ok(Box::new(Disk(disk.clone(), replaced)))
+        })
     }
 
     fn store(&self, streams: &[StreamSettings]) -> Arc<EdgeStore> {
@@ -81,8 +92,15 @@ impl Disk {
         self.0.state.lock().failing = failing;
     }
 
+    fn replace(&self, bytes: Vec<u8>) {
+        let mut state = self.0.state.lock();
+        state.bytes = bytes;
+        state.replaced += 1;
+    }
+
     fn operate(&self, op: Op) -> io::Result<()> {
         let mut state = self.0.state.lock();
+        state.check(self)?;
         let failed = |kind: io::ErrorKind| Err(io::Error::new(kind, "the double says so"));
         match (&op, state.failing) {
             (Op::Sync, Some(Failing::Sync)) | (Op::Write(..), Some(Failing::Write)) => {
@@ -110,11 +128,14 @@ impl Disk {
 
 impl StorageBackend for Disk {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.state.lock().bytes.len() as u64)
+        let state = self.0.state.lock();
+        state.check(self)?;
+        Ok(state.bytes.len() as u64)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         let state = self.0.state.lock();
+        state.check(self)?;
         let from = state.bytes.get(offset as usize..).and_then(|rest| rest.get(..out.len()));
         out.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
@@ -497,7 +518,7 @@ fn nothing_is_acknowledged_between_an_error_and_the_reopening() {
         assert!(first < second);
         if lost {
             // The pages of the failed sync never reached the disk.
-            disk.0.state.lock().bytes = image;
+            disk.replace(image);
         }
         disk.set_failing(None);
         block_on(store.wait(second)).unwrap();
@@ -541,7 +562,7 @@ fn a_database_that_comes_back_older_ends_the_store() {
     while store.status().trouble.is_none() {
         std::thread::yield_now();
     }
-    disk.0.state.lock().bytes = old;
+    disk.replace(old);
     disk.set_failing(None);
     let failed = block_on(store.wait(ticket)).unwrap_err();
     assert!(failed.0.contains("came back with commit"), "{failed}");
