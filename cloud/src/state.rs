@@ -167,10 +167,12 @@ impl State {
         }
     }
 
-    /// Another process owns the shard from here on: a leader epoch begins, so that clients see that it moved (KIP-320). Called
-    /// by whoever folds a fence in.
-    pub fn change_owner(&mut self) {
-        self.start_epoch(self.leader_epoch().saturating_add(1), 0);
+    /// A block was written by the owner in `epoch`. Where it is the fence of a new one, a leader epoch begins, so that clients see that
+    /// the shard moved (KIP-320). A memory shard writes empty blocks too: those are of the epoch of the block before.
+    pub fn owned_in(&mut self, epoch: u32, is_fence: bool) {
+        if self.logs.raise_owner(epoch) && is_fence {
+            self.start_epoch(self.leader_epoch().saturating_add(1), 0);
+        }
     }
 
     fn guest<S: Section>(&self) -> &S {
@@ -188,8 +190,13 @@ impl State {
         if bytes.is_empty() {
             return Err(StateError::Malformed("empty snapshot"));
         }
-        let mut state = Self::default();
-        for piece in decode_pieces(SNAPSHOT_VERSION, bytes)? {
+        let (mut state, mut own) = (Self::default(), 0);
+        let pieces = decode_pieces(SNAPSHOT_VERSION, bytes)?;
+        if !pieces.is_sorted_by(|one, next| one.tag < next.tag) {
+            return Err(StateError::Malformed("sections are not in order"));
+        }
+        for piece in pieces {
+            own += usize::from(piece.tag <= Streams::TAG);
             match piece.tag {
                 Topics::TAG => state.topics = piece.section()?,
                 Logs::TAG => state.logs = piece.section()?,
@@ -197,6 +204,10 @@ impl State {
                 Streams::TAG => state.streams = piece.section()?,
                 _ => state.guests.decode(&piece)?,
             }
+        }
+        // A guest that came later has nothing in an older snapshot.
+        if own < usize::from(Streams::TAG) {
+            return Err(StateError::Malformed("a section of the log's own is missing"));
         }
         Ok(state)
     }

@@ -49,8 +49,8 @@ pub trait Log: Send + Sync + 'static {
     /// The record with the greatest timestamp, the first if several share it; `None` if the partition is empty.
     fn max_time(&self, partition: Partition) -> BoxFuture<'_, Result<Option<TimePoint>, ReadError>>;
 
-    /// Where the largest leader epoch that is at most `epoch` ended (KIP-320): its number and the offset after its last record;
-    /// `None` when the log knows no such epoch.
+    /// Where the largest leader epoch that is at most `epoch` ended (KIP-320): its number and the offset after its last record. Of an
+    /// epoch below all that the log still knows: itself, and where the first of those begins. `None` below 0.
     fn epoch_end(&self, partition: Partition, epoch: i32) -> Result<Option<EpochEnd>, ReadError>;
 }
 

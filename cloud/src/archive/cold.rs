@@ -118,9 +118,8 @@ impl Cold {
     async fn read_now(&self, partition: Partition, from: Offset, limits: ReadLimits) -> Result<ColdRead, ReadError> {
         let before = self.readers.lock().get(&(partition, from)).copied().unwrap_or(0);
         let (mut read, mut bytes) = (ColdRead { batches: Vec::new(), next: from }, 0);
-        let mut number = 0;
-        while number < RUNS_MAX as u32 {
-            let (is_first, bytes_max) = (number == 0, limits.bytes_max.saturating_sub(bytes));
+        for number in 0..RUNS_MAX as u32 {
+            let (is_first, bytes_max) = (read.batches.is_empty(), limits.bytes_max.saturating_sub(bytes));
             if bytes_max == 0 && !is_first {
                 break;
             }
@@ -138,8 +137,6 @@ impl Cold {
                 break;
             }
             bytes += more_bytes;
-            // A run of which compaction left nothing is stepped over, however many there are.
-            number += u32::from(!more.batches.is_empty());
             read.batches.extend(more.batches);
             read.next = more.next;
             // Short of the run's end: the limit allows no more, or it is in a chunk that is not worth waiting for.

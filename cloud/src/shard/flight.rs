@@ -294,9 +294,10 @@ impl Inner {
         self.bounds(partition)?;
         let state = self.state.partition(partition).ok_or(ReadError::UnknownPartition(partition))?;
         let after = state.epochs.partition_point(|start| start.epoch <= epoch);
-        let known = after.checked_sub(1).and_then(|index| state.epochs.get(index));
+        // Nothing is left of an epoch below the first one: whoever knows it is where the first one begins, at most.
+        let known = after.checked_sub(1).and_then(|index| state.epochs.get(index)).map_or(epoch, |start| start.epoch);
         let end = state.epochs.get(after).map_or(state.high_watermark, |next| next.start);
-        Ok(known.map(|start| EpochEnd { epoch: start.epoch, end }))
+        Ok((epoch >= 0).then_some(EpochEnd { epoch: known, end }))
     }
 
     /// The block to put `bytes` more into.

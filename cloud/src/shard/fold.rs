@@ -7,13 +7,11 @@ use shared::name::Partition;
 use crate::block::{Block, BlockError};
 use crate::state::{Change, ProducedBatch, State};
 
-/// Folds a block in: first its records, then its changes; a fence begins a leader epoch. Returns the changes.
+/// Folds a block in: first its records, then its changes. Returns the changes.
 pub fn fold(state: &mut State, block: &Block) -> Result<Vec<Change>, BlockError> {
     let changes = block.changes()?;
     state.count_to(block.header().append_ms);
-    if block.is_fence() {
-        state.change_owner();
-    }
+    state.owned_in(block.header().epoch, block.is_fence());
     for entry in block.entries() {
         state.advance(entry.partition, entry.last.saturating_add(1));
         if entry.has_idempotent() {

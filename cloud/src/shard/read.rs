@@ -246,7 +246,9 @@ impl Core {
         let mut wish = Wish { partition, from, bytes_max: limits.bytes_max, bytes_min: 0, end, whole_runs };
         let mut begun = self.readers.ahead.lock().claim((partition, from));
         let mut cold = true;
-        for _ in 0..PLANS_MAX {
+        let mut plans = 0;
+        while plans < PLANS_MAX {
+            plans += 1;
             let (bounds, plan) = self.inner.lock().plan(&wish, cold)?;
             match plan {
                 Plan::Nothing => return Ok(Read { batches: Vec::new(), next: bounds.high_watermark, bounds }),
@@ -258,6 +260,7 @@ impl Core {
                         // Compaction left nothing of what the archive covers from there on.
                         wish = Wish { from: found.next, end: None, ..wish };
                         begun = None;
+                        plans = 0;
                         continue;
                     }
                     if !found.batches.is_empty() {

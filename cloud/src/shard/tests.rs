@@ -11,8 +11,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::archive::{ColdBounds, ColdRead, ColdRun, Snapshot, Source, StoredBlock, Tail};
 use crate::block::{Block, BlockBuilder, BlockHeader};
-use crate::state::TopicChange;
-use crate::state::{Topic, read_state};
+use crate::state::{Topic, TopicChange, read_state};
 use crate::wal::disk::Directory;
 use crate::wal::file::{FileWal, FileWalSettings};
 use crate::wal::memory::MemoryWal;
@@ -478,7 +477,42 @@ fn offsets_of_lives_that_left_no_more_than_a_fence_are_not_used_either() {
         let begun = 10 + (i64::from(life) << 32);
         assert_eq!((bounds.high_watermark, bounds.leader_epoch), (begun + 1, 2 * life as i32));
         assert_eq!(again.epoch_end(partition(1), 0).unwrap().unwrap().end, begun);
+        // Retention takes what was before: a consumer that read all of it goes on where what is known begins.
+        block_on(again.trim(partition(1), begun + 1)).unwrap();
+        assert_eq!(again.epoch_end(partition(1), 0), Ok(Some(EpochEnd { epoch: 0, end: begun })));
+        assert_eq!(again.epoch_end(partition(1), -1), Ok(None));
     }
+}
+
+#[test]
+fn a_call_for_room_is_no_take_over() {
+    let settings = ShardSettings {
+        archived: false,
+        drops_oldest: true,
+        in_flight_bytes_max: 2_000,
+        block_bytes_max: 1_000,
+        ..ShardSettings::default()
+    };
+    let wal = Box::new(MemoryWal::new(200_000));
+    let (shard, commits) = Shard::open_driven(settings, wal, Recovered::default(), None, clock()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(async {
+        tokio::spawn(commits);
+        shard.commit(vec![Change::created(topic(1, 1))]).await.unwrap();
+        let mut refused = 0;
+        for n in 0..50 {
+            // All that fits is sealed or open, and who comes then makes a block that has nothing in it.
+            let all: Vec<_> = (0..8).map(|_| shard.append(from_producer(partition(1), sized(900)))).collect();
+            for one in all {
+                refused += i32::from(one.await.is_err());
+            }
+            let late = shard.append(from_producer(partition(1), sized(1_900)));
+            let later = shard.append(from_producer(partition(1), sized(1_900)));
+            refused += i32::from(late.await.is_err()) + i32::from(later.await.is_err());
+            assert_eq!(shard.bounds(partition(1)).unwrap().leader_epoch, 0, "{n}");
+        }
+        assert!(refused > 50, "{refused}");
+    });
 }
 
 #[test]

@@ -92,6 +92,8 @@ pub enum LogChange {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Logs {
     leader_epoch: i32,
+    /// The newest epoch that an owner wrote in.
+    owner_epoch: u32,
     /// Offsets left out by all epochs together.
     skipped: Offset,
     /// The count of running time, as of the newest block.
@@ -127,9 +129,13 @@ impl Section for Logs {
     }
 
     fn check(&self) -> Result<(), StateError> {
-        match self.partitions.values().any(|partition| partition.epochs.is_empty()) {
-            true => Err(StateError::Malformed("partition without an epoch")),
-            false => Ok(()),
+        let is_sound = |partition: &PartitionState| {
+            let ascends = partition.epochs.is_sorted_by(|one, next| one.epoch < next.epoch && one.start <= next.start);
+            ascends && !partition.epochs.is_empty() && partition.log_start <= partition.high_watermark
+        };
+        match self.partitions.values().all(is_sound) {
+            true => Ok(()),
+            false => Err(StateError::Malformed("a partition without an epoch, or one that contradicts itself")),
         }
     }
 }
@@ -138,6 +144,13 @@ impl Logs {
     /// A new partition, which begins at `from`.
     pub(super) fn create(&mut self, partition: Partition, from: Offset) {
         self.partitions.insert(partition, PartitionState::new(self.leader_epoch, from));
+    }
+
+    /// Whether nobody wrote in `epoch` or a later one before.
+    pub(super) fn raise_owner(&mut self, epoch: u32) -> bool {
+        let is_new = epoch > self.owner_epoch;
+        self.owner_epoch = self.owner_epoch.max(epoch);
+        is_new
     }
 
     fn count_to(&mut self, counted_ms: TimestampMs) {

@@ -160,10 +160,11 @@ impl Section for Slots {
     }
 
     fn offsets_left_out(&mut self, skip: Offset) {
-        // What was reserved since may have been lost with the rest.
+        // What was reserved since may have been lost with the rest, by each owner for whom offsets are left out.
+        let lives = i32::try_from(skip >> 32).unwrap_or(i32::MAX).max(1);
         let raise = |shard: &mut ShardEntry| {
             shard.ceiling = shard.ceiling.saturating_add(skip);
-            shard.epoch = shard.epoch.saturating_add(1);
+            shard.epoch = shard.epoch.saturating_add(lives);
         };
         self.shards.change(|_| true, raise);
     }

@@ -128,11 +128,11 @@ fn golden_bytes_of_a_snapshot() {
             ]
             .concat(),
         ),
-        // Leader epoch, offsets left out, the count of time; partitions: log start, end, epochs.
+        // Leader epoch, the owner's epoch, offsets left out, the count of time; partitions: log start, end, epochs.
         (
             0x02,
             [
-                "02 8080808020 c801 05 05".into(),
+                "02 00 8080808020 c801 05 05".into(),
                 (0..3).map(|n| format!("{t1}0{n} 00 8080808020 01 028080808020 00")).collect(),
                 [0, 2].map(|n| format!("{t2}0{n} 10 10 01 021010")).concat(),
             ]
@@ -287,17 +287,22 @@ fn an_epoch_in_which_nothing_was_written_is_replaced() {
         let epochs = &state.partition(partition(1, 0)).unwrap().epochs;
         epochs.iter().map(|epoch| (epoch.epoch, epoch.start, epoch.before)).collect::<Vec<_>>()
     };
-    state.change_owner();
+    state.owned_in(1, true);
+    // An empty block of the same owner, and any other block, begin nothing.
+    state.owned_in(1, true);
     assert_eq!((state.leader_epoch(), epochs(&state)), (1, vec![(1, 0, 0)]));
     state.advance(partition(1, 0), 10);
-    for _ in 0..3 {
-        state.change_owner();
+    for owner in 2..5 {
+        state.owned_in(owner, true);
     }
     assert_eq!((state.leader_epoch(), epochs(&state)), (4, vec![(1, 0, 0), (4, 10, 10)]));
     // What is left out stays left out, and more with it.
     state.apply(&Change::Logs(LogChange::EpochStarted { epoch: 5, skip: 100 })).unwrap();
     state.apply(&Change::Logs(LogChange::EpochStarted { epoch: 7, skip: 100 })).unwrap();
-    state.change_owner();
+    state.owned_in(9, false);
+    state.owned_in(9, true);
+    assert_eq!(state.leader_epoch(), 7);
+    state.owned_in(10, true);
     assert_eq!(epochs(&state), [(1, 0, 0), (8, 210, 10)]);
     let found = state.partition(partition(1, 0)).unwrap();
     assert!(found.left_out(10, 210) && !found.left_out(9, 210) && found.high_watermark == 210);
@@ -307,9 +312,9 @@ fn an_epoch_in_which_nothing_was_written_is_replaced() {
 fn epochs_that_ended_below_the_log_start_go() {
     let mut state = State::default();
     state.apply(&Change::created(topic(1, "t", 1))).unwrap();
-    for end in [10, 20, 30] {
+    for (owner, end) in [(1, 10), (2, 20), (3, 30)] {
         state.advance(partition(1, 0), end);
-        state.change_owner();
+        state.owned_in(owner, true);
     }
     for (offset, expected) in
         [(9, vec![0, 1, 2, 3]), (10, vec![1, 2, 3]), (19, vec![1, 2, 3]), (29, vec![2, 3]), (99, vec![3])]
@@ -353,7 +358,7 @@ enum Step {
     Advance(Partition, Offset),
     Produce(Partition, i64, i16),
     Count(i64),
-    Fence,
+    Fence(u32),
 }
 
 impl Step {
@@ -369,7 +374,7 @@ impl Step {
                 state.produced(*partition, *id, *epoch, batch, *id);
             }
             Self::Count(ms) => state.count_to(*ms),
-            Self::Fence => state.change_owner(),
+            Self::Fence(epoch) => state.owned_in(*epoch, true),
         }
     }
 }
@@ -417,7 +422,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         2 => place().prop_map(|(partition, next)| Step::Advance(partition, next)),
         2 => place().prop_map(|(partition, id)| Step::Produce(partition, id, (id % 2) as i16)),
         1 => (0..100i64).prop_map(Step::Count),
-        1 => Just(Step::Fence),
+        1 => (0..9u32).prop_map(Step::Fence),
     ]
 }
 

@@ -274,11 +274,10 @@ impl Log for MemoryLog {
     fn epoch_end(&self, partition: Partition, epoch: i32) -> Result<Option<EpochEnd>, ReadError> {
         self.with(partition, |records| {
             let after = records.epochs.partition_point(|(known, _)| *known <= epoch);
-            let Some((epoch, _)) = after.checked_sub(1).and_then(|index| records.epochs.get(index)) else {
-                return Ok(None);
-            };
+            let known =
+                after.checked_sub(1).and_then(|index| records.epochs.get(index)).map_or(epoch, |(known, _)| *known);
             let end = records.epochs.get(after).map_or(records.next, |(_, start)| *start);
-            Ok(Some(EpochEnd { epoch: *epoch, end }))
+            Ok((epoch >= 0).then_some(EpochEnd { epoch: known, end }))
         })
     }
 }

@@ -141,7 +141,7 @@ impl Splitter<'_> {
         let group = output.parts.iter().map(|part| {
             let mut slices = Slices::default();
             for held in &part.runs {
-                let bytes = bytes.get(&(held.object, held.run.position)).cloned().unwrap_or_default();
+                let bytes = bytes.get(&(held.object, held.run.index_position)).cloned().unwrap_or_default();
                 slices.push(held.run.base..held.run.next, bytes, held.run.appended_ms);
             }
             (part.partition, slices)
@@ -165,7 +165,7 @@ impl Splitter<'_> {
         index.replace(&old, new.collect()).map_err(super::local)
     }
 
-    /// The bytes of runs, checked, by object and position.
+    /// The bytes of runs, checked, by object and the position of their index: those without batches share theirs with the next.
     async fn read_runs(&mut self, runs: Vec<HeldRun>) -> Result<HashMap<(SegmentId, u64), Bytes>, ArchiveError> {
         let (store, keys) = (&self.archive.store, &self.archive.keys);
         let reads = stream::iter(ranges(runs)).map(|(range, runs)| async move {
@@ -187,7 +187,7 @@ impl Splitter<'_> {
                 if let Err(error) = check(&held, run.clone()) {
                     return Err(self.shun(held.object, &error));
                 }
-                found.insert((held.object, held.run.position), run);
+                found.insert((held.object, held.run.index_position), run);
             }
         }
         Ok(found)

@@ -198,7 +198,7 @@ async fn a_reader_is_led_over_runs_of_which_compaction_left_nothing() {
     let run = |covered: Range<Offset>, bases: &[Offset]| (covered, bases.iter().map(|b| (batch(*b), 0)).collect());
     let end = 100 * RECORDS;
     let mut runs: Vec<(_, Vec<_>)> = vec![run(0..RECORDS, &[]), run(RECORDS..10 * RECORDS, &[5 * RECORDS])];
-    // More of them than a read takes runs with batches.
+    // More of them than a read looks at.
     runs.extend((10..99).map(|n| run(n * RECORDS..(n + 1) * RECORDS, &[])));
     runs.push(run(99 * RECORDS..end, &[99 * RECORDS]));
     runs.push(run(end..end + 7, &[]));
@@ -213,9 +213,11 @@ async fn a_reader_is_led_over_runs_of_which_compaction_left_nothing() {
         batches.map(|batch| batch.base_offset()).collect::<Vec<_>>()
     };
     for (from, bytes_max, expected, next) in [
-        (0, MIB, vec![5 * RECORDS, 99 * RECORDS], end + 7),
+        // One read looks at 64 runs.
+        (0, MIB, vec![5 * RECORDS], 72 * RECORDS),
         (0, 1, vec![5 * RECORDS], 10 * RECORDS),
-        (6 * RECORDS, 1, vec![99 * RECORDS], end),
+        (6 * RECORDS, 1, vec![], 73 * RECORDS),
+        (73 * RECORDS, 1, vec![99 * RECORDS], end),
         (50 * RECORDS, MIB, vec![99 * RECORDS], end + 7),
         (end + 3, MIB, vec![], end + 7),
     ] {

@@ -174,7 +174,7 @@ pub(super) async fn check_object(
         }
     };
     let mut named: Vec<&(Partition, Run)> = named.iter().collect();
-    named.sort_by_key(|(_, run)| run.position);
+    named.sort_by_key(|(_, run)| (run.position, run.length));
     for pair in named.windows(2) {
         if let [(_, before), (partition, run)] = pair
             && before.position.saturating_add(before.length) > run.position

@@ -146,7 +146,7 @@ fn read_slot(file: &dyn DiskFile) -> Result<Slot, WalError> {
         };
         newest = newest.into_iter().chain(slot).max_by_key(|slot| slot.count);
     }
-    let text = "the WAL's `ring` is damaged: restore it, or move the directory away to start from the archive";
+    let text = "the WAL's `ring` is damaged, or another build wrote it: start that build, or restore the file; moving the directory away starts from the archive and loses what is not there";
     newest.ok_or_else(|| WalError::Corrupt(text.into()))
 }
 

@@ -35,7 +35,7 @@ const CREDIT_MIN: i64 = 3 * WORK_PER_READ as i64;
 /// How long a unit of credit takes to grow: a twentieth of a worker's time, or 14,000 small messages a second, one by one.
 const CREDIT_UNIT: Duration = Duration::from_micros(2);
 
-/// Permits for whole turns. A worker is left for those who want little, where there are two.
+/// Permits for whole turns. A worker is left for those who want little, where there are two and nobody shakes hands.
 #[derive(Debug, Clone)]
 pub(crate) struct Lanes {
     turns: Arc<Semaphore>,
