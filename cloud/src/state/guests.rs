@@ -119,7 +119,7 @@ impl PartialEq for Guests {
 impl Guests {
     fn of(&mut self, piece: &Piece<'_>) -> Result<&mut Box<dyn Guest>, StateError> {
         let unknown = StateError::Section { tag: piece.tag, version: piece.version };
-        self.0.iter_mut().find(|guest| (***guest).tag() == piece.tag).ok_or(unknown)
+        self.0.iter_mut().find(|guest| guest.tag() == piece.tag).ok_or(unknown)
     }
 
     pub fn apply(&mut self, change: &GuestChange) -> Result<(), StateError> {

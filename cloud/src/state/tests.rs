@@ -199,6 +199,30 @@ fn a_shard_keeps_the_partitions_that_are_its_own() {
 }
 
 #[test]
+fn a_section_that_is_unknown_twice_there_or_missing_is_refused() {
+    let own = || [encode(&Topics::default()), encode(&Logs::default()), encode(&Producers::default())];
+    let read = |more: Vec<Piece<'_>>| State::decode(&encode_pieces(6, own().into_iter().chain(more).collect()));
+    assert_eq!(read(vec![encode(&Streams::default())]), Ok(State::default()), "guests may come later");
+    assert!(matches!(read(vec![]), Err(StateError::Malformed(_))));
+    assert!(matches!(read(vec![encode(&Logs::default())]), Err(StateError::Malformed(_))));
+    for (tag, version) in [(99, 1), (Groups::TAG, 2)] {
+        let other = || Piece { tag, version, bytes: vec![0].into() };
+        let refused = Err(StateError::Section { tag, version });
+        assert_eq!(read(vec![encode(&Streams::default()), other()]), refused);
+        let changes = decode_changes(&encode_pieces(3, vec![other()])).unwrap();
+        assert_eq!(State::default().apply(&changes[0]).map(|()| State::default()), refused);
+    }
+}
+
+#[test]
+fn what_several_owners_may_have_reserved_is_left_out_for_each() {
+    let mut state = state();
+    state.apply(&Change::Logs(LogChange::EpochStarted { epoch: 9, skip: 3 << 32 })).unwrap();
+    let (_, entry) = state.shards().next().unwrap();
+    assert_eq!((entry.epoch, entry.ceiling), (5, 4 << 32));
+}
+
+#[test]
 fn another_version_is_named() {
     for version in [1, 9] {
         assert_eq!(decode_changes(&[version, 0]), Err(StateError::Version(version)));
