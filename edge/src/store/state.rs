@@ -574,18 +574,22 @@ impl State {
     }
 
     fn retain(&mut self, publish: &Publish<'_>, at: Instant) {
-        let mut properties_and_payload = Vec::new();
-        let encoded = encode_properties_and_payload(&publish.properties, publish.payload, &mut properties_and_payload);
-        if let Err(error) = encoded {
-            // What came off a wire fits into a packet.
-            return limited!(warn, topic = publish.topic, %error, "a message cannot be retained");
+        let mut message = None;
+        if !publish.payload.is_empty() {
+            let mut properties_and_payload = Vec::new();
+            if let Err(error) =
+                encode_properties_and_payload(&publish.properties, publish.payload, &mut properties_and_payload)
+            {
+                // What came off a wire fits into a packet.
+                return limited!(warn, topic = publish.topic, %error, "a message cannot be retained");
+            }
+            message = Some(StoredRetained {
+                topic: publish.topic.to_owned(),
+                properties_and_payload,
+                qos: publish.qos,
+                stored_ms: self.clock.now(at),
+            });
         }
-        let message = (!publish.payload.is_empty()).then(|| StoredRetained {
-            topic: publish.topic.to_owned(),
-            properties_and_payload,
-            qos: publish.qos,
-            stored_ms: self.clock.now(at),
-        });
         let size = message.as_ref().map_or(0, |one| (one.topic.len() + one.properties_and_payload.len()) as u32);
         self.count_retained(publish.topic, size);
         self.pending.retained.insert(publish.topic.to_owned(), message);
