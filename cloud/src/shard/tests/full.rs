@@ -3,8 +3,7 @@
 use super::flight::{HeldWal, held};
 use super::*;
 use crate::shards::{Member, Shards, reserve_offsets};
-use crate::state::CommittedOffset;
-use crate::state::{GroupChange, TopicChange};
+use crate::state::{CommittedOffset, GroupChange, TopicChange};
 use crate::wal::powercut::{CutDisk, Trouble};
 
 fn offset(offset: Offset) -> Vec<Change> {

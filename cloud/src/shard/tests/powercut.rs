@@ -3,8 +3,7 @@
 use shared::log::conformance::{batch, block_on, from_edge, from_producer, produced, read_all, stream};
 
 use super::*;
-use crate::state::CommittedOffset;
-use crate::state::GroupChange;
+use crate::state::{CommittedOffset, GroupChange};
 use crate::wal::powercut::{CutDisk, Random};
 
 const TOPIC: u8 = 1;

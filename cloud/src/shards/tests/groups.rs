@@ -8,8 +8,7 @@ use super::*;
 use crate::archive::{Archive, ArchiveSettings};
 use crate::groups::{GroupError, GroupSettings, Groups, OffsetCommit};
 use crate::shard::LocalWal;
-use crate::state::{CommittedOffset, coordinator_log};
-use crate::state::{GroupChange, SlotChange, TopicChange};
+use crate::state::{CommittedOffset, GroupChange, SlotChange, TopicChange, coordinator_log};
 
 /// A group whose slot comes to this shard when slots are spread over so many, the first being 0.
 fn group_in(shard: u32, shards: u32) -> String {
